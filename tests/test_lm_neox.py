@@ -1,0 +1,365 @@
+"""GPT-NeoX in JAX: equal to transformers, and a pytree with pure methods."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from vsae_jax.errors import UserError
+from vsae_jax.lm import (
+    identity,
+    load_language_model,
+    load_tokenizer,
+    next_token_loss,
+)
+from vsae_jax.lm.neox_files import block_tensors, outer_tensors, read_neox_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TOLERANCE = 1e-4
+CONFIG = {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+TOKENS = np.random.default_rng(0).integers(3, 61, size=(2, 17))
+
+# What differs from CONFIG; every switch of the architecture is in one of them.
+VARIANTS = {
+    "parallel": {},
+    "sequential": {"use_parallel_residual": False},
+    "bare": {
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-2,
+    },
+    "old spelling": {"rotary_pct": 0.5, "rotary_emb_base": 50.0, "hidden_act": "relu"},
+    "new spelling": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 50.0,
+            "partial_rotary_factor": 1.0,
+        },
+        "hidden_act": "gelu_fast",
+    },
+}
+
+
+def write_neox(folder: Path, *, seed: int = 0, dtype: str = "float32", **changes):
+    """A random GPT-NeoX on disk, made without torch; no bias or scale is trivial."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {**CONFIG, **changes}
+    (folder / "config.json").write_text(json.dumps(raw))
+    config = read_neox_config(raw)
+    block = block_tensors(config).values()
+    shapes = dict(outer_tensors(config).values())
+    for i in range(config.n_layers):
+        shapes |= {f"gpt_neox.layers.{i}.{name}": shape for name, shape in block}
+    rng = np.random.default_rng(seed)
+    tensors = {name: 0.3 * rng.normal(size=shapes[name]) for name in shapes}
+    tensors = {name: t.astype(jnp.dtype(dtype)) for name, t in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def neox_stories() -> str:
+    """The small trained model, wherever this machine has it."""
+    places = [ROOT / "vsae_jax/data/neox-stories"]
+    shared = os.environ.get("VSAE_JAX_SHARED", ROOT.parent / "shared")
+    places.append(Path(shared) / "models/neox-stories")
+    for place in places:
+        if (place / "model.safetensors").is_file():
+            return str(place)
+    return pytest.skip(f"needs the trained model neox-stories in one of {places}")
+
+
+def reference(folder: str, tokens, *, zero_after: int | None = None):
+    """transformers' own logits and residuals, by hooks that this test sets."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    from transformers import GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    residuals = []
+
+    def hook(module, args, output):
+        if len(residuals) == zero_after:
+            output = torch.zeros_like(output)
+        residuals.append(output.numpy())
+        return output
+
+    for layer in model.gpt_neox.layers:
+        layer.register_forward_hook(hook)
+    with torch.no_grad():
+        logits = model(torch.as_tensor(tokens)).logits.numpy()
+    return logits, residuals
+
+
+def assert_equal_to_transformers(folder: str, tokens):
+    model = load_language_model(folder, backend="jax")
+    logits, residuals = reference(folder, tokens)
+    assert len(residuals) == model.n_layers
+    np.testing.assert_allclose(model.logits(tokens)[0], logits, atol=TOLERANCE, rtol=0)
+    for layer, residual in enumerate(residuals):
+        ours = model.residual(tokens, layer)
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(
+            ours, residual, atol=TOLERANCE, rtol=0, err_msg=f"block {layer}"
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_neox(tmp_path_factory.mktemp("neox"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_language_model(folder)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_every_residual_equal_transformers(variant, tmp_path):
+    folder = write_neox(tmp_path, **VARIANTS[variant])
+    assert_equal_to_transformers(folder, TOKENS)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_model_that_transformers_saved_in_shards(parallel, tmp_path):
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(**{**CONFIG, "use_parallel_residual": parallel})
+    module = GPTNeoXForCausalLM(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    module.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_equal_to_transformers(str(tmp_path), TOKENS)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_weights_are_read_exactly(dtype, tmp_path):
+    loaded = load_language_model(write_neox(tmp_path, dtype=dtype))
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "gpt_neox.layers.2.mlp.dense_h_to_4h.weight"
+    assert loaded.params["blocks"]["w_up"].dtype == jnp.float32
+    np.testing.assert_array_equal(
+        loaded.params["blocks"]["w_up"][2], stored[name].astype(np.float32)
+    )
+
+
+def test_the_trained_model_equals_transformers():
+    folder = neox_stories()
+    tokens = np.random.default_rng(1).integers(0, 2048, size=(2, 128))
+    assert_equal_to_transformers(folder, tokens)
+
+
+def test_the_trained_model_predicts_its_own_language():
+    folder = neox_stories()
+    model, tokenizer = load_language_model(folder), load_tokenizer(folder)
+    text = (
+        "Once upon a time, there was a little girl named Lily. She loved to play "
+        "outside in the park with her friends. One day, she saw a big dog."
+    )
+    ids = np.array([[model.bos_id, *tokenizer(text)["input_ids"]]])
+    assert model.loss(ids)[0].mean() < 2.5
+    shuffled = np.random.default_rng(0).permutation(ids[0])[None]
+    assert model.loss(shuffled)[0].mean() > 4.5
+
+
+def test_residual_computes_nothing_past_its_block(model):
+    poison = jax.tree.map(lambda p: p.at[2:].set(jnp.nan), model.params["blocks"])
+    params = {name: jnp.nan * model.params[name] for name in ("ln_scale", "unembed")}
+    params = {**model.params, **params, "blocks": poison}
+    poisoned = dataclasses.replace(model, params=params)
+    np.testing.assert_array_equal(
+        poisoned.residual(TOKENS, 1), model.residual(TOKENS, 1)
+    )
+    assert np.isnan(poisoned.residual(TOKENS, 2)).all()
+
+
+def test_splices(model, folder):
+    clean = model.logits(TOKENS)[0]
+    same, zeroed, same_again = model.logits(
+        TOKENS, layer=1, splices=(identity, jnp.zeros_like, lambda x: x + 0)
+    )
+    np.testing.assert_allclose(same, clean, atol=1e-5)
+    np.testing.assert_array_equal(same, same_again)
+    assert np.abs(zeroed - clean).max() > 0.1
+    theirs, _ = reference(folder, TOKENS, zero_after=1)
+    np.testing.assert_allclose(zeroed, theirs, atol=TOLERANCE, rtol=0)
+
+
+def test_splice_after_the_last_block_reaches_the_logits(model):
+    last = model.n_layers - 1
+    seen = []
+    model.logits(TOKENS, layer=last, splices=(lambda x: seen.append(x) or x,))
+    np.testing.assert_array_equal(seen[0], model.residual(TOKENS, last))
+    zeroed = model.logits(TOKENS, layer=last, splices=(jnp.zeros_like,))[0]
+    bias = model.params["ln_bias"] @ model.params["unembed"].T
+    np.testing.assert_allclose(zeroed[0, 0], bias, atol=1e-5)
+
+
+def test_loss_is_the_cross_entropy_of_the_next_token(model):
+    loss, zeroed = model.loss(TOKENS, layer=0, splices=(identity, jnp.zeros_like))
+    logits = np.asarray(model.logits(TOKENS)[0], np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = [[-np.log(p[b, t, TOKENS[b, t + 1]]) for t in range(16)] for b in (0, 1)]
+    np.testing.assert_allclose(loss, expected, atol=1e-4)
+    assert zeroed.shape == (2, 16) and np.abs(zeroed - loss).max() > 0.1
+
+
+def test_loss_equals_torch_cross_entropy():
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    logits = 5 * np.random.default_rng(0).normal(size=(2, 17, 61)).astype(np.float32)
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits[:, :-1]).flatten(0, 1),
+        torch.tensor(TOKENS[:, 1:]).flatten(),
+        reduction="none",
+    )
+    ours = next_token_loss(logits, TOKENS)
+    np.testing.assert_allclose(ours.ravel(), theirs, atol=1e-5)
+
+
+def test_jit_takes_the_parameters_as_an_argument(model, tmp_path):
+    other = load_language_model(write_neox(tmp_path / "other", seed=1))
+    other = dataclasses.replace(other, name=model.name, config_hash=model.config_hash)
+    traces = []
+
+    @jax.jit
+    def run(model, tokens, scale):
+        traces.append(1)
+        splices = (identity, lambda x: scale * x)
+        return model.logits(tokens, layer=1, splices=splices), model.loss(tokens)
+
+    for one in (model, other):
+        (clean, scaled), (loss,) = run(one, TOKENS, 0.5)
+        splices = (lambda x: 0.5 * x,)
+        expected = one.logits(TOKENS, layer=1, splices=splices)[0]
+        np.testing.assert_allclose(scaled, expected, atol=1e-5)
+        np.testing.assert_allclose(clean, one.logits(TOKENS)[0], atol=1e-5)
+        np.testing.assert_allclose(loss, one.loss(TOKENS)[0], atol=1e-5)
+    assert len(traces) == 1
+
+
+def test_gradient_into_a_splice_equals_finite_differences(model):
+    direction = jax.random.normal(jax.random.key(0), (2, 17, 48))
+
+    def loss(step):
+        splices = (lambda x: x + step * direction,)
+        return model.loss(TOKENS, layer=0, splices=splices)[0].mean()
+
+    slope = (loss(1e-2) - loss(-1e-2)) / 2e-2
+    np.testing.assert_allclose(jax.grad(loss)(0.0), slope, rtol=0.02)
+
+
+def test_strict_promotion_of_ranks_and_types(model):
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        logits = jax.jit(lambda m: m.loss(TOKENS, layer=1))(model)[0]
+    assert np.isfinite(logits).all()
+
+
+def test_facts(model, folder):
+    assert (model.d_model, model.n_layers, model.vocab_size) == (48, 3, 61)
+    assert (model.bos_id, model.special_ids) == (1, frozenset({1, 2}))
+    assert model.name == folder and model.revision is None
+
+
+def test_an_id_outside_the_vocabulary_is_not_clamped(model):
+    tokens = TOKENS.copy()
+    tokens[0, 5] = 61
+    residual = model.residual(tokens, 0)
+    assert np.isnan(residual[0, 5]).all() and np.isfinite(residual[1]).all()
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_layer_out_of_range_is_named(model, layer):
+    with pytest.raises(UserError, match=f"layer={layer} must be from 0 to 2"):
+        model.residual(TOKENS, layer)
+
+
+def test_misused_splices_are_refused(model):
+    with pytest.raises(ValueError, match="need a layer"):
+        model.logits(TOKENS, splices=(jnp.zeros_like,))
+    with pytest.raises(ValueError, match="returned the shape"):
+        model.logits(TOKENS, layer=0, splices=(lambda x: x[:1],))
+
+
+BROKEN_WEIGHTS = {
+    "missing": (
+        lambda t: t.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.bias"),
+        "tensor gpt_neox.layers.1.mlp.dense_h_to_4h.bias is missing",
+    ),
+    "wrong shape": (
+        lambda t: t.update({"embed_out.weight": np.zeros((60, 48), np.float32)}),
+        r"tensor embed_out.weight is \(60, 48\), not \(61, 48\)",
+    ),
+    "unexpected": (
+        lambda t: t.update({"gpt_neox.lora": np.zeros(3, np.float32)}),
+        "tensor gpt_neox.lora is not GPT-NeoX's",
+    ),
+    "one layer too many": (
+        lambda t: t.update({"gpt_neox.layers.3.attention.dense.bias": np.zeros(48)}),
+        "tensor gpt_neox.layers.3.attention.dense.bias is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_WEIGHTS)
+def test_weights_that_do_not_fit_are_named(case, tmp_path):
+    change, message = BROKEN_WEIGHTS[case]
+    folder = write_neox(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_language_model(folder)
+
+
+def test_buffers_of_older_checkpoints_are_ignored(model, tmp_path):
+    folder = write_neox(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    attention = "gpt_neox.layers.0.attention."
+    tensors[attention + "bias"] = np.ones((1, 1, 64, 64), bool)
+    tensors[attention + "masked_bias"] = np.float32([-1e9])
+    tensors[attention + "rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    ours = load_language_model(folder).logits(TOKENS)[0]
+    np.testing.assert_array_equal(ours, model.logits(TOKENS)[0])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_act": "mish"}, "hidden_act='mish'"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rotary scaling 'linear'",
+        ),
+        ({"num_attention_heads": 5}, "hidden_size=48 must be a multiple"),
+        ({"hidden_size": None}, "lacks hidden_size"),
+    ],
+)
+def test_configs_that_cannot_be_run_are_refused(changes, message, tmp_path):
+    folder = write_neox(tmp_path)
+    config = {**CONFIG, **changes}
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        load_language_model(folder)

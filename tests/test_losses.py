@@ -1,0 +1,268 @@
+"""Each loss against a float64 NumPy reference, and its gradient against differences."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vsae_jax import losses
+from vsae_jax.config import SAEConfig
+from vsae_jax.losses import Weights
+
+B, D, M, K = 16, 6, 20, 4
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    w_dec = rng.normal(size=(M, D))
+    return {
+        "w_enc": jnp.asarray(rng.normal(size=(D, M)), jnp.float32),
+        "b_enc": jnp.asarray(rng.normal(size=M), jnp.float32),
+        "w_dec": jnp.asarray(w_dec, jnp.float32),
+        "b_dec": jnp.asarray(rng.normal(size=D), jnp.float32),
+    }
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(1).normal(size=(B, D)), jnp.float32)
+
+
+def variance_head(params):
+    rng = np.random.default_rng(2)
+    return params | {
+        "w_var": jnp.asarray(0.3 * rng.normal(size=(D, M)), jnp.float32),
+        "b_var": jnp.asarray(0.3 * rng.normal(size=M), jnp.float32),
+    }
+
+
+def numpy_loss(params, x, eps, weights, config, dead=None):
+    """The formulas of the module's docstring, in float64."""
+    p = {name: np.asarray(a, np.float64) for name, a in params.items()}
+    x, eps = np.asarray(x, np.float64), np.asarray(eps, np.float64)
+    x_in = x - p["b_dec"] if config.subtract_b_dec else x
+    mu = x_in @ p["w_enc"] + p["b_enc"]
+    mu = np.maximum(mu, 0) if config.relu else mu
+    s = np.exp(0.5 * (x_in @ p["w_var"] + p["b_var"])) if "w_var" in p else 1.0
+    z = mu + (weights.noise_std * s * eps if config.noise else 0)
+    rank = np.abs(z) if config.selection == "magnitude" else z
+    mask = np.ones(z.shape, bool)
+    if config.sparsity == "topk":
+        kth = np.sort(rank, axis=1)[:, -weights.k][:, None]
+        mask = rank >= kth
+    f = np.where(mask, z, 0)
+    x_hat = f @ p["w_dec"] + p["b_dec"]
+    loss = np.sum((x - x_hat) ** 2, axis=1)
+    kl = 0.5 * (mu**2 + s**2 - 1 - np.log(s**2))
+    if config.kl_over == "selected":
+        kl = np.where(mask, kl, 0)
+    if config.penalty == "kl":
+        loss = loss + weights.beta * kl.sum(axis=1)
+    if config.penalty == "l1":
+        loss = loss + weights.l1 * np.abs(f).sum(axis=1)
+    if config.auxk and dead is not None and dead.any():
+        loss = loss + weights.auxk * numpy_auxk(p, x, x_hat, mu, dead, config)
+    return loss.mean()
+
+
+def numpy_auxk(p, x, x_hat, mu, dead, config):
+    candidates = np.where(dead, np.maximum(mu, 0), 0)
+    kth = np.sort(candidates, axis=1)[:, -config.k_aux][:, None]
+    f_aux = np.where(candidates >= kth, candidates, 0)
+    residual = x - x_hat
+    error = np.sum((residual - f_aux @ p["w_dec"]) ** 2, axis=1)
+    if config.auxk_units == "variance":
+        error = error / np.mean(np.sum((residual - residual.mean(0)) ** 2, axis=1))
+    return error
+
+
+CASES = {
+    "topk": {"relu": True, "noise": False, "penalty": "none"},
+    "relu": {"sparsity": "none", "relu": True, "noise": False, "penalty": "l1"},
+    "vsae": {"sparsity": "none"},
+    "vsae_topk": {},
+    "learned variance": {"variance": "learned"},
+    "kl over selected": {"kl_over": "selected", "variance": "learned"},
+    "magnitude": {"selection": "magnitude", "noise": False},
+    "b_dec kept": {"subtract_b_dec": False},
+    "auxk": {"relu": True, "noise": False, "penalty": "none", "auxk": True},
+    "auxk by variance": {"auxk": True, "auxk_units": "variance"},
+    "topk by lax": {"top_k": "lax"},
+}
+
+
+def make(name, params):
+    switches = dict(CASES[name])
+    if switches.get("variance") == "learned":
+        params = variance_head(params)
+    config = SAEConfig(d_model=D, d_sae=M, k=K, k_aux=3, **switches)
+    return params, config
+
+
+WEIGHTS = Weights(k=K, beta=0.3, noise_std=0.7, l1=0.2, auxk=0.5)
+DEAD = np.arange(M) % 3 == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_equals_numpy(name, params, x, key):
+    params, config = make(name, params)
+    loss, info = losses.total_loss(
+        params, x, key, WEIGHTS, jnp.asarray(DEAD), config=config
+    )
+    eps = jax.random.normal(key, (B, M))
+    expected = numpy_loss(params, x, eps, WEIGHTS, config, DEAD)
+    np.testing.assert_allclose(loss, expected, rtol=2e-6)
+    np.testing.assert_allclose(info.loss, loss)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if "auxk" not in n])
+def test_gradient_equals_finite_differences(name, params, x, key):
+    params, config = make(name, params)
+    gradient = jax.grad(
+        lambda p: losses.total_loss(p, x, key, WEIGHTS, config=config)[0]
+    )(params)
+    eps = np.asarray(jax.random.normal(key, (B, M)))
+    rng = np.random.default_rng(3)
+    for array_name, array in params.items():
+        for _ in range(4):
+            place = tuple(rng.integers(0, n) for n in array.shape)
+            step = np.zeros(array.shape)
+            step[place] = 1e-6
+            up, down = (
+                numpy_loss(
+                    params | {array_name: np.asarray(array, np.float64) + sign * step},
+                    x,
+                    eps,
+                    WEIGHTS,
+                    config,
+                )
+                for sign in (1, -1)
+            )
+            difference = (up - down) / 2e-6
+            np.testing.assert_allclose(
+                gradient[array_name][place], difference, rtol=2e-4, atol=2e-5
+            )
+
+
+def test_parts_are_unreduced_and_check_shapes(x):
+    assert losses.squared_error(x, x).shape == (B,)
+    assert losses.gaussian_kl(x).shape == (B,)
+    assert losses.l1_norm(x).shape == (B,)
+    with pytest.raises(ValueError, match="shapes differ"):
+        losses.squared_error(x, x[:, :1])
+    with pytest.raises(ValueError, match="shapes differ"):
+        losses.gaussian_kl(x, x[:1])
+
+
+def test_kl_is_zero_at_the_prior_and_matches_monte_carlo(key):
+    zero = jnp.zeros((3, 5))
+    np.testing.assert_array_equal(losses.gaussian_kl(zero, zero), np.zeros(3))
+    mean, log_var = jnp.full((1, 2), 0.7), jnp.full((1, 2), -0.4)
+    s = jnp.exp(0.5 * log_var)
+    z = mean + s * jax.random.normal(key, (400_000, 2))
+    log_q = -0.5 * ((z - mean) / s) ** 2 - jnp.log(s)
+    sampled = jnp.mean(jnp.sum(log_q + 0.5 * z**2, axis=1))
+    np.testing.assert_allclose(losses.gaussian_kl(mean, log_var)[0], sampled, rtol=0.02)
+
+
+def test_beta_zero_is_zero_and_not_a_default(params, x, key):
+    plain, _ = losses.vsae_topk_loss(params, x, key, k=K, beta=0.0)
+    _, info = losses.vsae_topk_loss(params, x, key, k=K, beta=0.0)
+    np.testing.assert_array_equal(plain, info.squared_error)
+    weighted, _ = losses.vsae_topk_loss(params, x, key, k=K, beta=2.0)
+    np.testing.assert_allclose(weighted - plain, 2.0 * info.kl, rtol=1e-5)
+
+
+def test_public_losses_are_the_total_loss(params, x, key):
+    cases = {
+        "topk": losses.topk_loss(params, x, k=K),
+        "relu": losses.relu_loss(params, x, l1=0.2),
+        "vsae": losses.vsae_loss(params, x, key, beta=0.3, noise_std=0.7),
+        "vsae_topk": losses.vsae_topk_loss(
+            params, x, key, k=K, beta=0.3, noise_std=0.7
+        ),
+    }
+    for name, (loss, _) in cases.items():
+        _, config = make(name, params)
+        eps = jax.random.normal(key, (B, M))
+        expected = numpy_loss(params, x, eps, WEIGHTS, config)
+        np.testing.assert_allclose(loss, expected, rtol=2e-6, err_msg=name)
+
+
+def test_public_losses_are_jitted_and_keyed(params, x, key):
+    for name in ("topk_loss", "relu_loss", "vsae_loss", "vsae_topk_loss"):
+        assert hasattr(getattr(losses, name), "lower"), name
+        assert inspect.getdoc(getattr(losses, name))
+    first, _ = losses.vsae_topk_loss(params, x, key, k=K, beta=0.1)
+    again, _ = losses.vsae_topk_loss(params, x, key, k=K, beta=0.1)
+    other, _ = losses.vsae_topk_loss(params, x, jax.random.key(8), k=K, beta=0.1)
+    assert first == again and first != other
+
+
+def auxk(params, x, dead, **options):
+    residual = x - 1.0
+    mu = x @ params["w_enc"]
+    return losses.auxk_error(
+        residual, mu, params["w_dec"], jnp.asarray(dead), k_aux=3, **options
+    )
+
+
+def test_auxk_is_zero_when_nothing_is_dead(params, x):
+    np.testing.assert_array_equal(auxk(params, x, np.zeros(M, bool)), np.zeros(B))
+    assert (auxk(params, x, np.ones(M, bool)) > 0).all()
+
+
+def test_auxk_stops_the_gradient_of_the_residual(params, x):
+    def error(residual, mu):
+        dead = jnp.ones(M, bool)
+        value = losses.auxk_error(residual, mu, params["w_dec"], dead, k_aux=3)
+        return jnp.sum(value)
+
+    mu = x @ params["w_enc"]
+    residual_gradient, mu_gradient = jax.grad(error, argnums=(0, 1))(x, mu)
+    np.testing.assert_array_equal(residual_gradient, np.zeros((B, D)))
+    assert (mu_gradient != 0).any()
+
+
+def test_auxk_has_the_right_sign(params):
+    """One dead latent pointing along the residual: more of it lowers the error."""
+    w_dec = jnp.zeros((M, D)).at[0, 0].set(1.0)
+    residual = jnp.zeros((1, D)).at[0, 0].set(2.0)
+    mu = jnp.full((1, M), -1.0).at[0, 0].set(0.5)
+
+    def error(mu):
+        dead = jnp.arange(M) == 0
+        return losses.auxk_error(residual, mu, w_dec, dead, k_aux=1)[0]
+
+    np.testing.assert_allclose(error(mu), (2.0 - 0.5) ** 2)
+    np.testing.assert_allclose(jax.grad(error)(mu)[0, 0], -2 * (2.0 - 0.5))
+
+
+def test_fired_means_above_zero_not_selected(params):
+    """All mu are negative: k are selected, relu makes them 0, none has fired."""
+    quiet = params | {"b_enc": jnp.full(M, -100.0)}
+    _, info = losses.topk_loss(quiet, jnp.zeros((B, D)), k=K)
+    assert not info.fired.any() and info.l0 == 0
+
+
+def test_bfloat16_is_close_and_float32_accumulated(params, x, key):
+    configs = [
+        SAEConfig(d_model=D, d_sae=M, k=M, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    ]
+    weights = Weights(k=M, beta=0.3, noise_std=0.7)
+
+    def loss(p, config):
+        return losses.total_loss(p, x, key, weights, config=config)[0]
+
+    exact, rounded = (jax.value_and_grad(loss)(params, config) for config in configs)
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=0.02)
+    for name in params:
+        assert rounded[1][name].dtype == jnp.float32
+        scale = jnp.abs(exact[1][name]).max()
+        np.testing.assert_allclose(
+            rounded[1][name] / scale, exact[1][name] / scale, atol=0.03
+        )

@@ -1,0 +1,115 @@
+"""Every selection keeps exactly what jax.lax.top_k keeps."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vsae_jax import sparsity
+
+
+def reference(z: np.ndarray, k: int) -> np.ndarray:
+    """Indices by (value descending, index ascending), in NumPy."""
+    order = np.argsort(-z.astype(np.float64), axis=1, kind="stable")
+    mask = np.zeros(z.shape, bool)
+    np.put_along_axis(mask, order[:, :k], True, axis=1)
+    return mask
+
+
+def inputs(name: str, rng: np.random.Generator) -> np.ndarray:
+    z = rng.normal(size=(32, 96)).astype(np.float32)
+    return {
+        "random": z,
+        "tied": np.round(z),
+        "all equal": np.zeros_like(z),
+        "negative": -np.abs(z) - 1,
+        "after relu": np.maximum(z - 1, 0),
+        "signed zeros": np.where(z > 0, 0.0, -0.0).astype(np.float32),
+        "tiny and huge": (z * 10.0 ** rng.integers(-44, 37, z.shape)).astype("f4"),
+    }[name]
+
+
+CASES = (
+    "random",
+    "tied",
+    "all equal",
+    "negative",
+    "after relu",
+    "signed zeros",
+    "tiny and huge",
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("k", [1, 7, 95, 96])
+def test_selections_are_exact(name, k):
+    z = inputs(name, np.random.default_rng(0))
+    expected = reference(z, k)
+    lax_mask = sparsity.top_k_lax(jnp.asarray(z), k, k_max=96)
+    count_mask = sparsity.top_k_count(jnp.asarray(z), k)
+    if name != "signed zeros":  # lax.top_k may rank -0 below 0; the values are equal
+        np.testing.assert_array_equal(lax_mask, expected)
+    np.testing.assert_array_equal(count_mask, expected)
+
+
+def test_bfloat16_and_ragged_batches():
+    z = jnp.asarray(np.random.default_rng(1).normal(size=(5, 64)), jnp.bfloat16)
+    mask = sparsity.top_k_count(z, 9)
+    np.testing.assert_array_equal(mask, reference(np.asarray(z, np.float32), 9))
+    np.testing.assert_array_equal(mask, sparsity.top_k_lax(z, 9, k_max=9))
+
+
+select_jitted = jax.jit(partial(sparsity.keep_top_k, k_max=24))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 24), st.integers(1, 4))
+def test_exactly_k_stay(seed, k, levels):
+    z = np.random.default_rng(seed).integers(-levels, levels + 1, (16, 24))
+    f, mask = select_jitted(jnp.asarray(z, jnp.float32), jnp.int32(k))
+    assert (mask.sum(axis=1) == k).all()
+    np.testing.assert_array_equal(mask, reference(z, k))
+    np.testing.assert_array_equal(f, np.where(mask, z, 0))
+
+
+@pytest.mark.parametrize("method", ["auto", "lax"])
+def test_k_may_be_traced(method):
+    z = jax.random.normal(jax.random.key(0), (16, 40))
+
+    @jax.jit
+    def select(k):
+        return sparsity.keep_top_k(z, k, k_max=20, method=method)[1]
+
+    for k in (1, 13, 20):
+        np.testing.assert_array_equal(select(jnp.int32(k)), reference(np.array(z), k))
+    assert select._cache_size() == 1
+
+
+def test_magnitude_keeps_the_sign():
+    z = jnp.array([[1.0, -3.0, 2.0, 0.5]])
+    f, _ = sparsity.keep_top_k(z, 2, k_max=2, selection="magnitude")
+    np.testing.assert_array_equal(f, [[0.0, -3.0, 2.0, 0.0]])
+
+
+def test_gradient_flows_through_the_selected_only(key):
+    z = jax.random.normal(key, (16, 32))
+    weight = jax.random.normal(jax.random.key(1), (16, 32))
+
+    def total(z, method):
+        f, _ = sparsity.keep_top_k(z, 5, k_max=5, method=method)
+        return jnp.sum(f * weight)
+
+    expected = jnp.where(reference(np.array(z), 5), weight, 0)
+    for method in ("auto", "lax"):
+        np.testing.assert_array_equal(jax.grad(total)(z, method), expected)
+
+
+def test_dead_latents():
+    silent = jnp.array([0, 4, 5, 6])
+    np.testing.assert_array_equal(
+        sparsity.dead_latents(silent, jnp.int32(5)), [False, False, True, True]
+    )

@@ -1,0 +1,19 @@
+"""Variational and ordinary sparse autoencoders on language-model activations."""
+
+from vsae_jax import losses
+from vsae_jax.config import ExtractConfig, SAEConfig, TrainConfig
+from vsae_jax.sae import SAE, fold, init
+from vsae_jax.sparsity import keep_top_k
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAE",
+    "ExtractConfig",
+    "SAEConfig",
+    "TrainConfig",
+    "fold",
+    "init",
+    "keep_top_k",
+    "losses",
+]

@@ -1,0 +1,104 @@
+"""Orbax checkpoints of a training state and its place in the data."""
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from vsae_jax.errors import UserError, one_line
+from vsae_jax.step import TrainState
+
+_KEPT = 2
+
+
+class Checkpoints:
+    """The last two checkpoints of a run, below `folder`. A context manager."""
+
+    def __init__(self, folder: Path):
+        # Orbax takes most of a second to import; commands that never train skip it.
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._args = ocp.args
+        policy = ocp.checkpoint_managers.LatestN(_KEPT)
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, enable_async_checkpointing=False
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, *, data_position: int) -> None:
+        """Writes `state` and the number of rows consumed, under the state's step."""
+        step = int(state.step)
+        if step in self.steps():
+            return
+        parts = self._args.Composite(
+            state=self._args.StandardSave(_plain(state)),
+            progress=self._args.JsonSave({"data_position": data_position}),
+        )
+        try:
+            self._manager.save(step, args=parts)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the checkpoint of step {step} could not be written: "
+                f"{one_line(error)}; earlier checkpoints are intact: make room or fix "
+                "the folder, then run the same command again"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, int] | None:
+        """The newest readable state, shaped `like`, and its data position; or None.
+
+        A damaged checkpoint is named and the one before it is used.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return self._read(step, like)
+            # A damaged file can fail in Orbax, TensorStore or zstd with any type.
+            except Exception as error:
+                print(f"checkpoint of step {step} is damaged: {one_line(error)}")
+        if self.steps():
+            raise UserError(
+                "no checkpoint of this run can be read; delete its checkpoints folder "
+                "to start it again"
+            )
+        return None
+
+    def _read(self, step: int, like: TrainState) -> tuple[TrainState, int]:
+        shape = jax.eval_shape(_plain, like)
+        parts = self._args.Composite(
+            state=self._args.StandardRestore(shape),
+            progress=self._args.JsonRestore(),
+        )
+        read = self._manager.restore(step, args=parts)
+        if jax.tree.structure(read["state"]) != jax.tree.structure(shape):
+            raise ValueError("its arrays are not those of this run")
+        state = _keyed(read["state"])
+        if int(state.step) != step:
+            raise ValueError(f"it holds step {int(state.step)}")
+        return state, int(read["progress"]["data_position"])
+
+
+def _plain(state: TrainState) -> Any:
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+def _keyed(state: TrainState) -> TrainState:
+    return state._replace(key=jax.random.wrap_key_data(state.key))

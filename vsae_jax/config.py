@@ -1,0 +1,397 @@
+"""What a run is: frozen dataclasses, one field per flag, to and from JSON.
+
+None means unset. `resolve` fills it from the preset and the variant, once; an
+explicit value always wins, and zero is a value.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vsae_jax.errors import UserError
+from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, default_help, training_defaults
+
+Preset = Literal["paper", "released", "baseline"]
+Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
+Backend = Literal["transformers", "jax", "auto"]
+
+
+def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
+    """A config field that is also a command-line flag; `sweep`: takes a comma list."""
+    return dataclasses.field(default=default, metadata={"help": help, "sweep": sweep})
+
+
+def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
+    """A field whose default comes from the preset and the variant."""
+    metadata = {
+        "help": help,
+        "sweep": table == "train",
+        "default_help": default_help(name, table=table),
+    }
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Runs a language model over text once and writes its residual activations to
+    memory-mapped NumPy shards."""
+
+    preset: Preset = flag("whose settings to use where a flag is unset", "paper")
+    model: str = flag("hub id or local folder", "EleutherAI/pythia-70m-deduped")
+    revision: str = flag("hub revision: branch, tag or commit", "")
+    backend: Backend = flag(
+        "transformers needs torch; jax is GPT-NeoX only", "transformers"
+    )
+    layer: int | None = preset_flag(
+        "layer", "block whose output is kept, from 0", table="extract"
+    )
+    dataset: str = flag(
+        "hub id, or a local .jsonl, .txt or .parquet", "roneneldan/TinyStories"
+    )
+    split: str = flag("split of a hub data set", "train")
+    text_column: str = flag("column that holds the text", "text")
+    num_tokens: int | None = preset_flag(
+        "num_tokens", "tokens to run through the model", table="extract"
+    )
+    context_length: int = flag("tokens in a context, BOS included", 128)
+    bos: Literal["keep", "drop", "none"] | None = preset_flag(
+        "bos",
+        "every context starts with BOS: keep its row, drop its row, or add no BOS",
+        table="extract",
+    )
+    skip_positions: int = flag(
+        "first text positions of a context, after BOS, whose rows are dropped", 0
+    )
+    center_residual: bool | None = preset_flag(
+        "center_residual",
+        "subtract each row's mean over d_model, as TransformerLens does",
+        table="extract",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = flag(
+        "of the rows on disk", "bfloat16"
+    )
+    batch_size: int = flag("contexts in a forward pass", 32)
+    shard_contexts: int = flag("contexts in a shard", 2048)
+    out: str = flag(
+        "folder for the shards; unset: activations/<model>/blocks.<layer>"
+        ".hook_resid_post",
+        "",
+    )
+
+    def __post_init__(self):
+        _check_at_least(
+            self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
+        )
+        _check_at_least(self, 0, "layer", "skip_positions")
+        if self.dropped_positions >= self.context_length:
+            raise UserError(
+                f"--context_length={self.context_length} leaves no row after dropping "
+                f"{self.dropped_positions} positions; raise it or drop fewer"
+            )
+
+    @property
+    def dropped_positions(self) -> int:
+        """Leading positions of a context that get no activation row."""
+        return self.skip_positions + (self.bos == "drop")
+
+
+def resolve_extract(config: ExtractConfig) -> ExtractConfig:
+    """The config with every unset field filled from its preset."""
+    config = _fill(config, EXTRACT_PRESETS[config.preset])
+    if config.out:
+        return config
+    out = default_activations(config.model, config.layer)
+    return dataclasses.replace(config, out=out)
+
+
+def default_activations(model: str, layer: int) -> str:
+    """Where `extract` writes and `train` reads when neither is told."""
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return f"activations/{name}/{hook_name(layer)}"
+
+
+def hook_name(layer: int) -> str:
+    """The residual stream after block `layer`, in TransformerLens' words."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Trains sparse autoencoders on extracted activations. A comma list on any flag
+    that takes one makes a grid, one run folder per arm."""
+
+    activations: str = flag("folder that extract wrote; unset: its default place", "")
+    out: str = flag("run folder; unset: below runs/, named by its settings", "")
+    preset: Preset = flag(
+        "whose settings to use where a flag is unset", "paper", sweep=True
+    )
+    variant: Variant = flag("which autoencoder", "vsae_topk", sweep=True)
+    k: int | None = preset_flag("k", "latents kept per row")
+    beta: float | None = preset_flag("beta", "weight of the KL penalty")
+    d_sae: int | None = preset_flag("d_sae", "number of latents")
+    steps: int | None = preset_flag("steps", "optimizer steps")
+    batch_size: int | None = preset_flag("batch_size", "rows in a step")
+    lr: float | Literal["auto"] | None = preset_flag(
+        "lr", "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)"
+    )
+    seed: int = flag("of the weights and the noise", 0, sweep=True)
+    data_seed: int = flag("of the order of the rows", 0)
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "of the matrix products; auto: bfloat16 on a GPU, else float32", "auto"
+    )
+    relu: bool | None = preset_flag("relu", "relu on mu")
+    noise_std: float | None = preset_flag(
+        "noise_std", "standard deviation of the training noise (times a learned one)"
+    )
+    variance: Literal["fixed", "learned"] | None = preset_flag(
+        "variance", "of the posterior; learned adds a second encoder head"
+    )
+    selection: Literal["value", "magnitude"] | None = preset_flag(
+        "selection", "top-k keeps the largest values or the largest magnitudes"
+    )
+    penalty: Literal["none", "kl", "l1"] | None = preset_flag(
+        "penalty", "which penalty is on"
+    )
+    kl_over: Literal["all", "selected"] | None = preset_flag(
+        "kl_over", "latents that the KL sums over"
+    )
+    l1: float | None = preset_flag("l1", "weight of the L1 penalty")
+    auxk: float | None = preset_flag("auxk", "weight of AuxK, which revives latents")
+    k_aux: int | None = preset_flag("k_aux", "dead latents that AuxK uses")
+    dead_after_tokens: int | None = preset_flag(
+        "dead_after_tokens", "rows without firing after which a latent is dead"
+    )
+    auxk_units: Literal["loss", "variance"] | None = preset_flag(
+        "auxk_units",
+        "AuxK in the loss's units, or divided by the residual's variance",
+    )
+    decoder_norm: Literal["unit", "free"] | None = preset_flag(
+        "decoder_norm", "decoder rows kept at norm 1, or free"
+    )
+    decoder_init_norm: float | None = preset_flag(
+        "decoder_init_norm", "norm of the decoder's rows at the start"
+    )
+    subtract_b_dec: bool | None = preset_flag(
+        "subtract_b_dec", "subtract b_dec from the input"
+    )
+    b_dec_init: Literal["zeros", "geometric_median"] | None = preset_flag(
+        "b_dec_init", "where b_dec starts"
+    )
+    input_scale: float | Literal["unit", "sqrt_d", "none"] | None = preset_flag(
+        "input_scale",
+        "root mean square row norm that rows are scaled to: 1, sqrt(d_model), as they "
+        "are, or a number",
+    )
+    center_input: bool = flag("subtract the rows' mean from the input", False)
+    lr_warmup_steps: int | None = preset_flag(
+        "lr_warmup_steps", "linear warm-up of the learning rate"
+    )
+    lr_decay_start: int | None = preset_flag(
+        "lr_decay_start", "step from which the learning rate falls linearly to 0"
+    )
+    kl_warmup_steps: int | None = preset_flag(
+        "kl_warmup_steps", "steps over which beta rises linearly from 0"
+    )
+    clip_norm: float | None = preset_flag("clip_norm", "largest gradient norm")
+    adam_b1: float = flag("decay of Adam's first moment", 0.9)
+    adam_b2: float = flag("decay of Adam's second moment", 0.999)
+    adam_eps: float = flag("Adam's epsilon", 1e-8)
+    held_out: float = flag("share of the contexts, the last, never trained on", 0.05)
+    top_k: Literal["auto", "lax"] = flag(
+        "selection: lax is jax.lax.top_k, auto the fastest exact one", "auto"
+    )
+    checkpoint_every: int = flag("steps between checkpoints", 1000)
+    log_every: int = flag("steps between lines of metrics.jsonl", 50)
+    steps_per_dispatch: int = flag("steps in one call to the device", 10)
+    tensorboard: bool = flag("write TensorBoard events to the run folder", False)
+    wandb: bool = flag("log to Weights & Biases", False)
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
+        _check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
+        _check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
+        _check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
+        _check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
+        _check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
+        _check_above_zero(self, "decoder_init_norm")
+        _check_below_one(self, "adam_b1", "adam_b2", "held_out")
+        if self.held_out <= 0:
+            raise UserError(f"--held_out={self.held_out} must lie between 0 and 1")
+        if self.variant.endswith("topk") and _both(self.k, self.d_sae):
+            if self.k > self.d_sae:
+                raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
+        for name in ("seed", "data_seed"):
+            if getattr(self, name) >= 2**32:
+                raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")
+
+
+# Changing one of these leaves the result of a run unchanged, so a resumed run may.
+RUNTIME_FIELDS = frozenset(
+    "activations out checkpoint_every log_every steps_per_dispatch tensorboard "
+    "wandb".split()
+)
+
+
+def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
+    """The config with every unset field filled: preset < variant < explicit value.
+
+    Data-dependent defaults: `lr=auto`, `k_aux = d_model / 2`, warm-ups as shares of
+    `steps` (learning rate 2 %, KL 10 %, decay from 80 %), `dead_after_tokens` as 5 %
+    of the run's rows where the preset does not say.
+    """
+    config = _fill(config, training_defaults(config.preset, config.variant))
+    rows = config.steps * config.batch_size
+    lr = config.lr
+    if lr == "auto":
+        lr = 2e-4 / math.sqrt(config.d_sae / 2**14)
+    config = dataclasses.replace(config, lr=lr)
+    return _fill(
+        config,
+        {
+            "k_aux": min(max(d_model // 2, 1), config.d_sae),
+            "dead_after_tokens": rows // 20,
+            "lr_warmup_steps": config.steps // 50,
+            "lr_decay_start": config.steps * 4 // 5,
+            "kl_warmup_steps": config.steps // 10,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """The static part of an autoencoder: shapes, family and switches that recompile.
+
+    The numbers that may be traced (k, beta, learning rate, ...) are in
+    `train.Hparams`; `k` here is their static upper bound and, in a trained run, k.
+    """
+
+    d_model: int
+    d_sae: int
+    sparsity: Literal["topk", "none"] = "topk"
+    k: int = 64
+    selection: Literal["value", "magnitude"] = "value"
+    relu: bool = False
+    noise: bool = True
+    variance: Literal["fixed", "learned"] = "fixed"
+    penalty: Literal["none", "kl", "l1"] = "kl"
+    kl_over: Literal["all", "selected"] = "all"
+    auxk: bool = False
+    k_aux: int = 1
+    auxk_units: Literal["loss", "variance"] = "loss"
+    decoder_norm: Literal["unit", "free"] = "unit"
+    subtract_b_dec: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    top_k: Literal["auto", "lax"] = "auto"
+
+    def __post_init__(self):
+        if self.sparsity == "topk" and not 1 <= self.k <= self.d_sae:
+            raise UserError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
+
+
+def sae_config(config: TrainConfig, *, d_model: int, dtype: str) -> SAEConfig:
+    """The static part of a resolved training config."""
+    sparsity = VARIANTS[config.variant]["sparsity"]
+    if sparsity == "topk" and config.k > config.d_sae:
+        raise UserError(f"--k={config.k} must not exceed --d_sae={config.d_sae}")
+    if config.k_aux > config.d_sae:
+        raise UserError(f"--k_aux={config.k_aux} must not exceed d_sae={config.d_sae}")
+    return SAEConfig(
+        d_model=d_model,
+        sparsity=sparsity,
+        noise=config.noise_std > 0,
+        auxk=config.auxk > 0,
+        dtype=dtype,
+        **{
+            name: getattr(config, name)
+            for name in (
+                "d_sae k selection relu variance penalty kl_over k_aux auxk_units "
+                "decoder_norm subtract_b_dec top_k"
+            ).split()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluates trained runs with the language model in the loop on held-out text."""
+
+    run: str = flag("run folder, or a grid's folder", "")
+    evals: str = flag("comma list of evaluations", "core")
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    revision: str = flag("hub revision; unset: the manifest's", "")
+    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
+    activations: str = flag("folder that extract wrote; unset: the run's", "")
+    text: str = flag(
+        "evaluate on this .jsonl, .txt or .parquet instead of held-out contexts", ""
+    )
+    text_column: str = flag("column of --text that holds the text", "text")
+    num_tokens: int = flag("most tokens to evaluate on", 409_600)
+    batch_size: int = flag("contexts in a forward pass", 16)
+
+    def __post_init__(self):
+        _check_at_least(self, 1, "num_tokens", "batch_size")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as a JSON object."""
+    return dataclasses.asdict(config)
+
+
+def from_json(config_class: type, values: dict[str, Any], *, where: str) -> Any:
+    """A config from a JSON object; unknown or missing keys are refused by name."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    wrong = sorted(names.symmetric_difference(values))
+    if wrong:
+        raise UserError(
+            f"{where}: {config_class.__name__} does not match this version at "
+            f"{', '.join(wrong)}"
+        )
+    return config_class(**values)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`name: old -> new` for every key that differs, or an empty string."""
+    return ", ".join(
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    )
+
+
+def _fill(config: Any, defaults: dict[str, Any]) -> Any:
+    unset = {n: v for n, v in defaults.items() if getattr(config, n) is None}
+    return dataclasses.replace(config, **unset)
+
+
+def _both(*values: Any) -> bool:
+    return all(value is not None for value in values)
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, float]]:
+    pairs = [(name, getattr(config, name)) for name in names]
+    pairs = [(name, v) for name, v in pairs if v is not None and not isinstance(v, str)]
+    for name, value in pairs:
+        if not math.isfinite(value):
+            raise UserError(f"--{name}={value} must be a finite number")
+    return pairs
+
+
+def _check_at_least(config: Any, least: int, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+
+
+def _check_above_zero(config: Any, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        if value <= 0:
+            raise UserError(f"--{name}={value} must be above 0")
+
+
+def _check_below_one(config: Any, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        if value >= 1:
+            raise UserError(f"--{name}={value} must be below 1")

@@ -1,0 +1,27 @@
+"""What is said to a user: one line, and an exit status."""
+
+
+class UserError(Exception):
+    """A user's mistake. The message is one line: what was wrong, its value,
+    what would be right, and how to go on. Commands print it and exit with 2."""
+
+
+class Interrupted(Exception):
+    """Work was stopped by a signal after saving; commands exit with 128 + signal."""
+
+    def __init__(self, message: str, *, signal_number: int):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on a single line, shortened to 400 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:397] + "..."
+
+
+def missing_extra(package: str, *, extra: str) -> UserError:
+    """What to say when an optional package is not installed."""
+    return UserError(
+        f"{package} is not installed; install it with: pip install 'vsae_jax[{extra}]'"
+    )

@@ -1,0 +1,265 @@
+"""Text -> language model -> shards: `python -m vsae_jax.extract`.
+
+Killed and started again it goes on; see `residuals` for how the shards are made.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from vsae_jax import cli, progress, residuals, signals, text
+from vsae_jax.batches import read_ahead
+from vsae_jax.config import ExtractConfig, difference, hook_name, resolve_extract
+from vsae_jax.errors import UserError
+from vsae_jax.lm import (
+    LanguageModel,
+    check_layer,
+    load_language_model,
+    load_tokenizer,
+)
+from vsae_jax.manifest import Manifest, read_manifest
+from vsae_jax.shards import Activations, ShardWriter, is_missing
+
+# Settings that a manifest can be compared in before any model is loaded.
+_ASKED = (
+    "model backend layer dataset split text_column num_tokens context_length bos "
+    "skip_positions center_residual dtype shard_contexts"
+).split()
+
+
+def command(configs: Sequence[ExtractConfig]) -> None:
+    """Runs the command line's config."""
+    for config in configs:
+        run(config)
+
+
+def run(config: ExtractConfig) -> Activations:
+    """The activations that `config` asks for; only what is missing is computed."""
+    config = _absolute(resolve_extract(config))
+    folder = Path(config.out)
+    found = read_manifest(folder)
+    if found is not None:
+        _refuse_other(folder, found, asked(config))
+        if found.complete and not _missing(folder, found):
+            print(
+                f"{folder} is finished already: {found.n_contexts:,} contexts, "
+                f"{found.n_rows:,} rows; nothing to do"
+            )
+            return Activations.open(folder)
+    corpus = text.documents(
+        config.dataset, split=config.split, text_column=config.text_column
+    )
+    model = load_language_model(
+        config.model, revision=config.revision or None, backend=config.backend
+    )
+    check_layer(config.layer, n_layers=model.n_layers)
+    manifest = new_manifest(config, model)
+    if found is not None:
+        _refuse_other(folder, found, _settings(manifest))
+        manifest = found
+    announce(config, manifest)
+    contexts = text.contexts(
+        corpus,
+        load_tokenizer(config.model, revision=model.revision),
+        context_length=config.context_length,
+        bos_id=model.bos_id,
+        bos=config.bos,
+    )
+    began = time.monotonic()
+    manifest = _extract(config, manifest, model, contexts)
+    _conclude(config, manifest, time.monotonic() - began)
+    return Activations.open(folder)
+
+
+def _absolute(config: ExtractConfig) -> ExtractConfig:
+    """Local paths as seen from anywhere, for the manifest."""
+    model = os.path.expanduser(config.model)
+    dataset = os.path.expanduser(config.dataset)
+    return dataclasses.replace(
+        config,
+        model=os.path.abspath(model) if os.path.isdir(model) else config.model,
+        dataset=os.path.abspath(dataset) if os.path.isfile(dataset) else config.dataset,
+    )
+
+
+def asked(config: ExtractConfig) -> dict[str, Any]:
+    """The part of a manifest that the flags decide."""
+    values = {name: getattr(config, name) for name in _ASKED}
+    return values | {"revision_asked": config.revision}
+
+
+def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
+    """The manifest of a folder with no shard yet."""
+    return Manifest(
+        **asked(config),
+        revision=model.revision or "",
+        config_hash=model.config_hash,
+        tokenizer_hash=model.tokenizer_hash,
+        hook_name=hook_name(config.layer),
+        d_model=model.d_model,
+        vocab_size=model.vocab_size,
+        bos_id=model.bos_id,
+        special_ids=tuple(sorted(model.special_ids)),
+    )
+
+
+def _settings(manifest: Manifest) -> dict[str, Any]:
+    """A manifest's fields but for those that grow with its shards."""
+    grown = ("complete", "mean", "mean_squared_norm", "shards")
+    names = (field.name for field in dataclasses.fields(manifest))
+    return {name: getattr(manifest, name) for name in names if name not in grown}
+
+
+def _refuse_other(folder: Path, found: Manifest, wanted: dict[str, Any]) -> None:
+    old = {name: getattr(found, name) for name in wanted}
+    if changed := difference(old, wanted):
+        raise UserError(
+            f"{folder} was made with other settings ({changed}); give another --out, "
+            "or delete it"
+        )
+
+
+def _missing(folder: Path, manifest: Manifest) -> list[int]:
+    """The shards that the manifest lists and that are not in the folder."""
+    return [i for i in range(len(manifest.shards)) if is_missing(folder, i)]
+
+
+def announce(config: ExtractConfig, manifest: Manifest) -> None:
+    """Prints what will be written and what it needs; refuses if the disk is too
+    small."""
+    m, folder = manifest, Path(config.out)
+    contexts = _most_contexts(config)
+    n_rows = contexts * m.rows_per_context
+    n_bytes = n_rows * m.row_bytes + contexts * m.context_length * 4
+    there = len(m.shards) - len(_missing(folder, m))
+    print(
+        f"model   {m.model}, {m.hook_name}, d_model {m.d_model}\n"
+        f"text    {m.dataset}, contexts of {m.context_length} tokens, bos {m.bos}, "
+        f"rows of the positions from {m.dropped_positions}\n"
+        f"writes  up to {contexts:,} contexts, {n_rows:,} rows of {m.dtype}, "
+        f"{_size(n_bytes)}, to {folder} ({_size(_free(folder))} free)"
+    )
+    if there:
+        print(f"resumes: {there} shards of {m.shard_contexts} contexts are there")
+    n_bytes -= there * m.shard_contexts * m.rows_per_context * m.row_bytes
+    if n_bytes > _free(folder):
+        raise UserError(
+            f"{folder} needs {_size(n_bytes)} and its disk has {_size(_free(folder))} "
+            "free; lower --num_tokens or give --out= on another disk"
+        )
+
+
+def _most_contexts(config: ExtractConfig) -> int:
+    contexts = config.num_tokens // config.context_length
+    if contexts == 0:
+        raise UserError(
+            f"--num_tokens={config.num_tokens} is less than one context of "
+            f"--context_length={config.context_length}"
+        )
+    most = text.most_tokens(config.dataset)
+    room = max(config.context_length - (config.bos != "none"), 1)
+    return contexts if most is None else min(contexts, most // room)
+
+
+def _free(folder: Path) -> int:
+    """Free bytes on the disk where the folder is or will be."""
+    folder = folder.absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
+def _conclude(config: ExtractConfig, manifest: Manifest, seconds: float) -> None:
+    m, n_tokens = manifest, manifest.n_contexts * manifest.context_length
+    if m.n_contexts < config.num_tokens // m.context_length:
+        print(
+            f"note: the corpus ends after {n_tokens:,} tokens, before "
+            f"--num_tokens={config.num_tokens:,}; all of it was taken"
+        )
+    norm = m.mean_squared_norm**0.5
+    print(
+        f"wrote {m.n_contexts:,} contexts, {m.n_rows:,} rows to {config.out} in "
+        f"{seconds:.1f} s; root mean square norm of a row: {norm:.4g}"
+    )
+
+
+def _extract(
+    config: ExtractConfig,
+    manifest: Manifest,
+    model: LanguageModel,
+    contexts: Iterator[Int[np.ndarray, " context_length"]],
+) -> Manifest:
+    """Writes every shard that is not there yet."""
+    total = config.num_tokens // config.context_length
+    if manifest.complete:
+        total = manifest.n_contexts
+    shards = residuals.blocks(contexts, total=total, size=config.shard_contexts)
+    first = next(shards)
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone_in(folder), signals.caught() as caught:
+        writer = ShardWriter(folder, manifest)
+        shards = read_ahead(itertools.chain([first], shards), depth=1)
+        batches = read_ahead(residuals.pieces(shards, writer, model, config))
+        try:
+            with contextlib.closing(shards), contextlib.closing(batches):
+                residuals.write(writer, batches, caught, bar=_bar(config, manifest))
+        except OSError as error:
+            raise _more_room(error, writer) from None
+        finally:
+            writer.abandon()
+    return writer.manifest
+
+
+def _bar(config: ExtractConfig, manifest: Manifest) -> progress.Bar | progress.Lines:
+    n_there = manifest.n_contexts - sum(
+        manifest.shards[i].contexts for i in _missing(Path(config.out), manifest)
+    )
+    length = config.context_length
+    total = _most_contexts(config) * length
+    return progress.bar(total, unit="tokens", start=n_there * length)
+
+
+def _more_room(error: OSError, writer: ShardWriter) -> Exception:
+    """What to say of a disk that fills up; any other error as it is."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return error
+    return UserError(
+        f"writing {error.filename} failed ({error.strerror}); "
+        f"{len(writer.manifest.shards)} shards are safe in {writer.folder}: make room "
+        "and run the same command to go on"
+    )
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Refuses a folder that another process is writing; a kill ends the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another extract is writing {folder}") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+if __name__ == "__main__":
+    cli.main(command, ExtractConfig)

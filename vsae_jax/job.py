@@ -1,0 +1,186 @@
+"""A run, resolved: what to train, on what, and where it goes."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from vsae_jax import presets, runs, sae
+from vsae_jax.config import (
+    RUNTIME_FIELDS,
+    SAEConfig,
+    TrainConfig,
+    default_activations,
+    difference,
+    resolve_train,
+    sae_config,
+    to_json,
+)
+from vsae_jax.errors import UserError
+from vsae_jax.shards import Activations
+from vsae_jax.step import TrainState, init_state
+
+
+class Job(NamedTuple):
+    """A run, resolved: what to train, on what, and where it goes."""
+
+    train: TrainConfig
+    sae: SAEConfig
+    data: dict[str, Any]
+    activations: Activations
+    folder: Path
+
+
+def plan(config: TrainConfig) -> Job:
+    """Opens the activations, checks them against the preset and resolves the config."""
+    layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
+    model = "EleutherAI/pythia-70m-deduped"
+    place = config.activations or default_activations(model, layer)
+    activations = Activations.open(place)
+    _check_preset(config.preset, activations)
+    resolved = resolve_train(config, d_model=activations.d_model)
+    folder = Path(config.out or f"runs/{run_name(config)}")
+    resolved = replace(resolved, activations=str(place), out=str(folder))
+    dtype = resolved.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    return Job(
+        train=resolved,
+        sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
+        data=_data(activations, resolved),
+        activations=activations,
+        folder=folder,
+    )
+
+
+def run_name(config: TrainConfig) -> str:
+    """The variant, then every field that was set: `vsae_topk_k-256_beta-0.1`."""
+    unset = TrainConfig()
+    parts = [
+        f"{name}-{value}"
+        for name, value in to_json(config).items()
+        if value != getattr(unset, name)
+        and name not in RUNTIME_FIELDS
+        and name != "variant"
+    ]
+    return "_".join([config.variant, *parts])
+
+
+def _check_preset(preset: str, activations: Activations) -> None:
+    for name, needed in presets.REQUIRED_OF_ACTIVATIONS[preset].items():
+        found = getattr(activations.manifest, name)
+        if found != needed:
+            raise UserError(
+                f"--preset={preset} needs activations with {name}={needed}, but "
+                f"{activations.folder} has {name}={found}; extract again with "
+                f"--{name}={str(needed).lower()} or choose another --preset"
+            )
+
+
+def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
+    """What the run is trained on, for config.json; the last contexts are held out."""
+    m = activations.manifest
+    n_contexts = activations.n_contexts
+    held_out = max(math.ceil(n_contexts * config.held_out), 1)
+    if held_out >= n_contexts:
+        raise UserError(
+            f"{activations.folder} has {n_contexts} contexts and --held_out="
+            f"{config.held_out} holds out all of them; extract more tokens"
+        )
+    fields = (
+        "model revision hook_name layer context_length bos dropped_positions "
+        "center_residual dataset dtype"
+    )
+    return {
+        "manifest": m.hash,
+        **{name: getattr(m, name) for name in fields.split()},
+        "train_rows": (n_contexts - held_out) * activations.rows_per_context,
+        "held_out_contexts": [n_contexts - held_out, n_contexts],
+    }
+
+
+def explain(job: Job) -> None:
+    """What is trained, and what a flag does not do here."""
+    c, rows = job.train, job.train.steps * job.train.batch_size
+    print(
+        f"{c.variant} (preset {c.preset}): d_model {job.sae.d_model}, d_sae {c.d_sae}, "
+        f"k {c.k}, {c.steps} steps of {c.batch_size} rows "
+        f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
+        f"{jax.devices()[0].device_kind}, to {job.folder}"
+    )
+    if c.penalty != "kl" and c.beta > 0:
+        print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
+    if job.sae.auxk and c.dead_after_tokens >= rows:
+        print(
+            f"note: AuxK cannot act: --dead_after_tokens={c.dead_after_tokens} is not "
+            f"reached in a run of {rows} rows"
+        )
+
+
+def open_folder(job: Job) -> bool:
+    """Makes or checks the run folder; False when the run is already finished."""
+    stated = {"train": to_json(job.train), "sae": to_json(job.sae), "data": job.data}
+    path = job.folder / runs.CONFIG
+    if not path.is_file():
+        if job.folder.is_dir() and any(job.folder.iterdir()):
+            raise UserError(f"--out={job.folder} is not empty and not a run folder")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        device = jax.devices()[0].device_kind
+        record = stated | {"versions": runs.versions(), "device": device}
+        runs.write_json(path, record)
+        return True
+    stored = runs.read_json(path)
+    changed = "; ".join(
+        text
+        for part in stated
+        if (text := difference(_lasting(stored.get(part)), _lasting(stated[part])))
+    )
+    if changed:
+        raise UserError(
+            f"{job.folder} holds a run with another config ({changed}); give the same "
+            "flags to go on with it, or another --out"
+        )
+    return not (job.folder / runs.PARAMETERS).is_file()
+
+
+def _lasting(part: Any) -> dict[str, Any]:
+    part = part if isinstance(part, dict) else {}
+    return {n: v for n, v in part.items() if n not in RUNTIME_FIELDS}
+
+
+def first_state(job: Job, sample: jax.Array | None) -> TrainState:
+    c = job.train
+    scale, mean = _input_norm(job)
+    b_dec = None
+    if sample is not None:
+        b_dec = sae.geometric_median(scale * (sample - mean[None, :]))
+    weights_key, noise_key = jax.random.split(jax.random.key(c.seed))
+    variables = sae.init(
+        weights_key,
+        job.sae,
+        scale=scale,
+        mean=mean,
+        b_dec=b_dec,
+        decoder_init_norm=c.decoder_init_norm,
+    )
+    return init_state(variables, noise_key, job.sae)
+
+
+def _input_norm(job: Job) -> tuple[float, np.ndarray]:
+    """scale and mean such that the root mean square row norm is what was asked."""
+    m = job.activations.manifest
+    mean = np.zeros(m.d_model, np.float32)
+    mean_squared_norm = m.mean_squared_norm
+    if job.train.center_input:
+        mean = np.asarray(m.mean, np.float32)
+        mean_squared_norm -= float(np.sum(np.square(np.asarray(m.mean))))
+    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(m.d_model)}
+    scale = job.train.input_scale
+    if scale == "none":
+        return 1.0, mean
+    if not mean_squared_norm > 0:
+        raise UserError(f"{job.activations.folder}: every activation row is 0")
+    return wanted.get(scale, scale) / math.sqrt(mean_squared_norm), mean

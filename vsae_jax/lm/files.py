@@ -1,0 +1,283 @@
+"""Where a language model's files are: a local folder, or the hub and its cache.
+
+The hub is asked once, without retries, which commit is meant; every file then comes
+from that commit through huggingface_hub, so that a user's cache, token, endpoint and
+offline mode (`HF_HUB_OFFLINE=1`) work as everywhere else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vsae_jax.errors import UserError, one_line
+
+# Without it, importing transformers without torch prints that torch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+WAYS_ON = (
+    "give --model= a local folder with config.json, tokenizer.json and "
+    "model.safetensors, or run the offline demo: python -m vsae_jax.demo"
+)
+HUB_TIMEOUT_S = 10.0
+
+# The first set that is complete is the tokenizer; the order is transformers' own.
+TOKENIZER_FILES = (
+    ("tokenizer.json",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+)
+VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A language model's files, not yet read.
+
+    name: what the user gave.
+    folder: the local folder; None for a hub id.
+    revision: the hub commit; None for a folder.
+    cached_only: the hub could not be asked, so only the cache is read.
+    """
+
+    name: str
+    folder: Path | None = None
+    revision: str | None = None
+    cached_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What both backends say of a model; see the protocol `LanguageModel`."""
+
+    name: str
+    revision: str | None
+    d_model: int
+    n_layers: int
+    vocab_size: int
+    bos_id: int
+    special_ids: frozenset[int]
+    config_hash: str
+    tokenizer_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What transformers' `from_pretrained` needs to find the files."""
+
+    path: str
+    arguments: dict[str, Any]
+
+
+def locate(model: str, *, revision: str | None = None) -> ModelFiles:
+    """The files of a local folder, or of a hub id at the commit `revision` names."""
+    folder = Path(os.path.expanduser(model))
+    if not model or folder.is_file():
+        raise UserError(f"--model={model} is no model folder and no hub id; {WAYS_ON}")
+    if not folder.is_dir():
+        return _locate_on_hub(model, revision=revision or None)
+    if revision:
+        raise UserError(
+            f"--revision={revision} needs a hub id, but --model={model} is a local "
+            "folder; leave --revision out"
+        )
+    return ModelFiles(name=model, folder=folder)
+
+
+def _locate_on_hub(model: str, *, revision: str | None) -> ModelFiles:
+    from huggingface_hub import errors, model_info
+
+    files = ModelFiles(name=model, revision=revision)
+    try:
+        model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"--revision={revision} is no branch, tag or commit of --model={model}"
+        ) from None
+    except (errors.HFValidationError, errors.RepositoryNotFoundError):
+        raise UserError(
+            f"--model={model} is no folder here, and no model that the hub shows you "
+            f"(a private one needs `hf auth login`); {WAYS_ON}"
+        ) from None
+    except _connection_errors() as error:
+        files = dataclasses.replace(files, cached_only=True)
+        if find(files, "config.json") is None:
+            raise UserError(
+                f"--model={model} is no folder here, is not in the hub's cache, and "
+                f"the hub cannot be reached ({one_line(error)}); {WAYS_ON}"
+            ) from None
+    # The file comes by the name of the revision, which the cache then remembers, and
+    # lies in snapshots/<commit>/; all others come by the commit.
+    return dataclasses.replace(files, revision=need(files, "config.json").parent.name)
+
+
+def find(files: ModelFiles, filename: str) -> Path | None:
+    """The path of one file, fetched if need be; None if the model has no such file."""
+    if files.folder is not None:
+        path = files.folder / filename
+        return path if path.is_file() else None
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        path = hf_hub_download(
+            files.name,
+            filename,
+            revision=files.revision,
+            local_files_only=files.cached_only,
+        )
+    except errors.EntryNotFoundError as error:
+        lost = isinstance(error, errors.LocalEntryNotFoundError)
+        if lost and not files.cached_only:
+            raise _fetch_error(files, filename, error) from None
+        return None
+    except _connection_errors() as error:
+        raise _fetch_error(files, filename, error) from None
+    return Path(path)
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """OSError, and the errors of the HTTP library, which differs by hub version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError)
+
+
+def _fetch_error(files: ModelFiles, filename: str, error: Exception) -> UserError:
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return UserError(
+            f"--model={files.name} is gated: accept its terms on its hub page and log "
+            f"in with `hf auth login`, or {WAYS_ON}"
+        )
+    return UserError(
+        f"{filename} of --model={files.name} cannot be fetched ({one_line(error)}); "
+        f"try again, or {WAYS_ON}"
+    )
+
+
+def need(files: ModelFiles, filename: str) -> Path:
+    """The path of a file that the model must have."""
+    path = find(files, filename)
+    if path is None:
+        raise UserError(f"--model={files.name} has no {filename}; {WAYS_ON}")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_config(files: ModelFiles) -> dict[str, Any]:
+    """config.json as it stands, so that both spellings of a family can be read."""
+    return read_json(need(files, "config.json"))
+
+
+def read_vocab_size(files: ModelFiles) -> int:
+    """The number of token ids that the model knows."""
+    config = read_config(files)
+    sizes = {**config, **config.get("text_config", {})}
+    if "vocab_size" in sizes:
+        return sizes["vocab_size"]
+    from transformers import AutoConfig
+
+    source = transformers_source(files)
+    filled = AutoConfig.from_pretrained(source.path, **source.arguments)
+    return filled.get_text_config().vocab_size
+
+
+def weight_files(files: ModelFiles) -> list[Path]:
+    """model.safetensors, or every shard that its index names."""
+    single = find(files, "model.safetensors")
+    if single is not None:
+        return [single]
+    index = find(files, "model.safetensors.index.json")
+    if index is None:
+        raise UserError(
+            f"--model={files.name} has no model.safetensors, which --backend=jax "
+            "needs; --backend=transformers also reads pytorch_model.bin"
+        )
+    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+    return [need(files, shard) for shard in shards]
+
+
+def transformers_source(files: ModelFiles) -> Source:
+    """The same files for transformers; code that comes with a model is never run."""
+    return Source(
+        path=str(files.folder or files.name),
+        arguments={
+            "revision": files.revision or "main",
+            "local_files_only": files.cached_only,
+            "trust_remote_code": False,
+        },
+    )
+
+
+def tokenizer_source(files: ModelFiles) -> Source:
+    """`transformers_source`, if there is a tokenizer."""
+    if not _tokenizer_paths(files):
+        raise UserError(f"--model={files.name} has no tokenizer.json; {WAYS_ON}")
+    return transformers_source(files)
+
+
+def _tokenizer_paths(files: ModelFiles) -> list[Path]:
+    for filenames in TOKENIZER_FILES:
+        paths = [find(files, filename) for filename in filenames]
+        if None not in paths:
+            return [path for path in paths if path is not None]
+    return []
+
+
+def model_facts(
+    files: ModelFiles, config: dict[str, Any], *, d_model: int, n_layers: int
+) -> ModelFacts:
+    """What a backend knows of a model from its files; `config` has the special ids."""
+    bos, eos, pad = (_ids(config.get(f"{t}_token_id")) for t in ("bos", "eos", "pad"))
+    if not bos + eos:
+        raise UserError(
+            f"config.json of --model={files.name} names no bos_token_id and no "
+            "eos_token_id; add the one that starts a text"
+        )
+    return ModelFacts(
+        name=files.name,
+        revision=files.revision,
+        d_model=d_model,
+        n_layers=n_layers,
+        vocab_size=config["vocab_size"],
+        bos_id=(bos + eos)[0],
+        special_ids=frozenset(bos + eos + pad),
+        config_hash=_config_hash(read_config(files)),
+        tokenizer_hash=_tokenizer_hash(files),
+    )
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    """Token ids as a list: some models have several EOS, and -1 says "none" in some."""
+    ids = value if isinstance(value, list) else [value]
+    return [i for i in ids if i is not None and i >= 0]
+
+
+def _config_hash(config: dict[str, Any]) -> str:
+    """sha256 of the config as canonical JSON, without what a mere re-save changes."""
+    stable = {key: config[key] for key in config if key not in VOLATILE_KEYS}
+    text = json.dumps(stable, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokenizer_hash(files: ModelFiles) -> str:
+    """sha256 of the tokenizer's own files; of nothing if there is no tokenizer."""
+    digest = hashlib.sha256()
+    for path in _tokenizer_paths(files):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

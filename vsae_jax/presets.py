@@ -1,0 +1,132 @@
+"""The four variants and the three presets, as tables.
+
+A field's value is looked up in this order, the last that has it wins: the variant's
+row, the preset, the preset's own row for that variant, the user's flag.
+
+* `paper`: what the paper's text says; BUILD_NOTES.md lists what it leaves open.
+* `released`: the code that made the paper's numbers (no noise, relu(mu), free norms).
+* `baseline`: TopK as dictionary_learning trains it.
+"""
+
+from typing import Any
+
+# What makes a variant (DESIGN: relu and topk from paper 2.1, the others from 2.2).
+VARIANTS: dict[str, dict[str, Any]] = {
+    "relu": {"sparsity": "none", "relu": True, "noise_std": 0.0, "penalty": "l1"},
+    "topk": {"sparsity": "topk", "relu": True, "noise_std": 0.0, "penalty": "none"},
+    "vsae": {"sparsity": "none", "relu": False, "noise_std": 1.0, "penalty": "kl"},
+    "vsae_topk": {"sparsity": "topk", "relu": False, "noise_std": 1.0, "penalty": "kl"},
+}
+_AUXK = {"auxk": 1 / 32}
+
+# What an unset flag of `train` becomes, for every variant.
+_PAPER: dict[str, Any] = {
+    "k": 64,
+    "beta": 0.1,
+    "d_sae": 2048,
+    "steps": 20_000,
+    "batch_size": 1024,
+    "lr": "auto",
+    "variance": "fixed",
+    "selection": "value",
+    "kl_over": "all",
+    "l1": 0.0,
+    "auxk": 0.0,
+    "auxk_units": "loss",
+    "decoder_norm": "unit",
+    "decoder_init_norm": 1.0,
+    "subtract_b_dec": True,
+    "b_dec_init": "geometric_median",
+    "input_scale": 100.0,
+    "clip_norm": 1.0,
+}
+_RELEASED = _PAPER | {
+    "beta": 1.0,
+    "d_sae": 8192,
+    "steps": 10_001,
+    "batch_size": 192,
+    "input_scale": "unit",
+}
+# PAPER_VS_CODE 6.1: the released vSAE never samples, and differs from the released
+# TopK in learning rate, AuxK, decoder norm, centring and initial norm.
+_RELEASED_VSAE = {
+    "relu": True,
+    "noise_std": 0.0,
+    "selection": "magnitude",
+    "lr": 8e-4,
+    "decoder_norm": "free",
+    "decoder_init_norm": 0.1,
+    "subtract_b_dec": False,
+    "b_dec_init": "zeros",
+}
+_RELEASED_TOPK = _AUXK | {"dead_after_tokens": 10_000_000, "auxk_units": "variance"}
+_BASELINE = _PAPER | {"input_scale": "unit", "auxk_units": "variance"}
+_RELU = {"l1": 0.05}
+
+TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "paper": {"": _PAPER, "topk": _AUXK, "relu": _RELU},
+    "released": {
+        "": _RELEASED,
+        "topk": _RELEASED_TOPK,
+        "relu": _RELU,
+        "vsae": _RELEASED_VSAE,
+        "vsae_topk": _RELEASED_VSAE,
+    },
+    "baseline": {"": _BASELINE, "topk": _AUXK, "relu": _RELU},
+}
+
+# What an unset flag of `extract` becomes. `train` refuses activations that
+# contradict REQUIRED_OF_ACTIVATIONS of its preset.
+_EXTRACT = {"num_tokens": 22_000_000, "bos": "drop", "center_residual": False}
+EXTRACT_PRESETS: dict[str, dict[str, Any]] = {
+    "paper": _EXTRACT | {"layer": 0},
+    "released": {
+        "layer": 3,
+        "num_tokens": 2_200_000,
+        "bos": "keep",
+        "center_residual": True,
+    },
+    "baseline": _EXTRACT | {"layer": 0},
+}
+REQUIRED_OF_ACTIVATIONS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {"center_residual": True},
+    "baseline": {},
+}
+
+
+def training_defaults(preset: str, variant: str) -> dict[str, Any]:
+    """Every default of `train` under one preset and variant."""
+    tables = TRAIN_PRESETS[preset]
+    row = {n: v for n, v in VARIANTS[variant].items() if n != "sparsity"}
+    return row | tables[""] | tables.get(variant, {})
+
+
+def default_help(name: str, *, table: str) -> str:
+    """How `--help` says a default that depends on the preset and the variant."""
+    shares = {
+        "k_aux": "d_model / 2",
+        "dead_after_tokens": "5 % of the run's rows; released topk 10000000",
+        "lr_warmup_steps": "2 % of --steps",
+        "lr_decay_start": "80 % of --steps",
+        "kl_warmup_steps": "10 % of --steps",
+    }
+    if name in shares:
+        return shares[name]
+    if table == "extract":
+        values = {p: EXTRACT_PRESETS[p].get(name) for p in EXTRACT_PRESETS}
+    else:
+        values = {
+            f"{preset} {variant}": training_defaults(preset, variant).get(name)
+            for preset in TRAIN_PRESETS
+            for variant in VARIANTS
+        }
+    return _grouped(values)
+
+
+def _grouped(values: dict[str, Any]) -> str:
+    """`0.1; released 1.0` from a value per name: the commonest first, then the rest."""
+    texts = [str(value) for value in values.values()]
+    common = max(texts, key=texts.count)
+    rest = [f"{n} {v}" for n, v in values.items() if str(v) != common]
+    return "; ".join([common, *rest])

@@ -1,0 +1,117 @@
+"""Contexts -> language model -> rows -> shards, each in a thread of its own.
+
+Every shard starts a new batch: what it holds depends on its own contexts alone, so a
+killed run goes on to the bits of an undisturbed one.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vsae_jax import progress, signals
+from vsae_jax.config import ExtractConfig
+from vsae_jax.errors import Interrupted
+from vsae_jax.lm import LanguageModel
+from vsae_jax.shards import ShardWriter
+
+Tokens = Int[np.ndarray, "contexts context_length"]
+
+
+@functools.partial(jax.jit, static_argnames=("dropped", "center", "dtype"))
+def to_rows(
+    residual: Float[Array | np.ndarray, "batch time d_model"],
+    *,
+    dropped: int,
+    center: bool,
+    dtype: str,
+) -> Float[Array, "rows d_model"]:
+    """The rows of every position but the first `dropped`, in `dtype`; `center`
+    subtracts each row's mean over d_model."""
+    rows = residual[:, dropped:].reshape(-1, residual.shape[-1])
+    if center:
+        rows = rows - rows.mean(axis=-1, keepdims=True)
+    return rows.astype(dtype)
+
+
+class Piece(NamedTuple):
+    """The rows of one batch, on their way to shard `index`.
+
+    tokens: those of the whole shard, `[contexts, context_length]`.
+    start: where in the shard the batch starts, in contexts.
+    rows: of the batch, still on the device, padding included.
+    n_contexts: in the batch without padding.
+    """
+
+    index: int
+    tokens: Tokens
+    start: int
+    rows: Float[Array, "rows d_model"]
+    n_contexts: int
+
+
+def blocks(
+    contexts: Iterator[Int[np.ndarray, " context_length"]], *, total: int, size: int
+) -> Iterator[Tokens]:
+    """At most `total` contexts, stacked by `size`."""
+    contexts = itertools.islice(contexts, total)
+    while block := list(itertools.islice(contexts, size)):
+        yield np.stack(block)
+
+
+def pieces(
+    shards: Iterator[Tokens],
+    writer: ShardWriter,
+    model: LanguageModel,
+    config: ExtractConfig,
+) -> Iterator[Piece | None]:
+    """Runs the model on the shards that are not there; None for one that is."""
+    batch = min(config.batch_size, config.shard_contexts)
+    for index, tokens in enumerate(shards):
+        if writer.has(index, tokens):
+            yield None
+            continue
+        for start in range(0, len(tokens), batch):
+            part = tokens[start : start + batch]
+            padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
+            rows = to_rows(
+                model.residual(padded, config.layer),
+                dropped=config.dropped_positions,
+                center=config.center_residual,
+                dtype=config.dtype,
+            )
+            yield Piece(index, tokens, start, rows, len(part))
+
+
+def write(
+    writer: ShardWriter,
+    batches: Iterator[Piece | None],
+    caught: signals.Caught,
+    *,
+    bar: progress.Bar | progress.Lines,
+) -> None:
+    """Writes the pieces, which come in order, shard by shard."""
+    m = writer.manifest
+    with bar:
+        for piece in batches:
+            if caught.signal:
+                n = len(writer.manifest.shards)
+                raise Interrupted(
+                    f"stopped by a signal; {n} shards are in {writer.folder}: run the "
+                    "same command to go on",
+                    signal_number=caught.signal,
+                )
+            if piece is None:
+                continue
+            if piece.start == 0:
+                writer.begin(piece.index, piece.tokens)
+            n_rows = piece.n_contexts * m.rows_per_context
+            writer.add(np.asarray(piece.rows)[:n_rows])
+            if piece.start + piece.n_contexts == len(piece.tokens):
+                writer.commit()
+            bar.update(piece.n_contexts * m.context_length)
+    writer.finish()

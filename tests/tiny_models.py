@@ -112,9 +112,7 @@ def _weights(
         block = f"gpt_neox.layers.{i}"
         weights |= norm(f"{block}.input_layernorm")
         weights |= norm(f"{block}.post_attention_layernorm")
-        weights |= linear(
-            f"{block}.attention.query_key_value", 3 * d_model, d_model
-        )
+        weights |= linear(f"{block}.attention.query_key_value", 3 * d_model, d_model)
         weights |= linear(f"{block}.attention.dense", d_model, d_model)
         weights |= linear(f"{block}.mlp.dense_h_to_4h", 4 * d_model, d_model)
         weights |= linear(f"{block}.mlp.dense_4h_to_h", d_model, 4 * d_model)

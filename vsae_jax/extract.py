@@ -28,6 +28,7 @@ from vsae_jax.lm import (
     load_language_model,
     load_tokenizer,
 )
+from vsae_jax.lm.files import locate
 from vsae_jax.manifest import Manifest, read_manifest
 from vsae_jax.shards import Activations, ShardWriter, is_missing
 
@@ -57,6 +58,7 @@ def run(config: ExtractConfig) -> Activations:
                 f"{found.n_rows:,} rows; nothing to do"
             )
             return Activations.open(folder)
+    locate(config.model, revision=config.revision or None)
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )

@@ -18,7 +18,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.config import SAEConfig
-from vsae_jax.sae import SAE, Forward, matmul
+from vsae_jax.matmul import matmul
+from vsae_jax.sae import SAE, Forward
 from vsae_jax.sparsity import keep_top_k
 
 Params = Mapping[str, Array]

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -117,7 +117,7 @@ class Manifest:
         return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: bytes) -> "Manifest":
         """The inverse of `to_bytes`; raises ValueError saying what is wrong."""
         values = json.loads(data, parse_constant=_refuse_constant)
         if not isinstance(values, dict):

@@ -26,10 +26,9 @@ class NpyWriter:
     def __init__(self, path: Path, *, shape: tuple[int, ...], dtype: Any):
         self._path, self._temporary = path, path.with_name(path.name + TEMPORARY)
         self._sha256 = hashlib.sha256()
-        header = _header(shape, dtype)
-        self._missing = len(header) + _data_bytes(shape, dtype)
+        self._missing = _file_bytes(shape, dtype)
         self._file = self._temporary.open("wb")
-        self._write(header)
+        self._write(_header(shape, dtype))
 
     def add(self, array: np.ndarray) -> None:
         """Appends the array's bytes."""
@@ -94,11 +93,9 @@ def open_verified(
     """A read-only memory map of a file whose checksum, shape and dtype are right."""
     again = "delete it and run extract again, which writes it anew"
     try:
-        size, least = path.stat().st_size, _data_bytes(shape, dtype)
-        if size < least:
-            raise UserError(
-                f"{path} is truncated: {size} bytes of at least {least}; {again}"
-            )
+        size, whole = path.stat().st_size, _file_bytes(shape, dtype)
+        if size < whole:
+            raise UserError(f"{path} is truncated: {size} of {whole} bytes; {again}")
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
@@ -130,8 +127,8 @@ def _header(shape: tuple[int, ...], dtype: Any) -> bytes:
     return header.getvalue()
 
 
-def _data_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    return math.prod(shape) * np.dtype(dtype).itemsize
+def _file_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    return len(_header(shape, dtype)) + math.prod(shape) * np.dtype(dtype).itemsize
 
 
 @contextlib.contextmanager

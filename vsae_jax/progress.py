@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Self, TextIO
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -43,7 +43,7 @@ class Bar:
     def show(self, numbers: Mapping[str, float]) -> None:
         self._bar.set_postfix_str(_numbers(numbers), refresh=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -75,7 +75,7 @@ class Lines:
     def show(self, numbers: Mapping[str, float]) -> None:
         self._numbers = _numbers(numbers)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Lines":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.config import SAEConfig
+from vsae_jax.matmul import matmul
 from vsae_jax.sparsity import keep_top_k
 
 Variables = Mapping[str, Mapping[str, Array]]
@@ -183,31 +184,6 @@ def geometric_median(
         return weight @ x / jnp.sum(weight)
 
     return jax.lax.fori_loop(0, steps, closer, jnp.mean(x, axis=0))
-
-
-def matmul(a: Float[Array, "n i"], b: Float[Array, "i o"], dtype: str) -> Array:
-    """a @ b with operands of `dtype` and a float32 result; so are its gradients."""
-    if dtype == "bfloat16":
-        return _matmul_bfloat16(a, b)
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.custom_vjp
-def _matmul_bfloat16(a: Float[Array, "n i"], b: Float[Array, "i o"]) -> Array:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _matmul_forward(a, b):
-    return _matmul_bfloat16(a, b), (a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-
-
-def _matmul_backward(saved, gradient):
-    a, b = saved
-    return _matmul_bfloat16(gradient, b.T), _matmul_bfloat16(a.T, gradient)
-
-
-_matmul_bfloat16.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _noise(key: Key[Array, ""], mu: Array, log_var: Array | None) -> Array:

@@ -12,7 +12,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -61,7 +60,7 @@ class Activations:
         self._verified: dict[Path, np.ndarray] = {}
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Self:
+    def open(cls, folder: str | os.PathLike[str]) -> "Activations":
         """The activations in `folder`, which `extract` must have finished."""
         folder = Path(folder)
         manifest = read_manifest(folder)

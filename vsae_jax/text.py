@@ -58,7 +58,7 @@ def documents(
 def _non_empty(texts: Iterator[str], dataset: str) -> Iterator[str]:
     empty = True
     for text in texts:
-        if text:
+        if text and not text.isspace():
             empty = False
             yield text
     if empty:

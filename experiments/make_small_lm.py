@@ -3,7 +3,10 @@
 Claim:    1.3 M parameters and 15 M tokens of TinyStories are enough for a model that
           writes grammatical stories, so the demo has real activations to work on.
 Command:  python -m experiments.make_small_lm --dataset=tinystories.jsonl --out=DIR
-Expected: TO BE MEASURED
+Expected: the tokenizer bit for bit, and 15 M tokens in 1,832 steps: about 19 minutes on
+          2 idle cores (estimated: 1.6 steps a second over the first 100), then a few to
+          sample. The bundled model has a validation loss of 2.29 nats a token; this
+          recipe was watched to a training loss of 2.87 at step 474, not to its end.
 """
 
 import json

@@ -427,7 +427,7 @@ def write_wrong_tokenizer(folder: Path) -> Path:
         ({"batch_size": 0}, "--batch_size=0 must be at least 1"),
         ({"dtype": "int8"}, "'int8' is not bfloat16|float16|float32"),
         ({"bos": "yes"}, "'yes' is not keep|drop|none"),
-        ({"layr": 1}, "Unknown command line flag 'layr'"),
+        ({"layr": 1}, "layr"),
         ({"dataset": "gone.jsonl"}, "there is no such file"),
         ({"dataset": "/etc/hosts"}, "is not a .jsonl, .txt or .parquet file"),
         ({"text_column": "story"}, "no --text_column=story; there is: text"),

@@ -59,7 +59,7 @@ def test_numbers_follow_the_rate_and_the_last_ones_win():
     stream, clock = io.StringIO(), Clock()
     with lines(stream, clock) as bar:
         clock.now += 1
-        bar.show({"loss": 5})
+        bar.show({"loss": 5.0})
         bar.show({"loss": 0.123456, "l0": 32.0})
         bar.update(4000)
     assert stream.getvalue().endswith("step/s, loss 0.1235, l0 32\n")

@@ -151,7 +151,10 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(hub):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (errors.HTTPError("Name or service not known"), "cannot be reached"),
+        (
+            errors.HfHubHTTPError.__bases__[0]("Name or service not known"),
+            "cannot be reached",
+        ),
         (ConnectionError("offline mode is enabled"), "cannot be reached"),
         (errors.HFValidationError("not a name"), "no data set that the hub shows"),
         (

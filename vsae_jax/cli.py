@@ -5,6 +5,8 @@ flags, and two commands never collide.
 """
 
 import dataclasses
+import difflib
+import inspect
 import itertools
 import os
 import sys
@@ -13,10 +15,13 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import jax
 from absl import flags
 
 from vsae_jax.errors import Interrupted, UserError, one_line
 
+# How XLA begins to say that an allocation failed.
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -48,6 +53,10 @@ def run(
     except OSError as error:
         where = f" at {error.filename!r}" if error.filename else ""
         return _say(f"error: {error.strerror or one_line(error)}{where}", 2)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
+            raise
+        return _say(f"error: {_out_of_memory(error, config_class)}", 2)
     return 0
 
 
@@ -59,6 +68,8 @@ def parse(config_class: type, argv: Sequence[str]) -> list[Any]:
     values = flag_values(config_class)
     try:
         rest = values(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(_unknown_flag(error.flagname, list(values))) from None
     except flags.Error as error:
         raise UserError(f"{one_line(error)} (see --help)") from None
     if rest:
@@ -91,12 +102,12 @@ def flag_values(config_class: type) -> flags.FlagValues:
 def help_text(config_class: type) -> str:
     """The command's description and every flag with its unit and default."""
     hints = typing.get_type_hints(config_class)
-    lines = [(config_class.__doc__ or "").strip(), "", "flags:"]
+    lines = [inspect.getdoc(config_class) or "", "", "flags:"]
     for field in dataclasses.fields(config_class):
         kind = _Parser(hints[field.name], sweep=False).syntax()
         many = " (takes a comma list)" if field.metadata.get("sweep") else ""
         default = field.metadata.get("default_help", field.default)
-        default = "none" if default in (None, "") else default
+        default = "none" if default in (None, "") else _as_flag(default)
         lines.append(f"  --{field.name}={kind}{many}")
         lines.append(f"      {field.metadata['help']} (default: {default})")
     return "\n".join(lines)
@@ -128,7 +139,8 @@ class _Parser(flags.ArgumentParser):
                 return _convert(text, option)
             except ValueError:
                 continue
-        raise ValueError(f"{text!r} is not {self.syntax()}")
+        one = " (one value, no list)" if "," in text else ""
+        raise ValueError(f"{text!r} is not {self.syntax()}{one}")
 
     def syntax(self) -> str:
         return "|".join(_syntax(option) for option in self.options)
@@ -154,7 +166,7 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         number = float(text)
-    if not number.is_integer():
+    if not number.is_integer() or abs(number) >= 2**63:
         raise ValueError
     return int(number)
 
@@ -164,6 +176,24 @@ def _syntax(option: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(option))
     names = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names[option]
+
+
+def _as_flag(value: Any) -> str:
+    """A default as one would type it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _unknown_flag(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean --{near[0]}?" if near else ""
+    return f"unknown flag --{name}{hint} (see --help)"
+
+
+def _out_of_memory(error: BaseException, config_class: type) -> str:
+    names = [field.name for field in dataclasses.fields(config_class)]
+    lower = [f"--{name}" for name in ("batch_size", "d_sae") if name in names]
+    ways = f"; lower {' or '.join(lower)}" if lower else ""
+    return f"out of memory{ways} ({one_line(error)})"
 
 
 def _say(message: str, status: int) -> int:

@@ -58,29 +58,28 @@ def run(config: ExtractConfig) -> Activations:
                 f"{found.n_rows:,} rows; nothing to do"
             )
             return Activations.open(folder)
-    locate(config.model, revision=config.revision or None)
+    revision = config.revision or None
+    locate(config.model, revision=revision)
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )
-    model = load_language_model(
-        config.model, revision=config.revision or None, backend=config.backend
-    )
-    check_layer(config.layer, n_layers=model.n_layers)
+    model = load_language_model(config.model, revision=revision, backend=config.backend)
     manifest = new_manifest(config, model)
+    check_layer(manifest.layer, n_layers=model.n_layers)
     if found is not None:
         _refuse_other(folder, found, _settings(manifest))
         manifest = found
-    announce(config, manifest)
+    announce(folder, manifest)
     contexts = text.contexts(
         corpus,
         load_tokenizer(config.model, revision=model.revision),
         context_length=config.context_length,
         bos_id=model.bos_id,
-        bos=config.bos,
+        bos=manifest.bos,
     )
     began = time.monotonic()
-    manifest = _extract(config, manifest, model, contexts)
-    _conclude(config, manifest, time.monotonic() - began)
+    manifest = _extract(folder, manifest, model, contexts, batch_size=config.batch_size)
+    _conclude(folder, manifest, time.monotonic() - began)
     return Activations.open(folder)
 
 
@@ -103,12 +102,13 @@ def asked(config: ExtractConfig) -> dict[str, Any]:
 
 def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
     """The manifest of a folder with no shard yet."""
+    settings = asked(config)
     return Manifest(
-        **asked(config),
+        **settings,
         revision=model.revision or "",
         config_hash=model.config_hash,
         tokenizer_hash=model.tokenizer_hash,
-        hook_name=hook_name(config.layer),
+        hook_name=hook_name(settings["layer"]),
         d_model=model.d_model,
         vocab_size=model.vocab_size,
         bos_id=model.bos_id,
@@ -137,11 +137,10 @@ def _missing(folder: Path, manifest: Manifest) -> list[int]:
     return [i for i in range(len(manifest.shards)) if is_missing(folder, i)]
 
 
-def announce(config: ExtractConfig, manifest: Manifest) -> None:
+def announce(folder: Path, manifest: Manifest) -> None:
     """Prints what will be written and what it needs; refuses if the disk is too
     small."""
-    m, folder = manifest, Path(config.out)
-    contexts = _most_contexts(config)
+    m, contexts = manifest, _most_contexts(manifest)
     n_rows = contexts * m.rows_per_context
     n_bytes = n_rows * m.row_bytes + contexts * m.context_length * 4
     there = len(m.shards) - len(_missing(folder, m))
@@ -162,15 +161,17 @@ def announce(config: ExtractConfig, manifest: Manifest) -> None:
         )
 
 
-def _most_contexts(config: ExtractConfig) -> int:
-    contexts = config.num_tokens // config.context_length
+def _most_contexts(manifest: Manifest) -> int:
+    """As many as were asked for, or as a local text file can hold at most."""
+    m = manifest
+    contexts = m.num_tokens // m.context_length
     if contexts == 0:
         raise UserError(
-            f"--num_tokens={config.num_tokens} is less than one context of "
-            f"--context_length={config.context_length}"
+            f"--num_tokens={m.num_tokens} is less than one context of "
+            f"--context_length={m.context_length}"
         )
-    most = text.most_tokens(config.dataset)
-    room = max(config.context_length - (config.bos != "none"), 1)
+    most = text.most_tokens(m.dataset)
+    room = max(m.context_length - (m.bos != "none"), 1)
     return contexts if most is None else min(contexts, most // room)
 
 
@@ -185,41 +186,43 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 
-def _conclude(config: ExtractConfig, manifest: Manifest, seconds: float) -> None:
+def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
     m, n_tokens = manifest, manifest.n_contexts * manifest.context_length
-    if m.n_contexts < config.num_tokens // m.context_length:
+    if m.n_contexts < m.num_tokens // m.context_length:
         print(
             f"note: the corpus ends after {n_tokens:,} tokens, before "
-            f"--num_tokens={config.num_tokens:,}; all of it was taken"
+            f"--num_tokens={m.num_tokens:,}; all of it was taken"
         )
     norm = m.mean_squared_norm**0.5
     print(
-        f"wrote {m.n_contexts:,} contexts, {m.n_rows:,} rows to {config.out} in "
+        f"wrote {m.n_contexts:,} contexts, {m.n_rows:,} rows to {folder} in "
         f"{seconds:.1f} s; root mean square norm of a row: {norm:.4g}"
     )
 
 
 def _extract(
-    config: ExtractConfig,
+    folder: Path,
     manifest: Manifest,
     model: LanguageModel,
     contexts: Iterator[Int[np.ndarray, " context_length"]],
+    *,
+    batch_size: int,
 ) -> Manifest:
-    """Writes every shard that is not there yet."""
-    total = config.num_tokens // config.context_length
-    if manifest.complete:
-        total = manifest.n_contexts
-    shards = residuals.blocks(contexts, total=total, size=config.shard_contexts)
-    first = next(shards)
-    folder = Path(config.out)
+    """Writes every shard that is not there yet; the finished manifest."""
+    m = manifest
+    total = m.n_contexts if m.complete else m.num_tokens // m.context_length
+    blocks = residuals.blocks(contexts, total=total, size=m.shard_contexts)
+    first = next(blocks)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder), signals.caught() as caught:
         writer = ShardWriter(folder, manifest)
-        shards = read_ahead(itertools.chain([first], shards), depth=1)
-        batches = read_ahead(residuals.pieces(shards, writer, model, config))
+        shards = read_ahead(itertools.chain([first], blocks), depth=1)
+        pieces = read_ahead(
+            residuals.pieces(shards, writer, model, batch_size=batch_size)
+        )
         try:
-            with contextlib.closing(shards), contextlib.closing(batches):
-                residuals.write(writer, batches, caught, bar=_bar(config, manifest))
+            with contextlib.closing(shards), contextlib.closing(pieces):
+                residuals.write(writer, pieces, caught, bar=_bar(folder, manifest))
         except OSError as error:
             raise _more_room(error, writer) from None
         finally:
@@ -227,13 +230,12 @@ def _extract(
     return writer.manifest
 
 
-def _bar(config: ExtractConfig, manifest: Manifest) -> progress.Bar | progress.Lines:
-    n_there = manifest.n_contexts - sum(
-        manifest.shards[i].contexts for i in _missing(Path(config.out), manifest)
-    )
-    length = config.context_length
-    total = _most_contexts(config) * length
-    return progress.bar(total, unit="tokens", start=n_there * length)
+def _bar(folder: Path, manifest: Manifest) -> progress.Bar | progress.Lines:
+    """Counts tokens, from those whose shards are there."""
+    m = manifest
+    there = m.n_contexts - sum(m.shards[i].contexts for i in _missing(folder, m))
+    total = _most_contexts(m) * m.context_length
+    return progress.bar(total, unit="tokens", start=there * m.context_length)
 
 
 def _more_room(error: OSError, writer: ShardWriter) -> Exception:

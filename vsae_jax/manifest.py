@@ -141,7 +141,7 @@ def _refuse_constant(name: str) -> None:
 
 def _typed(value: Any, hint: Any, name: str) -> Any:
     """`value` from JSON as a `hint`: a dataclass, a `tuple[item, ...]` or a scalar."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         fields = {field.name: field.type for field in dataclasses.fields(hint)}
         keys = value.keys() if isinstance(value, dict) else set()
         if wrong := sorted(fields.keys() ^ keys):

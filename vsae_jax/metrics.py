@@ -1,8 +1,9 @@
 """Sums over tokens that every reconstruction metric is made of, and the metrics.
 
 Sums are float32 within a batch, float64 across batches, and carry a mask, so that a
-result does not depend on the batch size. Where SAEBench 0.6 computes something else
-under the same name, ours says so and theirs has `_saebench` at its end.
+result does not depend on the batch size. Two do, because SAEBench 0.6 averages over
+batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` and `l1`
+are not SAEBench's: theirs are divided by the batch's tokens, and signed.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+from vsae_jax.errors import UserError
 
 # Edges of the histogram of log10 firing rates; latents that never fire are apart.
 DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)
@@ -44,28 +47,33 @@ def batch_sums(
     f: Float[Array, "tokens d_sae"],
     keep: Bool[Array, " tokens"],
 ) -> BatchSums:
-    """The sums over the tokens where `keep` holds."""
-    w = keep.astype(jnp.float32)
-    n = jnp.sum(w)
+    """The sums over the tokens where `keep` holds; what the others are is no matter."""
+
+    def total(values: Array) -> Array:
+        # Not a product with the mask: NaN * 0 is NaN, and a GPU rounds to TF32.
+        where = keep.reshape(-1, *(1,) * (values.ndim - 1))
+        return jnp.sum(values, axis=0, where=where, dtype=jnp.float32)
+
+    n = total(keep)
     error = jnp.sum(jnp.square(x - x_hat), axis=-1)
     norm_in = jnp.linalg.norm(x, axis=-1)
     norm_out = jnp.linalg.norm(x_hat, axis=-1)
     dot = jnp.sum(x * x_hat, axis=-1)
-    center = w @ x / jnp.maximum(n, 1.0)
+    center = total(x) / jnp.maximum(n, 1.0)
     spread = jnp.sum(jnp.square(x - center[None, :]), axis=-1)
     return BatchSums(
         tokens=n,
-        error=w @ error,
-        squared_norm=w @ jnp.square(norm_in),
-        x=w @ x,
-        cosine=w @ (dot / jnp.maximum(norm_in * norm_out, 1e-12)),
-        norm_in=w @ norm_in,
-        norm_out=w @ norm_out,
-        norm_ratio=w @ (norm_out / jnp.where(norm_in < 1e-4, 1.0, norm_in)),
-        l0=w @ jnp.sum(f != 0, axis=-1, dtype=jnp.float32),
-        l1=w @ jnp.sum(jnp.abs(f), axis=-1),
-        legacy=w @ (1 - error / jnp.maximum(spread, 1e-12)),
-        fired=w @ (f > 0).astype(jnp.float32),
+        error=total(error),
+        squared_norm=total(jnp.square(norm_in)),
+        x=total(x),
+        cosine=total(dot / jnp.maximum(norm_in * norm_out, 1e-12)),
+        norm_in=total(norm_in),
+        norm_out=total(norm_out),
+        norm_ratio=total(norm_out / jnp.where(norm_in < 1e-4, 1.0, norm_in)),
+        l0=total(jnp.sum(f != 0, axis=-1)),
+        l1=total(jnp.sum(jnp.abs(f), axis=-1)),
+        legacy=total(1 - error / jnp.maximum(spread, 1e-12)),
+        fired=total(f > 0),
     )
 
 
@@ -91,14 +99,22 @@ class Reconstruction:
         """The share of tokens on which each latent is above 0."""
         return self._sums["fired"] / self._sums["tokens"]
 
-    def metrics(self) -> dict[str, float]:
-        """Every number of SAEBENCH.md 1.4 that is a mean over tokens."""
+    def metrics(self) -> dict[str, float | None]:
+        """Every number of SAEBENCH.md 1.4 that is a mean over tokens; None for a share
+        of nothing, such as the explained variance of rows that are all the same."""
+        if not self._sums:
+            raise UserError("every token is special or has no row: nothing to measure")
         s, n = self._sums, float(self._sums["tokens"])
-        variance = float(s["squared_norm"] - np.sum(np.square(s["x"])) / n)
         d_model = len(s["x"])
+        r, m = (float(mean) for mean in np.mean(self._batch_means, axis=0))
+        squares = float(s["squared_norm"])
+        variance = squares - float(np.sum(np.square(s["x"]))) / n
+        # Equal rows leave a variance of float32's rounding, not of 0.
+        variance = 0.0 if variance < 1e-6 * squares else variance
         return {
-            "explained_variance": 1 - float(s["error"]) / max(variance, 1e-30),
-            "explained_variance_saebench": self._saebench(d_model),
+            "explained_variance": _explained(float(s["error"]), variance),
+            # The mean is not removed: a bug of theirs (SAEBENCH.md 1.4).
+            "explained_variance_saebench": _explained(r, m - (m / d_model) ** 2),
             "explained_variance_legacy": float(s["legacy"]) / n,
             "mse": float(s["error"]) / n / d_model,
             "cossim": float(s["cosine"]) / n,
@@ -109,10 +125,15 @@ class Reconstruction:
             "l1": float(s["l1"]) / n,
         } | density_metrics(self.density)
 
-    def _saebench(self, d_model: int) -> float:
-        """1 - R / (S - (S / d)^2), R and S means over batches: the mean is not removed."""
-        r, s = np.mean(self._batch_means, axis=0)
-        return float(1 - r / (s - (s / d_model) ** 2))
+
+def ratio(a: float, b: float) -> float | None:
+    """a / b; None where b is 0 and the ratio has no meaning."""
+    return a / b if b else None
+
+
+def _explained(error: float, variance: float) -> float | None:
+    unexplained = ratio(error, variance)
+    return None if unexplained is None else 1 - unexplained
 
 
 def density_metrics(density: Float[np.ndarray, " d_sae"]) -> dict[str, float]:

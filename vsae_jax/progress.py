@@ -3,31 +3,29 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
 
 
-def bar(
-    total: int, *, unit: str, start: int = 0, stream: TextIO | None = None
-) -> "Bar | Lines":
+def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | Lines":
     """Progress towards `total` units, of which `start` are done already.
 
     Use it in a `with`; `update(n)` adds n units, `show(numbers)` sets what is written
-    after the rate. Writes to `stream` (stderr): a bar if that is a terminal, else one
-    line every ten seconds and one at the end.
+    after the rate. Writes to the text file `stream` (stderr): a bar if that is a
+    terminal, else one line every ten seconds and one at the end.
     """
-    stream = sys.stderr if stream is None else stream
-    kind = Bar if stream.isatty() else Lines
-    return kind(total, unit=unit, start=start, stream=stream)
+    out = sys.stderr if stream is None else stream
+    kind = Bar if out.isatty() else Lines
+    return kind(total, unit=unit, start=start, stream=out)
 
 
 class Bar:
     """A tqdm bar."""
 
-    def __init__(self, total: int, *, unit: str, start: int, stream: TextIO):
+    def __init__(self, total: int, *, unit: str, start: int, stream: Any):
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -59,7 +57,7 @@ class Lines:
         *,
         unit: str,
         start: int,
-        stream: TextIO,
+        stream: Any,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._start, self._unit = total, start, unit

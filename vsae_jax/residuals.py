@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vsae_jax import progress, signals
-from vsae_jax.config import ExtractConfig
 from vsae_jax.errors import Interrupted
 from vsae_jax.lm import LanguageModel
 from vsae_jax.shards import ShardWriter
@@ -32,7 +32,7 @@ def to_rows(
 ) -> Float[Array, "rows d_model"]:
     """The rows of every position but the first `dropped`, in `dtype`; `center`
     subtracts each row's mean over d_model."""
-    rows = residual[:, dropped:].reshape(-1, residual.shape[-1])
+    rows = jnp.asarray(residual)[:, dropped:].reshape(-1, residual.shape[-1])
     if center:
         rows = rows - rows.mean(axis=-1, keepdims=True)
     return rows.astype(dtype)
@@ -67,10 +67,12 @@ def pieces(
     shards: Iterator[Tokens],
     writer: ShardWriter,
     model: LanguageModel,
-    config: ExtractConfig,
+    *,
+    batch_size: int,
 ) -> Iterator[Piece | None]:
     """Runs the model on the shards that are not there; None for one that is."""
-    batch = min(config.batch_size, config.shard_contexts)
+    m = writer.manifest
+    batch = min(batch_size, m.shard_contexts)
     for index, tokens in enumerate(shards):
         if writer.has(index, tokens):
             yield None
@@ -79,10 +81,10 @@ def pieces(
             part = tokens[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
             rows = to_rows(
-                model.residual(padded, config.layer),
-                dropped=config.dropped_positions,
-                center=config.center_residual,
-                dtype=config.dtype,
+                model.residual(padded, m.layer),
+                dropped=m.dropped_positions,
+                center=m.center_residual,
+                dtype=m.dtype,
             )
             yield Piece(index, tokens, start, rows, len(part))
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -163,12 +163,10 @@ _READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
 def _from_hub(
     stream: Iterable[dict[str, Any]], column: str, dataset: str
 ) -> Iterator[str]:
-    from huggingface_hub.errors import HTTPError
-
     try:
         for number, row in enumerate(stream):
             yield _text_of(row, column, f"--dataset={dataset}, row {number}")
-    except (HTTPError, OSError) as error:
+    except _network_errors() as error:
         raise UserError(
             f"reading --dataset={dataset} broke off ({one_line(error)}); the same "
             "command goes on from the last shard"
@@ -186,7 +184,7 @@ def _open_on_hub(dataset: str, split: str) -> Iterable[dict[str, Any]]:
             f"--dataset={dataset} is no file here and no data set that the hub shows "
             f"you (a private one needs `hf auth login`); {_WAYS_ON}"
         ) from None
-    except (errors.HTTPError, OSError) as error:
+    except _network_errors() as error:
         raise UserError(
             f"--dataset={dataset} is no file here and the hub cannot be reached "
             f"({one_line(error)}); {_WAYS_ON}"
@@ -201,13 +199,20 @@ def _open_on_hub(dataset: str, split: str) -> Iterable[dict[str, Any]]:
         ) from None
 
 
+def _network_errors() -> tuple[type[Exception], ...]:
+    """OSError, and the errors of the HTTP library, which differs by hub version."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (*HfHubHTTPError.__bases__, OSError)
+
+
 def contexts(
     documents: Iterable[str],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     context_length: int,
     bos_id: int,
-    bos: Literal["keep", "drop", "none"],
+    bos: str,
 ) -> Iterator[Int[np.ndarray, " context_length"]]:
     """Packs documents into contexts of int32 ids, the way SAELens does.
 
@@ -215,7 +220,8 @@ def contexts(
     that spells a special token, such as "<|endoftext|>", stays text. Unless `bos` is
     none, every context starts with `bos_id`, and a document that the end of a context
     cuts goes on after the next one's. A document at the start of a context has no
-    separator before it. The last context, if unfinished, is left out.
+    separator before it. The last context, if unfinished, is left out. `bos` is keep,
+    drop or none; keep and drop differ only in the rows that are stored later.
     """
     start = np.full(0 if bos == "none" else 1, bos_id, np.int32)
     room = context_length - len(start)

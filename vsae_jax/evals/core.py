@@ -27,6 +27,7 @@ from vsae_jax.metrics import (
     Reconstruction,
     batch_sums,
     density_histogram,
+    ratio,
 )
 from vsae_jax.sae import SAE, Variables
 
@@ -43,9 +44,9 @@ class LossSums(NamedTuple):
 
 def run(subject: Subject) -> dict[str, Any]:
     """`{"metrics", "density_histogram", "config"}` of a run."""
-    measure = _measure
-    if isinstance(jax.tree.leaves(subject.lm)[0], jax.Array):
-        measure = jax.jit(_measure, static_argnames=("config", "layer", "center"))
+    # A JAX model is a pytree of arrays; any other is one leaf, which jit cannot trace.
+    traced = isinstance(jax.tree.leaves(subject.lm)[0], jax.Array)
+    measure = _measure_jit if traced else _measure
     data, reconstruction, losses = subject.run.data, Reconstruction(), []
     with progress.bar(len(subject.tokens), unit="context") as bar:
         for tokens, keep, count in _batches(subject):
@@ -90,6 +91,9 @@ def _measure(
     )
 
 
+_measure_jit = jax.jit(_measure, static_argnames=("config", "layer", "center"))
+
+
 @partial(jax.jit, static_argnames=("config", "center"))
 def _reconstruct(
     variables: Variables,
@@ -132,24 +136,19 @@ def _loss_sums(
     )
 
 
-def _loss_metrics(batches: list[LossSums]) -> dict[str, float]:
+def _loss_metrics(batches: list[LossSums]) -> dict[str, float | None]:
     total = [np.sum(np.asarray(part, np.float64), axis=0) for part in zip(*batches)]
     clean, spliced, ablated = (float(ce) for ce in total[0] / max(total[1], 1.0))
     kl, kl_ablated = (float(kl) for kl in total[2] / max(total[3], 1.0))
     return {
-        "ce_loss_score": _ratio(ablated - spliced, ablated - clean),
+        "ce_loss_score": ratio(ablated - spliced, ablated - clean),
         "ce_loss_without_sae": clean,
         "ce_loss_with_sae": spliced,
         "ce_loss_with_ablation": ablated,
-        "kl_div_score": _ratio(kl_ablated - kl, kl_ablated),
+        "kl_div_score": ratio(kl_ablated - kl, kl_ablated),
         "kl_div_with_sae": kl,
         "kl_div_with_ablation": kl_ablated,
     }
-
-
-def _ratio(a: float, b: float) -> float | None:
-    """a / b; None where the ablation changes nothing, so that the score has no scale."""
-    return a / b if b else None
 
 
 def _batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:

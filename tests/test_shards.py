@@ -141,7 +141,8 @@ def test_many_threads_read_the_right_rows(tmp_path):
 def test_a_writer_that_goes_on_makes_the_same_bytes(tmp_path):
     whole, parts = write(tmp_path / "whole"), tmp_path / "parts"
     write(parts, n_shards=2)
-    (parts / "activations-00002.npy.tmp").write_bytes(b"half a shard")
+    for stale in ("activations-00002.npy", "tokens-00007.npy", "manifest.json"):
+        (parts / f"{stale}.tmp").write_bytes(b"half a file")
     writer = ShardWriter(parts, read_manifest(parts))
     write_shard(writer, 2, make_rows())
     writer.finish()
@@ -150,6 +151,12 @@ def test_a_writer_that_goes_on_makes_the_same_bytes(tmp_path):
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_writer_leaves_files_that_are_not_its_own(tmp_path):
+    (tmp_path / "thesis.tmp").write_text("mine")
+    ShardWriter(tmp_path, EMPTY)
+    assert (tmp_path / "thesis.tmp").read_text() == "mine"
 
 
 def test_an_open_shard_is_not_in_the_folder_and_abandoning_leaves_nothing(tmp_path):

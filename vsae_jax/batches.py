@@ -8,7 +8,7 @@ The stream is a function of (seed, position): resuming needs one integer.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ class ShuffledRows:
         return self._loaded[1]
 
 
-def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Iterator[Any]:
+def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Generator[Any]:
     """The same items, made in a thread up to `depth` ahead; its errors are raised
     here, and closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)

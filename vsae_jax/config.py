@@ -23,7 +23,8 @@ def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
 
 
 def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
-    """A field whose default comes from the preset and the variant."""
+    """A field whose default comes from the preset and the variant; None until then, so
+    its annotation is the resolved type."""
     metadata = {
         "help": help,
         "sweep": table == "train",
@@ -43,7 +44,7 @@ class ExtractConfig:
     backend: Backend = flag(
         "transformers needs torch; jax is GPT-NeoX only", "transformers"
     )
-    layer: int | None = preset_flag(
+    layer: int = preset_flag(
         "layer", "block whose output is kept, from 0", table="extract"
     )
     dataset: str = flag(
@@ -51,11 +52,11 @@ class ExtractConfig:
     )
     split: str = flag("split of a hub data set", "train")
     text_column: str = flag("column that holds the text", "text")
-    num_tokens: int | None = preset_flag(
+    num_tokens: int = preset_flag(
         "num_tokens", "tokens to run through the model", table="extract"
     )
     context_length: int = flag("tokens in a context, BOS included", 128)
-    bos: Literal["keep", "drop", "none"] | None = preset_flag(
+    bos: Literal["keep", "drop", "none"] = preset_flag(
         "bos",
         "every context starts with BOS: keep its row, drop its row, or add no BOS",
         table="extract",
@@ -63,7 +64,7 @@ class ExtractConfig:
     skip_positions: int = flag(
         "first text positions of a context, after BOS, whose rows are dropped", 0
     )
-    center_residual: bool | None = preset_flag(
+    center_residual: bool = preset_flag(
         "center_residual",
         "subtract each row's mean over d_model, as TransformerLens does",
         table="extract",
@@ -127,12 +128,12 @@ class TrainConfig:
         "whose settings to use where a flag is unset", "paper", sweep=True
     )
     variant: Variant = flag("which autoencoder", "vsae_topk", sweep=True)
-    k: int | None = preset_flag("k", "latents kept per row")
-    beta: float | None = preset_flag("beta", "weight of the KL penalty")
-    d_sae: int | None = preset_flag("d_sae", "number of latents")
-    steps: int | None = preset_flag("steps", "optimizer steps")
-    batch_size: int | None = preset_flag("batch_size", "rows in a step")
-    lr: float | Literal["auto"] | None = preset_flag(
+    k: int = preset_flag("k", "latents kept per row")
+    beta: float = preset_flag("beta", "weight of the KL penalty")
+    d_sae: int = preset_flag("d_sae", "number of latents")
+    steps: int = preset_flag("steps", "optimizer steps")
+    batch_size: int = preset_flag("batch_size", "rows in a step")
+    lr: float | Literal["auto"] = preset_flag(
         "lr", "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)"
     )
     seed: int = flag("of the weights and the noise", 0, sweep=True)
@@ -140,60 +141,58 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "of the matrix products; auto: bfloat16 on a GPU, else float32", "auto"
     )
-    relu: bool | None = preset_flag("relu", "relu on mu")
-    noise_std: float | None = preset_flag(
+    relu: bool = preset_flag("relu", "relu on mu")
+    noise_std: float = preset_flag(
         "noise_std", "standard deviation of the training noise (times a learned one)"
     )
-    variance: Literal["fixed", "learned"] | None = preset_flag(
+    variance: Literal["fixed", "learned"] = preset_flag(
         "variance", "of the posterior; learned adds a second encoder head"
     )
-    selection: Literal["value", "magnitude"] | None = preset_flag(
+    selection: Literal["value", "magnitude"] = preset_flag(
         "selection", "top-k keeps the largest values or the largest magnitudes"
     )
-    penalty: Literal["none", "kl", "l1"] | None = preset_flag(
-        "penalty", "which penalty is on"
-    )
-    kl_over: Literal["all", "selected"] | None = preset_flag(
+    penalty: Literal["none", "kl", "l1"] = preset_flag("penalty", "which penalty is on")
+    kl_over: Literal["all", "selected"] = preset_flag(
         "kl_over", "latents that the KL sums over"
     )
-    l1: float | None = preset_flag("l1", "weight of the L1 penalty")
-    auxk: float | None = preset_flag("auxk", "weight of AuxK, which revives latents")
-    k_aux: int | None = preset_flag("k_aux", "dead latents that AuxK uses")
-    dead_after_tokens: int | None = preset_flag(
+    l1: float = preset_flag("l1", "weight of the L1 penalty")
+    auxk: float = preset_flag("auxk", "weight of AuxK, which revives latents")
+    k_aux: int = preset_flag("k_aux", "dead latents that AuxK uses")
+    dead_after_tokens: int = preset_flag(
         "dead_after_tokens", "rows without firing after which a latent is dead"
     )
-    auxk_units: Literal["loss", "variance"] | None = preset_flag(
+    auxk_units: Literal["loss", "variance"] = preset_flag(
         "auxk_units",
         "AuxK in the loss's units, or divided by the residual's variance",
     )
-    decoder_norm: Literal["unit", "free"] | None = preset_flag(
+    decoder_norm: Literal["unit", "free"] = preset_flag(
         "decoder_norm", "decoder rows kept at norm 1, or free"
     )
-    decoder_init_norm: float | None = preset_flag(
+    decoder_init_norm: float = preset_flag(
         "decoder_init_norm", "norm of the decoder's rows at the start"
     )
-    subtract_b_dec: bool | None = preset_flag(
+    subtract_b_dec: bool = preset_flag(
         "subtract_b_dec", "subtract b_dec from the input"
     )
-    b_dec_init: Literal["zeros", "geometric_median"] | None = preset_flag(
+    b_dec_init: Literal["zeros", "geometric_median"] = preset_flag(
         "b_dec_init", "where b_dec starts"
     )
-    input_scale: float | Literal["unit", "sqrt_d", "none"] | None = preset_flag(
+    input_scale: float | Literal["unit", "sqrt_d", "none"] = preset_flag(
         "input_scale",
         "root mean square row norm that rows are scaled to: 1, sqrt(d_model), as they "
         "are, or a number",
     )
     center_input: bool = flag("subtract the rows' mean from the input", False)
-    lr_warmup_steps: int | None = preset_flag(
+    lr_warmup_steps: int = preset_flag(
         "lr_warmup_steps", "linear warm-up of the learning rate"
     )
-    lr_decay_start: int | None = preset_flag(
+    lr_decay_start: int = preset_flag(
         "lr_decay_start", "step from which the learning rate falls linearly to 0"
     )
-    kl_warmup_steps: int | None = preset_flag(
+    kl_warmup_steps: int = preset_flag(
         "kl_warmup_steps", "steps over which beta rises linearly from 0"
     )
-    clip_norm: float | None = preset_flag("clip_norm", "largest gradient norm")
+    clip_norm: float = preset_flag("clip_norm", "largest gradient norm")
     adam_b1: float = flag("decay of Adam's first moment", 0.9)
     adam_b2: float = flag("decay of Adam's second moment", 0.999)
     adam_eps: float = flag("Adam's epsilon", 1e-8)
@@ -289,7 +288,9 @@ class SAEConfig:
             raise UserError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
 
 
-def sae_config(config: TrainConfig, *, d_model: int, dtype: str) -> SAEConfig:
+def sae_config(
+    config: TrainConfig, *, d_model: int, dtype: Literal["float32", "bfloat16"]
+) -> SAEConfig:
     """The static part of a resolved training config."""
     sparsity = VARIANTS[config.variant]["sparsity"]
     if sparsity == "topk" and config.k > config.d_sae:

@@ -5,6 +5,7 @@ vSAE and the vSAE of the paper's released code are trained on the same activatio
 evaluated with the language model in the loop.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,7 +18,7 @@ from vsae_jax.errors import UserError
 
 # The released code's vSAE needs a centred residual stream; all three get the same.
 _LAYER = 2
-_SHARED = {"d_sae": 1024, "k": 32, "batch_size": 512}
+ARM = TrainConfig(d_sae=1024, k=32, batch_size=512)
 ARMS: dict[str, dict[str, Any]] = {
     "topk": {"variant": "topk"},
     "vsae_paper": {"variant": "vsae_topk"},
@@ -52,11 +53,12 @@ def run(config: DemoConfig) -> dict[str, dict[str, Any]]:
         results = {}
         for name, settings in ARMS.items():
             print(f"\n{name}")
-            arm = TrainConfig(
+            arm = dataclasses.replace(
+                ARM,
                 activations=str(out / "activations"),
                 out=str(out / name),
                 steps=config.steps,
-                **_SHARED | settings,
+                **settings,
             )
             folder = train.run(arm)
             results |= evaluate.run(EvalConfig(run=str(folder)))

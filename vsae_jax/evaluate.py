@@ -4,9 +4,12 @@ A run or a whole grid; one table, one row an arm; `evals/<name>.json` in every r
 folder. The language model and the held-out contexts come from the run's config.
 """
 
+import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,8 @@ COLUMNS = {
     "entropy_effective_latents": "effective",
 }
 
+_TEXTS = (".jsonl", ".txt", ".parquet")
+
 
 def command(configs: Sequence[EvalConfig]) -> None:
     """Evaluates what `--run` names and prints the table."""
@@ -37,21 +42,24 @@ def command(configs: Sequence[EvalConfig]) -> None:
 
 def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Writes `evals/<name>.json` for every arm; returns core's metrics by arm."""
-    names = eval_config.evals.split(",")
-    for name in names:
-        if name not in EVALS:
-            known = ", ".join(EVALS)
-            raise UserError(f"--evals={name} is not known; there is {known}")
+    names = _eval_names(eval_config)
+    folders = runs.run_folders(eval_config.run)
+    for folder in folders:
+        # Every arm is checked before the first is evaluated.
+        runs.open_run(folder)
     load = cache(lm.load_language_model)
     results = {}
-    for folder in runs.run_folders(eval_config.run):
+    for folder in folders:
         subject = _subject(runs.open_run(folder), eval_config, load)
         for name in names:
-            print(f"{folder}: {name} on {subject.config['n_tokens']} tokens")
+            print(f"{folder}: {name} on {subject.config['n_tokens']:,} tokens")
             result = EVALS[name](subject)
-            (folder / runs.EVALS).mkdir(exist_ok=True)
-            runs.write_json(folder / runs.EVALS / f"{name}.json", result)
-            results[folder.name] = result["metrics"]
+            _check_finite(result["metrics"], folder)
+            path = folder / runs.EVALS / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            runs.write_json(path, result)
+            print(f"wrote {path}")
+            results[folder.resolve().name] = result["metrics"]
     print(table(results))
     return results
 
@@ -75,6 +83,24 @@ def _cell(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def _eval_names(eval_config: EvalConfig) -> list[str]:
+    names = [name.strip() for name in eval_config.evals.split(",")]
+    for name in names:
+        if name not in EVALS:
+            known = ", ".join(EVALS)
+            raise UserError(f"--evals={name} is not known; there is {known}")
+    return names
+
+
+def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:
+    for name, value in metrics.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(
+                f"{name} of {folder} is {value}: its parameters or the language "
+                "model's are not finite numbers"
+            )
+
+
 def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     """A run with its language model and its tokens, checked against each other."""
     model = c.model or run.data["model"]
@@ -85,7 +111,9 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
             f"--model={model} has d_model={language_model.d_model} but {run.folder} "
             f"was trained on {run.sae.d_model}; name the model it was trained on"
         )
-    tokens = _tokens(run, c, language_model)
+    tokens, tokens_from = _tokens(run, c, language_model)
+    # Whatever it was trained in, it is evaluated in float32, as the config says.
+    run = run._replace(sae=dataclasses.replace(run.sae, dtype="float32"))
     return Subject(
         run=run,
         lm=language_model,
@@ -94,14 +122,15 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
         config={
             "n_tokens": int(tokens.size),
             "n_contexts": len(tokens),
-            "tokens_from": c.text or "held-out contexts",
+            "tokens_from": tokens_from,
             "model": model,
+            "revision": language_model.revision or "",
             "layer": run.data["layer"],
             "bos": run.data["bos"],
             "dropped_positions": run.data["dropped_positions"],
             "center_residual": run.data["center_residual"],
             "special_tokens": "excluded",
-            "dtype": "float32",
+            "dtype": run.sae.dtype,
             "preset": run.train.preset,
             "variant": run.train.variant,
             "seed": run.train.seed,
@@ -112,41 +141,67 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     )
 
 
-def _tokens(run: Run, c: EvalConfig, language_model: lm.LanguageModel) -> np.ndarray:
-    """At most `--num_tokens` of held-out contexts, or of `--text`."""
-    length = run.data["context_length"]
-    count = max(c.num_tokens // length, 1)
+def _tokens(
+    run: Run, c: EvalConfig, language_model: lm.LanguageModel
+) -> tuple[np.ndarray, str]:
+    """At most `--num_tokens` of held-out contexts, or of what the flags name; and
+    where they are from."""
     if c.text:
-        tokenizer = lm.load_tokenizer(c.model or run.data["model"])
-        documents = text.documents(c.text, split="train", text_column=c.text_column)
-        contexts = text.contexts(
-            documents,
-            tokenizer,
-            context_length=length,
-            bos_id=language_model.bos_id,
-            bos=run.data["bos"],
-        )
-        return np.stack(list(itertools.islice(contexts, count)))
-    activations = Activations.open(c.activations or run.train.activations)
-    if activations.manifest.hash == run.data["manifest"]:
-        start, stop = run.data["held_out_contexts"]
-    elif c.activations:
-        start, stop = 0, activations.n_contexts
-    else:
-        raise UserError(
-            f"{run.train.activations} is not what {run.folder} was trained on; name "
-            "activations to evaluate on with --activations"
-        )
-    _check_vocabulary(activations, language_model)
-    return activations.tokens(start, min(stop, start + count))
-
-
-def _check_vocabulary(activations: Activations, model: lm.LanguageModel) -> None:
-    if activations.manifest.tokenizer_hash != model.tokenizer_hash:
+        return _tokens_of_text(run, c, language_model), c.text
+    activations = _open_activations(run, c)
+    m = activations.manifest
+    if m.tokenizer_hash != language_model.tokenizer_hash:
         raise UserError(
             f"the tokens in {activations.folder} were made with another tokenizer than "
-            f"that of --model={model.name}; name the model they were extracted from"
+            f"that of --model={language_model.name}; name the model they were "
+            "extracted from"
         )
+    start, stop, where = 0, activations.n_contexts, str(activations.folder)
+    if m.hash == run.data["manifest"]:
+        (start, stop), where = run.data["held_out_contexts"], "held-out contexts"
+    elif m.dataset == run.data["dataset"]:
+        print(
+            f"note: {where} is from the data set that {run.folder} was trained on: "
+            "some of its text may have been seen in training"
+        )
+    count = max(c.num_tokens // m.context_length, 1)
+    return activations.tokens(start, min(stop, start + count)), where
+
+
+def _tokens_of_text(
+    run: Run, c: EvalConfig, language_model: lm.LanguageModel
+) -> np.ndarray:
+    path = Path(c.text).expanduser()
+    if path.suffix.lower() not in _TEXTS or not path.is_file():
+        raise UserError(f"--text={c.text} is not a {', '.join(_TEXTS)} file")
+    length = run.data["context_length"]
+    contexts = text.contexts(
+        text.documents(c.text, split="train", text_column=c.text_column),
+        lm.load_tokenizer(language_model.name, revision=language_model.revision),
+        context_length=length,
+        bos_id=language_model.bos_id,
+        bos=run.data["bos"],
+    )
+    count = max(c.num_tokens // length, 1)
+    return np.stack(list(itertools.islice(contexts, count)))
+
+
+def _open_activations(run: Run, c: EvalConfig) -> Activations:
+    """The run's activations, or others whose contexts start as the run's do."""
+    folder = Path(c.activations or run.train.activations)
+    other = "name activations to evaluate on with --activations, or text with --text"
+    if not c.activations and not folder.is_dir():
+        raise UserError(f"{folder}, which {run.folder} names, is not here; {other}")
+    activations = Activations.open(folder)
+    m = activations.manifest
+    if not c.activations and m.hash != run.data["manifest"]:
+        raise UserError(f"{folder} is not what {run.folder} was trained on; {other}")
+    if (m.bos == "none") != (run.data["bos"] == "none"):
+        raise UserError(
+            f"--activations={folder} has bos={m.bos} but {run.folder} was trained with "
+            f"bos={run.data['bos']}: one has BOS before every context and one has not"
+        )
+    return activations
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 from vsae_jax import presets, runs, sae
 from vsae_jax.config import (
     RUNTIME_FIELDS,
+    ExtractConfig,
     SAEConfig,
     TrainConfig,
     default_activations,
@@ -37,8 +38,7 @@ class Job(NamedTuple):
 def plan(config: TrainConfig) -> Job:
     """Opens the activations, checks them against the preset and resolves the config."""
     layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
-    model = "EleutherAI/pythia-70m-deduped"
-    place = config.activations or default_activations(model, layer)
+    place = config.activations or default_activations(ExtractConfig().model, layer)
     activations = Activations.open(place)
     _check_preset(config.preset, activations)
     resolved = resolve_train(config, d_model=activations.d_model)
@@ -105,9 +105,10 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
 def explain(job: Job) -> None:
     """What is trained, and what a flag does not do here."""
     c, rows = job.train, job.train.steps * job.train.batch_size
+    k = f"k {c.k}, " if job.sae.sparsity == "topk" else ""
     print(
         f"{c.variant} (preset {c.preset}): d_model {job.sae.d_model}, d_sae {c.d_sae}, "
-        f"k {c.k}, {c.steps} steps of {c.batch_size} rows "
+        f"{k}{c.steps} steps of {c.batch_size} rows "
         f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
         f"{jax.devices()[0].device_kind}, to {job.folder}"
     )
@@ -183,4 +184,5 @@ def _input_norm(job: Job) -> tuple[float, np.ndarray]:
         return 1.0, mean
     if not mean_squared_norm > 0:
         raise UserError(f"{job.activations.folder}: every activation row is 0")
-    return wanted.get(scale, scale) / math.sqrt(mean_squared_norm), mean
+    norm = wanted[scale] if isinstance(scale, str) else scale
+    return norm / math.sqrt(mean_squared_norm), mean

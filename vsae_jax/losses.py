@@ -8,6 +8,7 @@ x is in normalised units. Parts come unreduced over the batch. From a notebook:
     loss, info = losses.vsae_topk_loss(params, x, key, k=64, beta=0.1)
 """
 
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Literal, NamedTuple
@@ -19,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.config import SAEConfig
 from vsae_jax.matmul import matmul
-from vsae_jax.sae import SAE, Forward
+from vsae_jax.sae import Forward, forward
 from vsae_jax.sparsity import keep_top_k
 
 Params = Mapping[str, Array]
@@ -126,13 +127,13 @@ def total_loss(
     `x` is normalised; `key` is consumed, and unused where `config.noise` is False;
     `dead` are the latents AuxK may use. Changes no state.
     """
-    out = SAE(config).apply(
-        {"params": params, "norm": _identity_norm(config)},
+    out = forward(
+        params,
         x,
+        config=config,
         k=weights.k,
         noise_std=weights.noise_std,
         key=key if config.noise else None,
-        method="forward",
     )
     parts = _parts(params, x, out, dead, config=config)
     weight = {"kl": weights.beta, "l1": weights.l1, "auxk": weights.auxk}
@@ -246,12 +247,8 @@ def _variance(x: Float[Array, "batch d_model"]) -> Float[Array, ""]:
 def _config(params: Params, *, k: int = 1, **switches) -> SAEConfig:
     d_model, d_sae = params["w_enc"].shape
     variance = "learned" if "w_var" in params else "fixed"
-    options = {"sparsity": "topk", "variance": variance} | switches
-    return SAEConfig(d_model=d_model, d_sae=d_sae, k=k, **options)
-
-
-def _identity_norm(config: SAEConfig) -> dict[str, Array]:
-    return {"scale": jnp.ones(()), "mean": jnp.zeros(config.d_model)}
+    start = SAEConfig(d_model=d_model, d_sae=d_sae, k=k, variance=variance)
+    return dataclasses.replace(start, **switches)
 
 
 def _same_shape(a: Array, b: Array) -> None:

@@ -1,7 +1,7 @@
 """Matrix products with operands of a chosen dtype, float32 results."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from jaxtyping import Array, Float
 Dtype = Literal["float32", "bfloat16"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(
     a: Float[Array, "n i"], b: Float[Array, "i o"], dtype: Dtype
 ) -> Float[Array, "n o"]:
@@ -19,6 +18,11 @@ def matmul(
     Autodiff of a mixed product would instead multiply float32 by bfloat16. float32
     means float32: a GPU's default would be TF32, three digits.
     """
+    return cast(Array, _matmul(a, b, dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(a: Array, b: Array, dtype: Dtype) -> Array:
     return jnp.matmul(
         a.astype(dtype),
         b.astype(dtype),
@@ -38,4 +42,4 @@ def _backward(
     return matmul(g, b.T, dtype), matmul(a.T, g, dtype)
 
 
-matmul.defvjp(_forward, _backward)
+_matmul.defvjp(_forward, _backward)

@@ -20,10 +20,11 @@ DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)
 
 
 class BatchSums(NamedTuple):
-    """Sums over a batch's kept tokens; x, x_hat `[tokens, d_model]`, f `[tokens, d_sae]`.
+    """Sums over a batch's kept tokens.
 
-    fired: how often each latent was above 0. legacy: of 1 - ||x - x_hat||^2 /
-    ||x - mean of the batch||^2.
+    error: of ||x - x_hat||^2. fired: how often each latent was above 0. legacy: of
+    1 - ||x - x_hat||^2 / ||x - mean of the batch||^2. The others are named after what
+    they sum.
     """
 
     tokens: Float[Array, ""]
@@ -137,7 +138,7 @@ def _explained(error: float, variance: float) -> float | None:
 
 
 def density_metrics(density: Float[np.ndarray, " d_sae"]) -> dict[str, float]:
-    """Shares of latents by firing rate, and exp(H) of the share of firings each takes."""
+    """Shares of latents by firing rate, and exp(H) of their shares of all firings."""
     shares = density / max(float(density.sum()), 1e-30)
     positive = shares[shares > 0]
     entropy = -float(np.sum(positive * np.log(positive)))

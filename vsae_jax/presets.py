@@ -61,10 +61,11 @@ _RELEASED_VSAE = {
 }
 _RELEASED_TOPK = _AUXK | {"dead_after_tokens": 10_000_000, "auxk_units": "variance"}
 _BASELINE = _PAPER | {"input_scale": "unit", "auxk_units": "variance"}
-_RELU = {"l1": 0.05}
+# The L1 weight that matters grows with the scale of the input.
+_RELU, _RELU_AT_100 = {"l1": 0.05}, {"l1": 5.0}
 
 TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"": _PAPER, "topk": _AUXK, "relu": _RELU},
+    "paper": {"": _PAPER, "topk": _AUXK, "relu": _RELU_AT_100},
     "released": {
         "": _RELEASED,
         "topk": _RELEASED_TOPK,

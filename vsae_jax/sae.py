@@ -13,11 +13,12 @@ w_dec [d_sae, d_model], b_dec [d_model], and w_var, b_var of a learned variance)
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.config import SAEConfig
@@ -103,8 +104,7 @@ class SAE(nn.Module):
         c = self.config
         if c.sparsity == "none":
             return z, jnp.ones(z.shape, bool)
-        options = {"selection": c.selection, "method": c.top_k}
-        return keep_top_k(z, k, k_max=c.k, **options)
+        return keep_top_k(z, k, k_max=c.k, selection=c.selection, method=c.top_k)
 
     def reconstruct(self, f: Float[Array, "batch d_sae"]) -> Float[Array, "batch d"]:
         """x_hat_n = f @ w_dec + b_dec."""
@@ -124,12 +124,49 @@ class SAE(nn.Module):
         return self.decode(self.encode(x))
 
 
+def encode(
+    variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> Float[Array, "batch d_sae"]:
+    """`SAE.encode` as a pure function."""
+    return cast(Array, SAE(config).apply(variables, x, method="encode"))
+
+
+def decode(
+    variables: Variables, f: Float[Array, "batch d_sae"], *, config: SAEConfig
+) -> Float[Array, "batch d_model"]:
+    """`SAE.decode` as a pure function."""
+    return cast(Array, SAE(config).apply(variables, f, method="decode"))
+
+
+def normalise(
+    variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> Float[Array, "batch d_model"]:
+    """`SAE.normalise` as a pure function."""
+    return cast(Array, SAE(config).apply(variables, x, method="normalise"))
+
+
+def forward(
+    params: Mapping[str, Array],
+    x_n: Float[Array, "batch d_model"],
+    *,
+    config: SAEConfig,
+    k: int | Int[Array, ""],
+    noise_std: float | Float[Array, ""] = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Forward:
+    """`SAE.forward` as a pure function of the parameters: x_n is normalised."""
+    norm = {"scale": jnp.ones(()), "mean": jnp.zeros(config.d_model)}
+    options = {"k": k, "noise_std": noise_std, "key": key, "method": "forward"}
+    out = SAE(config).apply({"params": params, "norm": norm}, x_n, **options)
+    return cast(Forward, out)
+
+
 def init(
     key: Key[Array, ""],
     config: SAEConfig,
     *,
     scale: float = 1.0,
-    mean: Float[Array, " d_model"] | None = None,
+    mean: Float[Array | np.ndarray, " d_model"] | None = None,
     b_dec: Float[Array, " d_model"] | None = None,
     decoder_init_norm: float = 1.0,
 ) -> dict[str, dict[str, Array]]:
@@ -137,7 +174,7 @@ def init(
     `decoder_init_norm`, the encoder their transpose, biases 0 unless `b_dec` is given
     (in normalised units). The key is consumed."""
     variables = SAE(config).init(key, jnp.zeros((1, config.d_model)))
-    params = dict(variables["params"])
+    params = cast(dict[str, Array], dict(variables["params"]))
     params["w_dec"] = params["w_dec"] * decoder_init_norm
     params["w_enc"] = params["w_enc"] * decoder_init_norm
     if b_dec is not None:

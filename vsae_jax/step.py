@@ -10,9 +10,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from vsae_jax import losses, optim
+from vsae_jax import losses, optim, sae
 from vsae_jax.config import SAEConfig, TrainConfig
-from vsae_jax.sae import SAE
 from vsae_jax.sparsity import dead_latents
 
 
@@ -76,13 +75,15 @@ class TrainState(NamedTuple):
 
 
 def hparams(config: TrainConfig) -> Hparams:
-    """The numbers of a resolved config."""
+    """The numbers of a resolved config; the weight of a penalty that is off is 0."""
+    values = {name: getattr(config, name) for name in Hparams._fields}
+    for penalty, weight in (("kl", "beta"), ("l1", "l1")):
+        if config.penalty != penalty:
+            values[weight] = 0.0
     return Hparams(
         **{
-            name: jnp.asarray(
-                getattr(config, name), jnp.int32 if name in _WHOLE else jnp.float32
-            )
-            for name in Hparams._fields
+            name: jnp.asarray(value, jnp.int32 if name in _WHOLE else jnp.float32)
+            for name, value in values.items()
         }
     )
 
@@ -119,7 +120,7 @@ def train_step(
 ) -> tuple[TrainState, losses.Info]:
     """One optimizer step on raw activations `x`."""
     variables = {"params": state.params, "norm": state.norm}
-    x_n = SAE(config).apply(variables, x, method="normalise")
+    x_n = sae.normalise(variables, x, config=config)
     weights = losses.Weights(
         k=hparams.k,
         beta=optim.kl_weight(
@@ -131,7 +132,9 @@ def train_step(
     )
     dead = dead_latents(state.rows_since_fired, hparams.dead_after_tokens)
     key = jax.random.fold_in(state.key, state.step)
-    gradient = jax.value_and_grad(partial(losses.total_loss, config=config), has_aux=1)
+    gradient = jax.value_and_grad(
+        partial(losses.total_loss, config=config), has_aux=True
+    )
     (_, info), grads = gradient(state.params, x_n, key, weights, dead)
     updates, opt_state = _optimizer(state.step, hparams, config).update(
         grads, state.opt_state, state.params
@@ -148,7 +151,7 @@ def train_step(
 
 def compile_steps(
     config: SAEConfig,
-) -> Callable[[TrainState, Array, Array, Hparams], TrainState]:
+) -> Callable[[TrainState, Array, int, Hparams], TrainState]:
     """`steps(state, rows [n_max, batch, d_model], n, hparams) -> state`, jitted, the
     state donated: runs the first `n` (traced) batches, so a run has one trace."""
 

@@ -76,9 +76,9 @@ def run(config: TrainConfig) -> Path:
 
 def _start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
     """The last checkpoint's state and data position, or the first ones."""
-    if checkpoints.steps():
-        like = jax.eval_shape(partial(first_state, job, None))
-        state, position = checkpoints.restore(like)
+    like = jax.eval_shape(partial(first_state, job, None))
+    if restored := checkpoints.restore(like):
+        state, position = restored
         runs.keep_metrics_up_to(job.folder / runs.METRICS, int(state.step))
         return state, position
     (job.folder / runs.METRICS).unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vsae_jax import progress
 from vsae_jax.config import SAEConfig
+from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject
 from vsae_jax.lm import LanguageModel, identity, next_token_loss
 from vsae_jax.metrics import (
@@ -138,8 +139,13 @@ def _loss_sums(
 
 def _loss_metrics(batches: list[LossSums]) -> dict[str, float | None]:
     total = [np.sum(np.asarray(part, np.float64), axis=0) for part in zip(*batches)]
-    clean, spliced, ablated = (float(ce) for ce in total[0] / max(total[1], 1.0))
-    kl, kl_ablated = (float(kl) for kl in total[2] / max(total[3], 1.0))
+    if not total[1]:
+        raise UserError(
+            "nothing to predict: every token is special, without an activation row, or "
+            "the last of its context; evaluate on more or other text"
+        )
+    clean, spliced, ablated = (float(ce) for ce in total[0] / total[1])
+    kl, kl_ablated = (float(kl) for kl in total[2] / total[3])
     return {
         "ce_loss_score": ratio(ablated - spliced, ablated - clean),
         "ce_loss_without_sae": clean,

@@ -2,6 +2,14 @@
 
 import jax
 import pytest
+from tiny_runs import (  # noqa: F401  fixtures, each made once a session
+    extracted,
+    tiny_corpus,
+    tiny_grid,
+    tiny_model,
+    tiny_rows,
+    tiny_run,
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -76,7 +76,7 @@ def test_a_presets_own_row_for_a_variant_wins_over_the_variant():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_zero_is_a_value_and_not_unset(name, value, variant):
     config = resolved(variant=variant, **{name: value})
-    assert getattr(config, name) == value and getattr(config, name) is not None
+    assert getattr(config, name) == value
 
 
 def test_zero_switches_off_what_costs():

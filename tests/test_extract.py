@@ -422,6 +422,7 @@ def write_wrong_tokenizer(folder: Path) -> Path:
         ({"num_tokens": 15}, "--num_tokens=15 is less than one context"),
         ({"num_tokens": 0}, "--num_tokens=0 must be at least 1"),
         ({"context_length": 1}, "--context_length=1 leaves no row"),
+        ({"context_length": 512}, "must not exceed the 256 positions"),
         ({"context_length": 1, "bos": "keep"}, "--context_length=1 leaves no room"),
         ({"skip_positions": 15}, "leaves no row after dropping 16"),
         ({"batch_size": 0}, "--batch_size=0 must be at least 1"),

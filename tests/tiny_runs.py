@@ -1,7 +1,7 @@
 """Small folders made by the real commands: activations, a run, a grid of runs.
 
-A test module asks for the fixtures with `pytest_plugins = ["tiny_runs"]`. Each folder
-is made once a session: a test that changes one changes a copy (`copied`).
+Each folder is made once a session (conftest.py hands the fixtures to all modules):
+a test that changes one changes a copy (`copied`).
 """
 
 import shutil

@@ -79,7 +79,7 @@ class ShuffledRows:
         return self._loaded[1]
 
 
-def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Generator[Any]:
+def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Generator[Any, None, None]:
     """The same items, made in a thread up to `depth` ahead; its errors are raised
     here, and closing the iterator ends the thread."""
     ready: queue.Queue = queue.Queue(maxsize=depth)

@@ -371,7 +371,7 @@ def _both(*values: Any) -> bool:
     return all(value is not None for value in values)
 
 
-def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, float]]:
+def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, int | float]]:
     pairs = [(name, getattr(config, name)) for name in names]
     pairs = [(name, v) for name, v in pairs if v is not None and not isinstance(v, str)]
     for name, value in pairs:

@@ -66,6 +66,7 @@ def run(config: ExtractConfig) -> Activations:
     model = load_language_model(config.model, revision=revision, backend=config.backend)
     manifest = new_manifest(config, model)
     check_layer(manifest.layer, n_layers=model.n_layers)
+    _check_length(config, model)
     if found is not None:
         _refuse_other(folder, found, _settings(manifest))
         manifest = found
@@ -81,6 +82,14 @@ def run(config: ExtractConfig) -> Activations:
     manifest = _extract(folder, manifest, model, contexts, batch_size=config.batch_size)
     _conclude(folder, manifest, time.monotonic() - began)
     return Activations.open(folder)
+
+
+def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
+    if model.max_positions and config.context_length > model.max_positions:
+        raise UserError(
+            f"--context_length={config.context_length} must not exceed the "
+            f"{model.max_positions} positions of --model={config.model}"
+        )
 
 
 def _absolute(config: ExtractConfig) -> ExtractConfig:

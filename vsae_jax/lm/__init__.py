@@ -60,6 +60,11 @@ class LanguageModel(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
+    def max_positions(self) -> int | None:
+        """The longest context the model was made for; None where it does not say."""
+        ...
+
+    @property
     def bos_id(self) -> int:
         """What starts a context: BOS, or EOS where the model has no BOS."""
         ...

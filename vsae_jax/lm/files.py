@@ -59,6 +59,7 @@ class ModelFacts:
     d_model: int
     n_layers: int
     vocab_size: int
+    max_positions: int | None
     bos_id: int
     special_ids: frozenset[int]
     config_hash: str
@@ -255,6 +256,7 @@ def model_facts(
         d_model=d_model,
         n_layers=n_layers,
         vocab_size=config["vocab_size"],
+        max_positions=config.get("max_position_embeddings", config.get("n_positions")),
         bos_id=(bos + eos)[0],
         special_ids=frozenset(bos + eos + pad),
         config_hash=_config_hash(read_config(files)),

@@ -1,0 +1,199 @@
+"""Run folders: what is written comes back, and what is damaged is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_runs import D_MODEL, D_SAE, copied
+
+from vsae_jax import __version__, runs
+from vsae_jax.config import SAEConfig
+from vsae_jax.errors import UserError
+from vsae_jax.manifest import read_manifest
+
+LEARNED = SAEConfig(d_model=3, d_sae=5, k=2, variance="learned")
+SHAPES = {
+    "w_enc": (3, 5),
+    "b_enc": (5,),
+    "w_dec": (5, 3),
+    "b_dec": (3,),
+    "w_var": (3, 5),
+    "b_var": (5,),
+}
+
+
+@pytest.fixture
+def variables() -> dict:
+    rng = np.random.default_rng(0)
+    params = {n: rng.normal(size=shape) for n, shape in SHAPES.items()}
+    norm = {"scale": rng.normal(size=()), "mean": rng.normal(size=3)}
+    return {
+        part: {n: np.float32(array) for n, array in arrays.items()}
+        for part, arrays in {"params": params, "norm": norm}.items()
+    }
+
+
+@pytest.fixture
+def path(tmp_path, variables) -> Path:
+    path = tmp_path / "sae.safetensors"
+    runs.write_parameters(path, variables)
+    return path
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_parameters_come_back_bit_for_bit(path, variables):
+    read = runs.read_parameters(path, LEARNED)
+    assert read.keys() == variables.keys()
+    for part, arrays in variables.items():
+        assert read[part].keys() == arrays.keys()
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(read[part][name], array)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_file_is_float32_under_the_contracts_names(tmp_path, variables):
+    transposed = variables["params"]["w_enc"].astype(np.float64).T.copy().T
+    params = variables["params"] | {"w_enc": transposed}
+    runs.write_parameters(tmp_path / "p", variables | {"params": params})
+    arrays = load_file(tmp_path / "p")
+    assert {n: a.shape for n, a in arrays.items()} == SHAPES | {
+        "scale": (),
+        "mean": (3,),
+    }
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    np.testing.assert_array_equal(arrays["w_enc"], variables["params"]["w_enc"])
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"w_enc": np.zeros((5, 3), np.float32)}, "w_enc: (3, 5) -> (5, 3)"),
+        ({"w_var": None}, "w_var: (3, 5) -> None"),
+        ({"threshold": np.zeros(5, np.float32)}, "threshold: None -> (5,)"),
+    ],
+)
+def test_other_arrays_than_the_configs_are_named(path, change, said):
+    arrays = {**load_file(path), **change}
+    save_file({n: a for n, a in arrays.items() if a is not None}, path)
+    assert said in refused(runs.read_parameters, path, LEARNED)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_parameter_file_cut_short_is_named(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    assert f"{path} cannot be read" in refused(runs.read_parameters, path, LEARNED)
+
+
+def test_a_trained_run_is_read_with_all_that_is_known_of_it(tiny_run, tiny_rows):
+    run, manifest = runs.open_run(tiny_run), read_manifest(tiny_rows)
+    assert run.folder == tiny_run
+    assert (run.sae.d_model, run.sae.d_sae, run.sae.k) == (D_MODEL, D_SAE, 4)
+    assert (run.train.variant, run.train.preset) == ("topk", "paper")
+    assert run.data["manifest"] == manifest.hash
+    assert run.data["held_out_contexts"] == [64, 80]
+    assert (run.data["model"], run.data["layer"]) == (manifest.model, 0)
+    for name, array in load_file(tiny_run / "sae.safetensors").items():
+        part = "norm" if name in ("scale", "mean") else "params"
+        np.testing.assert_array_equal(run.variables[part][name], array)
+
+
+def test_config_json_has_versions_and_device(tiny_run):
+    record = json.loads((tiny_run / "config.json").read_text())
+    assert record["versions"]["vsae_jax"] == __version__
+    assert set(record) == {"train", "sae", "data", "versions", "device"}
+
+
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("config.json", "{", "is not valid JSON"),
+        ("config.json", "[1]", "holds list"),
+        ("config.json", '{"train": {}, "sae": {}}', "lacks data"),
+        ("config.json", "\xff", "is not valid JSON"),
+        ("config.json", "[" * 100_000, "is not valid JSON"),
+        ("config.json", None, "it has no config.json"),
+        ("sae.safetensors", None, "is not finished"),
+        ("sae.safetensors", "x", "cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_named(tiny_run, tmp_path, name, text, said):
+    path = copied(tiny_run, tmp_path / "run") / name
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    message = refused(runs.open_run, tmp_path / "run")
+    assert said in message and str(tmp_path / "run") in message
+
+
+def test_a_config_of_another_version_is_named(tiny_run, tmp_path):
+    path = copied(tiny_run, tmp_path / "run") / "config.json"
+    record = json.loads(path.read_text())
+    del record["train"]["lr"]
+    record["sae"]["gate"] = True
+    path.write_text(json.dumps(record))
+    assert "SAEConfig does not match this version at gate" in refused(
+        runs.open_run, tmp_path / "run"
+    )
+    del record["sae"]["gate"]
+    path.write_text(json.dumps(record))
+    assert "TrainConfig does not match this version at lr" in refused(
+        runs.open_run, tmp_path / "run"
+    )
+
+
+def test_a_run_is_its_own_only_folder(tiny_run):
+    assert runs.run_folders(tiny_run) == [tiny_run]
+
+
+def test_a_grids_folders_come_in_the_grids_order(tmp_path):
+    arms = [{"folder": f"k-{k}"} for k in (8, 16, 4)]
+    runs.write_json(tmp_path / "grid.json", {"arms": arms})
+    folders = runs.run_folders(str(tmp_path))
+    assert [folder.name for folder in folders] == ["k-8", "k-16", "k-4"]
+    assert {folder.parent for folder in folders} == {tmp_path}
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc", "a/b"])
+def test_a_grid_that_names_a_folder_elsewhere_is_refused(tmp_path, name):
+    runs.write_json(tmp_path / "grid.json", {"arms": [{"folder": name}]})
+    assert "outside the grid" in refused(runs.run_folders, tmp_path)
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "value.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        runs.write_json(path, {"a": float("nan")})
+    assert runs.read_json(path) == {"a": 1}
+
+
+def test_metrics_past_a_step_and_a_cut_line_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.5}) + "\n" for step in (10, 20, 30)]
+    path.write_text("".join(lines) + '{"step": 4')
+    runs.keep_metrics_up_to(path, 30)
+    assert path.read_text() == "".join(lines)
+    runs.keep_metrics_up_to(path, 20)
+    assert path.read_text() == "".join(lines[:2])
+    runs.keep_metrics_up_to(path, 5)
+    assert path.read_text() == ""
+
+
+def test_metrics_that_are_not_there_are_no_fault(tmp_path):
+    runs.keep_metrics_up_to(tmp_path / "metrics.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_moved_run_is_the_same_run(tiny_run, tmp_path):
+    moved = shutil.copytree(tiny_run, tmp_path / "elsewhere")
+    there, here = runs.open_run(moved), runs.open_run(tiny_run)
+    assert (there.train, there.sae, there.data) == (here.train, here.sae, here.data)

@@ -96,15 +96,17 @@ def autoencoder(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reference(
-    folder: Path, lm, tokens, *, dropped=1, center=False, special=(0,)
+    folder: Path, lm, tokens, *, dropped=1, center=False, special=(0,), everywhere=False
 ) -> dict[str, float]:
-    """Core by the book: SAEBENCH.md 1, one position at a time."""
+    """Core by the book: SAEBENCH.md 1, one position at a time; `everywhere` replaces
+    the residual of special and dropped positions too."""
     residual = np.asarray(lm.residual(tokens, 0), np.float64)
     shift = residual.mean(-1, keepdims=True) if center else np.zeros(1)
     f, x_hat = autoencoder(folder, residual - shift)
     keep = ~np.isin(tokens, special)
     keep[:, :dropped] = False
-    spliced = np.where(keep[..., None], x_hat + shift, residual).astype(np.float32)
+    replaced = (keep | everywhere)[..., None]
+    spliced = np.where(replaced, x_hat + shift, residual).astype(np.float32)
     splices = [lambda x: x, lambda _: spliced, lambda x: 0 * x]
     log_p = [log_softmax(a) for a in lm.logits(tokens, layer=0, splices=splices)]
     ce, kl = [[], [], []], [[], [], []]
@@ -133,7 +135,7 @@ def reference(
     }
 
 
-def assert_close(metrics, expected, rel=1e-4):
+def assert_close(metrics, expected, rel=1e-5):
     for name, value in expected.items():
         # A score is a quotient of small differences of losses.
         tolerance = 50 * rel if name == "ce_loss_score" else rel
@@ -158,10 +160,10 @@ def test_a_trained_run_equals_numpy(tiny_run, lm, held_out):
     expected = reference(tiny_run, lm, held_out)
     assert_close(result["metrics"], expected)
     # So that the comparison would notice a position that should not count or change.
-    for wrong in ({"dropped": 0}, {"special": ()}):
+    for wrong in ({"dropped": 2}, {"special": ()}, {"everywhere": True}):
         other = reference(tiny_run, lm, held_out, **wrong)
-        for name in ("ce_loss_with_sae", "kl_div_with_sae", "explained_variance"):
-            assert abs(other[name] - expected[name]) > 1e-3, (wrong, name)
+        for name in ("ce_loss_with_sae", "kl_div_with_sae"):
+            assert abs(other[name] - expected[name]) > 1e-4, (wrong, name)
 
 
 def test_the_file_has_the_contracts_keys(tiny_run):
@@ -234,9 +236,7 @@ def test_batch_size_and_padding_are_no_matter(tiny_run, lm, held_out):
     # Leaves a last batch of one context and four of padding.
     parts = measured(tiny_run, lm, held_out, batch_size=5)
     assert parts.keys() == whole.keys()
-    assert_close(
-        parts, {n: v for n, v in whole.items() if n not in PER_BATCH}, rel=1e-5
-    )
+    assert_close(parts, {n: v for n, v in whole.items() if n not in PER_BATCH})
 
 
 def test_a_batch_larger_than_the_text_is_no_matter(tiny_run, tmp_path):
@@ -251,7 +251,7 @@ def test_both_backends_agree(tiny_run, tmp_path):
     ours = evaluated(folder, backend="jax")["metrics"]
     theirs = evaluated(folder, backend="transformers")["metrics"]
     assert theirs.keys() == ours.keys()
-    assert_close(theirs, ours)
+    assert_close(theirs, ours, rel=1e-4)
 
 
 def test_a_run_trained_in_bfloat16_is_evaluated_in_float32(tiny_run, tmp_path):

@@ -102,8 +102,8 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def explain(job: Job) -> None:
-    """What is trained, and what a flag does not do here."""
+def explain(job: Job, *, asked: TrainConfig) -> None:
+    """What is trained, and what a flag of `asked` does not do here."""
     c, rows = job.train, job.train.steps * job.train.batch_size
     k = f"k {c.k}, " if job.sae.sparsity == "topk" else ""
     print(
@@ -112,7 +112,7 @@ def explain(job: Job) -> None:
         f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
         f"{jax.devices()[0].device_kind}, to {job.folder}"
     )
-    if c.penalty != "kl" and c.beta > 0:
+    if asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
     if job.sae.auxk and c.dead_after_tokens >= rows:
         print(

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Int
 
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DOCUMENT_BORDER = "<|endoftext|>"
 DOCUMENTS_AT_ONCE = 256
-HUB_TIMEOUT_S = 10.0
 _SUFFIXES = ".jsonl, .txt or .parquet"
 _WAYS_ON = (
     f"give --dataset= a local {_SUFFIXES} file, or run the offline demo: "
@@ -166,7 +166,7 @@ def _from_hub(
     try:
         for number, row in enumerate(stream):
             yield _text_of(row, column, f"--dataset={dataset}, row {number}")
-    except _network_errors() as error:
+    except connection_errors() as error:
         raise UserError(
             f"reading --dataset={dataset} broke off ({one_line(error)}); the same "
             "command goes on from the last shard"
@@ -184,7 +184,7 @@ def _open_on_hub(dataset: str, split: str) -> Iterable[dict[str, Any]]:
             f"--dataset={dataset} is no file here and no data set that the hub shows "
             f"you (a private one needs `hf auth login`); {_WAYS_ON}"
         ) from None
-    except _network_errors() as error:
+    except connection_errors() as error:
         raise UserError(
             f"--dataset={dataset} is no file here and the hub cannot be reached "
             f"({one_line(error)}); {_WAYS_ON}"
@@ -197,13 +197,6 @@ def _open_on_hub(dataset: str, split: str) -> Iterable[dict[str, Any]]:
         raise UserError(
             f"--dataset={dataset} --split={split} cannot be read: {one_line(error)}"
         ) from None
-
-
-def _network_errors() -> tuple[type[Exception], ...]:
-    """OSError, and the errors of the HTTP library, which differs by hub version."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (*HfHubHTTPError.__bases__, OSError)
 
 
 def contexts(

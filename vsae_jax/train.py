@@ -59,7 +59,7 @@ def run(config: TrainConfig) -> Path:
     when a signal stopped it after saving.
     """
     job = plan(config)
-    explain(job)
+    explain(job, asked=config)
     if not open_folder(job):
         print(f"{job.folder} is finished; nothing to do")
         return job.folder

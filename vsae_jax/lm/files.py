@@ -104,7 +104,7 @@ def _locate_on_hub(model: str, *, revision: str | None) -> ModelFiles:
             f"--model={model} is no folder here, and no model that the hub shows you "
             f"(a private one needs `hf auth login`); {WAYS_ON}"
         ) from None
-    except _connection_errors() as error:
+    except connection_errors() as error:
         files = dataclasses.replace(files, cached_only=True)
         if find(files, "config.json") is None:
             raise UserError(
@@ -135,12 +135,12 @@ def find(files: ModelFiles, filename: str) -> Path | None:
         if lost and not files.cached_only:
             raise _fetch_error(files, filename, error) from None
         return None
-    except _connection_errors() as error:
+    except connection_errors() as error:
         raise _fetch_error(files, filename, error) from None
     return Path(path)
 
 
-def _connection_errors() -> tuple[type[Exception], ...]:
+def connection_errors() -> tuple[type[Exception], ...]:
     """OSError, and the errors of the HTTP library, which differs by hub version."""
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vsae_jax import cli
-from vsae_jax.config import flag
 from vsae_jax.errors import UserError, missing_extra
+from vsae_jax.fields import flag
 
 END = "<|endoftext|>"
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from vsae_jax import cli
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, flag
+from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.demo import DemoConfig
 from vsae_jax.errors import Interrupted, UserError
+from vsae_jax.fields import flag
 
 
 def parse(*arguments: str, config_class=TrainConfig) -> list:

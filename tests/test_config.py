@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from vsae_jax import config as configs
+from vsae_jax import fields
 from vsae_jax.config import (
     EvalConfig,
     ExtractConfig,
@@ -36,7 +36,7 @@ def chosen(config, names) -> dict:
 )
 def test_every_preset_and_variant_resolves_to_a_whole_config(preset, variant):
     config = resolved(preset=preset, variant=variant)
-    assert [n for n, v in configs.to_json(config).items() if v is None] == []
+    assert [n for n, v in fields.to_json(config).items() if v is None] == []
     static = sae_config(config, d_model=D_MODEL, dtype="float32")
     assert static.sparsity == ("topk" if "topk" in variant else "none")
     assert (static.d_model, static.d_sae) == (D_MODEL, config.d_sae)
@@ -252,18 +252,18 @@ def test_configs_are_frozen():
     ],
 )
 def test_json_and_back_is_the_same_config(config):
-    text = json.dumps(configs.to_json(config), allow_nan=False)
-    assert configs.from_json(type(config), json.loads(text), where="x") == config
+    text = json.dumps(fields.to_json(config), allow_nan=False)
+    assert fields.from_json(type(config), json.loads(text), where="x") == config
 
 
 def test_from_json_names_unknown_and_missing_keys():
-    values = configs.to_json(SAEConfig(d_model=4, d_sae=8, k=2))
+    values = fields.to_json(SAEConfig(d_model=4, d_sae=8, k=2))
     del values["d_sae"]
     with pytest.raises(UserError, match="run/config.json: SAEConfig .* at d_sae, kk"):
-        configs.from_json(SAEConfig, values | {"kk": 1}, where="run/config.json")
+        fields.from_json(SAEConfig, values | {"kk": 1}, where="run/config.json")
 
 
 def test_difference_names_what_changed():
     old, new = {"a": 1, "b": 2, "gone": 0}, {"a": 1, "b": 3, "new": None}
-    assert configs.difference(old, new) == "b: 2 -> 3, gone: 0 -> None"
-    assert configs.difference(old, dict(old)) == ""
+    assert fields.difference(old, new) == "b: 2 -> 3, gone: 0 -> None"
+    assert fields.difference(old, dict(old)) == ""

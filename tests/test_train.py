@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,6 +214,33 @@ def test_a_real_kill_then_the_same_command(number, activations, tmp_path):
     assert "going on from step" in again.stdout
     train.run(replace(long, out=str(tmp_path / "whole")))
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 400 kB that can be made larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount).returncode:
+        pytest.skip("a small file system may not be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(small_disk, config):
+    full = replace(config, out=str(small_disk / "run"), d_sae=512, steps=60)
+    argv = [*command_line(full)[2:], "--checkpoint_every=5"]
+    done = subprocess.run(
+        [sys.executable, "-m", *argv], capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if not line[:1].isdigit()]
+    assert done.returncode == 2
+    assert len(lines) == 1 and "No space left on device" in lines[0]
+    subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
+    train.run(replace(full, checkpoint_every=5))
+    train.run(replace(full, out=str(small_disk / "whole")))
+    assert_same_run(full.out, small_disk / "whole")
 
 
 def test_another_config_in_the_same_folder_is_refused(undisturbed, config):

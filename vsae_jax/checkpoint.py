@@ -1,6 +1,8 @@
 """Orbax checkpoints of a training state and its place in the data."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,7 +22,8 @@ class Checkpoints:
         # Orbax takes most of a second to import; commands that never train skip it.
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # What goes wrong is raised and said in one line; Orbax would log tracebacks.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._args = ocp.args
         policy = ocp.checkpoint_managers.LatestN(_KEPT)
         self._manager = ocp.CheckpointManager(
@@ -58,8 +61,8 @@ class Checkpoints:
             self._manager.save(step, args=parts)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"the checkpoint of step {step} could not be written: "
-                f"{one_line(error)}; earlier checkpoints are intact: make room or fix "
+                f"the checkpoint of step {step} could not be written "
+                f"({_reason(error)}); earlier checkpoints are intact: make room or fix "
                 "the folder, then run the same command again"
             ) from error
 
@@ -94,6 +97,15 @@ class Checkpoints:
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
         return state, int(read["progress"]["data_position"])
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words out of TensorStore's account, where it has them."""
+    text = one_line(error)
+    for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    return text
 
 
 def _plain(state: TrainState) -> Any:

@@ -1,36 +1,28 @@
-"""What a run is: frozen dataclasses, one field per flag, to and from JSON.
+"""What a run is: frozen dataclasses, one field per flag.
 
-None means unset. `resolve` fills it from the preset and the variant, once; an
+None means unset. `resolve_*` fills it from the preset and the variant, once; an
 explicit value always wins, and zero is a value.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vsae_jax.errors import UserError
-from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, default_help, training_defaults
+from vsae_jax.fields import (
+    check_above_zero,
+    check_at_least,
+    check_below_one,
+    fill,
+    flag,
+    preset_flag,
+)
+from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
 
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
 Backend = Literal["transformers", "jax", "auto"]
-
-
-def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
-    """A config field that is also a command-line flag; `sweep`: takes a comma list."""
-    return dataclasses.field(default=default, metadata={"help": help, "sweep": sweep})
-
-
-def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
-    """A field whose default comes from the preset and the variant; None until then, so
-    its annotation is the resolved type."""
-    metadata = {
-        "help": help,
-        "sweep": table == "train",
-        "default_help": default_help(name, table=table),
-    }
-    return dataclasses.field(default=None, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -81,10 +73,10 @@ class ExtractConfig:
     )
 
     def __post_init__(self):
-        _check_at_least(
+        check_at_least(
             self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
         )
-        _check_at_least(self, 0, "layer", "skip_positions")
+        check_at_least(self, 0, "layer", "skip_positions")
         if self.dropped_positions >= self.context_length:
             raise UserError(
                 f"--context_length={self.context_length} leaves no row after dropping "
@@ -99,7 +91,7 @@ class ExtractConfig:
 
 def resolve_extract(config: ExtractConfig) -> ExtractConfig:
     """The config with every unset field filled from its preset."""
-    config = _fill(config, EXTRACT_PRESETS[config.preset])
+    config = fill(config, EXTRACT_PRESETS[config.preset])
     if config.out:
         return config
     out = default_activations(config.model, config.layer)
@@ -207,19 +199,19 @@ class TrainConfig:
     wandb: bool = flag("log to Weights & Biases", False)
 
     def __post_init__(self):
-        _check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
-        _check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
-        _check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
-        _check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
-        _check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
-        _check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
-        _check_above_zero(self, "decoder_init_norm")
-        _check_below_one(self, "adam_b1", "adam_b2", "held_out")
+        check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
+        check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
+        check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
+        check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
+        check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
+        check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
+        check_above_zero(self, "decoder_init_norm")
+        check_below_one(self, "adam_b1", "adam_b2", "held_out")
         if self.held_out <= 0:
             raise UserError(f"--held_out={self.held_out} must lie between 0 and 1")
-        if self.variant.endswith("topk") and _both(self.k, self.d_sae):
-            if self.k > self.d_sae:
-                raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
+        both = self.k is not None and self.d_sae is not None
+        if self.variant.endswith("topk") and both and self.k > self.d_sae:
+            raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 2**32:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")
@@ -239,13 +231,13 @@ def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
     `steps` (learning rate 2 %, KL 10 %, decay from 80 %), `dead_after_tokens` as 5 %
     of the run's rows where the preset does not say.
     """
-    config = _fill(config, training_defaults(config.preset, config.variant))
+    config = fill(config, training_defaults(config.preset, config.variant))
     rows = config.steps * config.batch_size
     lr = config.lr
     if lr == "auto":
         lr = 2e-4 / math.sqrt(config.d_sae / 2**14)
     config = dataclasses.replace(config, lr=lr)
-    return _fill(
+    return fill(
         config,
         {
             "k_aux": min(max(d_model // 2, 1), config.d_sae),
@@ -331,68 +323,6 @@ class EvalConfig:
     batch_size: int = flag("contexts in a forward pass", 16)
 
     def __post_init__(self):
-        _check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 1, "num_tokens", "batch_size")
         if not self.run:
             raise UserError("--run is not set; name a run folder or a grid's folder")
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A config as a JSON object."""
-    return dataclasses.asdict(config)
-
-
-def from_json(config_class: type, values: dict[str, Any], *, where: str) -> Any:
-    """A config from a JSON object; unknown or missing keys are refused by name."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    wrong = sorted(names.symmetric_difference(values))
-    if wrong:
-        raise UserError(
-            f"{where}: {config_class.__name__} does not match this version at "
-            f"{', '.join(wrong)}"
-        )
-    return config_class(**values)
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """`name: old -> new` for every key that differs, or an empty string."""
-    return ", ".join(
-        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    )
-
-
-def _fill(config: Any, defaults: dict[str, Any]) -> Any:
-    unset = {n: v for n, v in defaults.items() if getattr(config, n) is None}
-    return dataclasses.replace(config, **unset)
-
-
-def _both(*values: Any) -> bool:
-    return all(value is not None for value in values)
-
-
-def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, int | float]]:
-    pairs = [(name, getattr(config, name)) for name in names]
-    pairs = [(name, v) for name, v in pairs if v is not None and not isinstance(v, str)]
-    for name, value in pairs:
-        if not math.isfinite(value):
-            raise UserError(f"--{name}={value} must be a finite number")
-    return pairs
-
-
-def _check_at_least(config: Any, least: int, *names: str) -> None:
-    for name, value in _numbers(config, names):
-        if value < least:
-            raise UserError(f"--{name}={value} must be at least {least}")
-
-
-def _check_above_zero(config: Any, *names: str) -> None:
-    for name, value in _numbers(config, names):
-        if value <= 0:
-            raise UserError(f"--{name}={value} must be above 0")
-
-
-def _check_below_one(config: Any, *names: str) -> None:
-    for name, value in _numbers(config, names):
-        if value >= 1:
-            raise UserError(f"--{name}={value} must be below 1")

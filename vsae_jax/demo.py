@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vsae_jax import cli, evaluate, extract, train
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, flag
-from vsae_jax.errors import UserError
+from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
+from vsae_jax.fields import check_at_least, flag
 
 # The released code's vSAE needs a centred residual stream; all three get the same.
 _LAYER = 2
@@ -36,8 +36,7 @@ class DemoConfig:
     num_tokens: int = flag("tokens of the bundled stories", 390_000)
 
     def __post_init__(self):
-        if self.steps < 1 or self.num_tokens < 1:
-            raise UserError("--steps and --num_tokens must be at least 1")
+        check_at_least(self, 1, "steps", "num_tokens")
 
 
 def command(configs: Sequence[DemoConfig]) -> None:

@@ -111,6 +111,7 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
             f"--model={model} has d_model={language_model.d_model} but {run.folder} "
             f"was trained on {run.sae.d_model}; name the model it was trained on"
         )
+    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
     tokens, tokens_from = _tokens(run, c, language_model)
     # Whatever it was trained in, it is evaluated in float32, as the config says.
     run = run._replace(sae=dataclasses.replace(run.sae, dtype="float32"))

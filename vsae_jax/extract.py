@@ -20,8 +20,9 @@ from jaxtyping import Int
 
 from vsae_jax import cli, progress, residuals, signals, text
 from vsae_jax.batches import read_ahead
-from vsae_jax.config import ExtractConfig, difference, hook_name, resolve_extract
+from vsae_jax.config import ExtractConfig, hook_name, resolve_extract
 from vsae_jax.errors import UserError
+from vsae_jax.fields import difference
 from vsae_jax.lm import (
     LanguageModel,
     check_layer,

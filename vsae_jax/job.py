@@ -15,12 +15,11 @@ from vsae_jax.config import (
     SAEConfig,
     TrainConfig,
     default_activations,
-    difference,
     resolve_train,
     sae_config,
-    to_json,
 )
 from vsae_jax.errors import UserError
+from vsae_jax.fields import difference, to_json
 from vsae_jax.shards import Activations
 from vsae_jax.step import TrainState, init_state
 

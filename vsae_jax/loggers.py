@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vsae_jax import runs
-from vsae_jax.config import TrainConfig, to_json
+from vsae_jax.config import TrainConfig
 from vsae_jax.errors import missing_extra
+from vsae_jax.fields import to_json
 
 
 class Logger(Protocol):

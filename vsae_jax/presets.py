@@ -115,19 +115,23 @@ def default_help(name: str, *, table: str) -> str:
     if name in shares:
         return shares[name]
     if table == "extract":
-        values = {p: EXTRACT_PRESETS[p].get(name) for p in EXTRACT_PRESETS}
+        rows = {p: {"": EXTRACT_PRESETS[p].get(name)} for p in EXTRACT_PRESETS}
     else:
-        values = {
-            f"{preset} {variant}": training_defaults(preset, variant).get(name)
+        rows = {
+            preset: {v: training_defaults(preset, v).get(name) for v in VARIANTS}
             for preset in TRAIN_PRESETS
-            for variant in VARIANTS
         }
-    return _grouped(values)
+    return _grouped(rows)
 
 
-def _grouped(values: dict[str, Any]) -> str:
-    """`0.1; released 1.0` from a value per name: the commonest first, then the rest."""
-    texts = [str(value) for value in values.values()]
+def _grouped(rows: dict[str, dict[str, Any]]) -> str:
+    """`0.1; released 1.0`: the commonest value, then the presets and, where those of a
+    preset differ, the variants that have another."""
+    texts = [str(value) for row in rows.values() for value in row.values()]
     common = max(texts, key=texts.count)
-    rest = [f"{n} {v}" for n, v in values.items() if str(v) != common]
-    return "; ".join([common, *rest])
+    parts = [common]
+    for preset, row in rows.items():
+        if len(set(map(str, row.values()))) == 1:
+            row = {"": next(iter(row.values()))}
+        parts += [f"{preset} {v} {x}" for v, x in row.items() if str(x) != common]
+    return "; ".join(" ".join(part.split()) for part in parts)

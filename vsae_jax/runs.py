@@ -16,9 +16,9 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from vsae_jax import config as configs
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.fields import difference, from_json
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
@@ -51,10 +51,10 @@ def open_run(folder: str | Path) -> Run:
     missing = {"train", "sae", "data"} - stored.keys()
     if missing:
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
-    sae = configs.from_json(SAEConfig, stored["sae"], where=where)
+    sae = from_json(SAEConfig, stored["sae"], where=where)
     return Run(
         folder=folder,
-        train=configs.from_json(TrainConfig, stored["train"], where=where),
+        train=from_json(TrainConfig, stored["train"], where=where),
         sae=sae,
         data=stored["data"],
         variables=read_parameters(folder / PARAMETERS, sae),
@@ -92,7 +92,7 @@ def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]
     expected = _shapes(config)
     found = {name: array.shape for name, array in arrays.items()}
     if found != expected:
-        wrong = configs.difference(expected, found)
+        wrong = difference(expected, found)
         raise UserError(f"{path} does not match its config: {wrong}")
     norm = {name: jnp.asarray(arrays.pop(name)) for name in ("scale", "mean")}
     return {"params": {n: jnp.asarray(a) for n, a in arrays.items()}, "norm": norm}

@@ -3,18 +3,21 @@
 import csv
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import runs, train
-from vsae_jax.config import TrainConfig, to_json
+from vsae_jax import runs
+from vsae_jax.config import TrainConfig
 from vsae_jax.errors import UserError
+from vsae_jax.fields import to_json
 from vsae_jax.job import plan, run_name
 
 
-def run(arms: Sequence[TrainConfig]) -> Path:
-    """Trains every arm, one after another; started again, it goes on.
+def run(
+    arms: Sequence[TrainConfig], *, train_one: Callable[[TrainConfig], Path]
+) -> Path:
+    """Trains every arm by `train_one`, in turn; started again, it goes on.
 
     Writes `grid.json` (the arms and the fields that differ between them) and, as arms
     finish, `summary.csv` (those fields and each arm's last metrics).
@@ -31,7 +34,7 @@ def run(arms: Sequence[TrainConfig]) -> Path:
     rows: list[dict[str, Any]] = []
     for number, (arm, job) in enumerate(zip(arms, jobs, strict=True), start=1):
         print(f"arm {number} of {len(arms)}: {job.folder.name}")
-        train.run(arm)
+        train_one(arm)
         fields = {name: getattr(arm, name) for name in swept}
         rows.append({"arm": job.folder.name, **fields, **_last_metrics(job.folder)})
         _write_summary(folder / runs.SUMMARY, rows)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vsae_jax import cli, loggers, optim, progress, runs, signals
+from vsae_jax import cli, loggers, optim, progress, runs, signals, sweep
 from vsae_jax.batches import ShuffledRows, read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
@@ -47,9 +47,7 @@ def command(configs: Sequence[TrainConfig]) -> None:
     if len(configs) == 1:
         run(configs[0])
     else:
-        from vsae_jax import sweep  # sweep runs train
-
-        sweep.run(configs)
+        sweep.run(configs, train_one=run)
 
 
 def run(config: TrainConfig) -> Path:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vsae_jax import progress
+from vsae_jax import progress, sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject
@@ -30,7 +30,7 @@ from vsae_jax.metrics import (
     density_histogram,
     ratio,
 )
-from vsae_jax.sae import SAE, Variables
+from vsae_jax.sae import Variables
 
 
 class LossSums(NamedTuple):
@@ -73,8 +73,8 @@ def run(subject: Subject) -> dict[str, Any]:
 def _measure(
     lm: LanguageModel,
     variables: Variables,
-    tokens: Int[Array, "batch time"],
-    keep: Bool[Array, "batch time"],
+    tokens: Int[Array | np.ndarray, "batch time"],
+    keep: Bool[Array | np.ndarray, "batch time"],
     *,
     config: SAEConfig,
     layer: int,
@@ -107,9 +107,8 @@ def _reconstruct(
     x = residual.reshape(-1, residual.shape[-1])
     if center:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    model = SAE(config)
-    f = model.apply(variables, x, method="encode")
-    return x, model.apply(variables, f, method="decode"), f
+    f = sae.encode(variables, x, config=config)
+    return x, sae.decode(variables, f, config=config), f
 
 
 @jax.jit
@@ -118,8 +117,8 @@ def _loss_sums(
     spliced: Float[Array, "batch time vocab"],
     ablated: Float[Array, "batch time vocab"],
     *,
-    tokens: Int[Array, "batch time"],
-    keep: Bool[Array, "batch time"],
+    tokens: Int[Array | np.ndarray, "batch time"],
+    keep: Bool[Array | np.ndarray, "batch time"],
 ) -> LossSums:
     w = keep.astype(jnp.float32)
     log_p = jax.nn.log_softmax(clean)

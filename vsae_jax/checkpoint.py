@@ -1,8 +1,10 @@
 """Orbax checkpoints of a training state and its place in the data."""
 
 import errno
+import gc
 import logging
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -77,6 +79,7 @@ class Checkpoints:
             # A damaged file can fail in Orbax, TensorStore or zstd with any type.
             except Exception as error:
                 print(f"checkpoint of step {step} is damaged: {one_line(error)}")
+            _drop_unread()
         if self.steps():
             raise UserError(
                 "no checkpoint of this run can be read; delete its checkpoints folder "
@@ -97,6 +100,16 @@ class Checkpoints:
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
         return state, int(read["progress"]["data_position"])
+
+
+def _drop_unread() -> None:
+    """Collects the reads that Orbax abandons after one that failed: they raise while
+    they are closed, and each would print pages at some later time."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 def _reason(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_lm_hf import SMALL, save_random
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 from tiny_runs import (
     CONTEXTS,
@@ -229,6 +230,23 @@ def test_a_centred_run_gets_the_rows_mean_back(identity_run, zero_run, lm, held_
     assert_close(metrics, expected)
     plain = reference(zero_run, lm, held_out)
     assert abs(plain["explained_variance"] - expected["explained_variance"]) > 1e-3
+
+
+def test_a_family_that_sees_the_rows_mean_gets_it_back_too(
+    zero_run, held_out, tmp_path
+):
+    # GPT-NeoX's LayerNorms take it away again; Llama's RMSNorms do not.
+    settings = SMALL | {"vocab_size": 320, "hidden_size": D_MODEL, "head_dim": 4}
+    lm = load_language_model(save_random("Llama", settings, tmp_path))
+    metrics = measured(zero_run, lm, held_out, center_residual=True)
+    special = sorted(lm.special_ids)
+    expected = reference(zero_run, lm, held_out, center=True, special=special)
+    # A quotient of next to nothing: to this model an ablation is hardly a loss.
+    del expected["ce_loss_score"]
+    assert_close(metrics, expected)
+    assert metrics["kl_div_with_sae"] != pytest.approx(
+        measured(zero_run, lm, held_out)["kl_div_with_sae"], rel=1e-3
+    )
 
 
 def test_batch_size_and_padding_are_no_matter(tiny_run, lm, held_out):

@@ -1,0 +1,73 @@
+"""TopK against the paper's vSAE and the released code's vSAE, on core metrics.
+
+Claim (paper 4.1): the vSAE is slightly worse on loss recovered and explained variance,
+and 82 % of its features are dead (80 % where nothing is clipped, PAPER_VS_CODE 6.2).
+
+Command, for each grid of one preset and one layer (extract and train as in
+BUILD_NOTES.md, 3):
+
+    python -m vsae_jax.evaluate --run=GRID
+    python -m experiments.core_table --grids=GRID,GRID,...
+
+Prints one Markdown row per grid and variant: mean and standard deviation over seeds.
+What was found is in BUILD_NOTES.md, 3.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vsae_jax import cli, runs
+from vsae_jax.errors import UserError
+from vsae_jax.evaluate import COLUMNS
+from vsae_jax.fields import flag
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Prints mean and standard deviation over seeds of evaluated grids."""
+
+    grids: str = flag("comma list of grids' folders", "")
+
+
+def command(configs: Sequence[TableConfig]) -> None:
+    """Prints the table of the grids that `--grids` names."""
+    if not configs[0].grids:
+        raise UserError("--grids is not set; name the folders of evaluated grids")
+    print(markdown([Path(name) for name in configs[0].grids.split(",")]))
+
+
+def markdown(grids: Sequence[Path]) -> str:
+    """`| grid | variant | seeds | metric ... |`, one row per grid and variant."""
+    header = ["grid", "variant", "seeds", *COLUMNS.values()]
+    lines = [header, ["---"] * len(header)]
+    for grid in grids:
+        for variant, metrics in _by_variant(grid).items():
+            cells = [_spread([m[name] for m in metrics]) for name in COLUMNS]
+            lines.append([grid.name, variant, str(len(metrics)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:
+    """Core metrics of every evaluated arm, under its variant."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for folder in runs.run_folders(grid):
+        path = folder / runs.EVALS / "core.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is not evaluated; run vsae_jax.evaluate on it")
+        result = runs.read_json(path)
+        found.setdefault(result["config"]["variant"], []).append(result["metrics"])
+    return found
+
+
+def _spread(values: Sequence[float]) -> str:
+    digits = 4 if max(map(abs, values)) < 10 else 1
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    cli.main(command, TableConfig)

@@ -111,19 +111,30 @@ def test_silence_is_counted_in_rows_and_ends_with_a_value_above_zero():
     np.testing.assert_array_equal(silent[2:], np.full(22, 3 * B))
 
 
-def test_auxk_brings_dead_latents_back():
-    def alive(auxk):
+def test_auxk_trains_the_dead_latents_and_nothing_else_does():
+    """The first twelve latents win every selection; the others are dead."""
+
+    def train(auxk):
         config, static, state = setup(
-            variant="topk", auxk=auxk, dead_after_tokens=2 * B, lr=3e-2, steps=200
+            variant="topk", auxk=auxk, dead_after_tokens=B, lr=1e-2, steps=200
         )
-        b_enc = jnp.zeros(24).at[12:].set(-15.0)
+        b_enc = jnp.zeros(24).at[:12].set(200.0)
         state = state._replace(params=state.params | {"b_enc": b_enc})
-        steps = step.compile_steps(static)
+        steps, errors = step.compile_steps(static), []
+        before = params_of(state)
         for i in range(4):
             state = steps(state, 10 * rows(50, seed=i), 50, step.hparams(config))
-        return int(np.sum(np.asarray(state.rows_since_fired) < 2 * B))
+            errors.append(float(state.totals.auxk))
+            state = state._replace(totals=step.zero_totals())
+        return before, params_of(state), errors
 
-    assert alive(1.0) > alive(0.0)
+    before, after, _ = train(0.0)
+    np.testing.assert_array_equal(after["b_enc"][12:], before["b_enc"][12:])
+    np.testing.assert_array_equal(after["w_enc"][:, 12:], before["w_enc"][:, 12:])
+    before, after, errors = train(1.0)
+    assert (after["w_enc"][:, 12:] != before["w_enc"][:, 12:]).all()
+    assert (after["w_dec"][12:] != before["w_dec"][12:]).all()
+    assert errors[-1] < 0.8 * errors[0]
 
 
 def test_first_step_that_is_not_finite_is_named():

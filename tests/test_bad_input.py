@@ -340,19 +340,31 @@ def test_a_run_folder_of_another_config(place, capfd):
     assert str(run) in line and "k: 4 -> 5" in line and "another --out" in line
 
 
+def test_checkpoints_of_another_config(place, capfd):
+    run = copied(place.run, place.tmp / "out")
+    (run / "sae.safetensors").unlink()
+    shutil.rmtree(run / "checkpoints")
+    wide = place.tmp / "wide"
+    flags = flags_of("train", place)
+    assert call("train", **flags | {"out": wide, "d_sae": 48}) == 0
+    shutil.copytree(wide / "checkpoints", run / "checkpoints")
+    line = refused(capfd, "train", **flags)
+    assert "no checkpoint of this run can be read" in line
+
+
 def test_a_full_disk_leaves_the_old_result(place, capfd):
     run = copied(place.run, place.tmp / "run")
     assert call("evaluate", run=run) == 0
     before = (run / "evals/core.json").read_bytes()
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
     try:
         capfd.readouterr()
         status = call("evaluate", run=run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     line = capfd.readouterr().err.splitlines()[-1]
-    assert status == 2 and "File too large" in line
+    assert status == 2 and "File too large" in line and str(run / "evals") in line
     assert (run / "evals/core.json").read_bytes() == before
 
 

@@ -163,6 +163,8 @@ def test_defaults_that_are_shares_of_the_run():
     assert config.dead_after_tokens == 2500
     assert config.k_aux == D_MODEL // 2
     assert resolved(d_sae=100).k_aux == 100
+    # It is an int32, and so is the counter of silent rows.
+    assert resolved(steps=2**30, batch_size=2**16).dead_after_tokens == 2**30
 
 
 def test_extract_takes_layer_and_center_from_the_preset():
@@ -199,6 +201,9 @@ def bad(config_class, said: str, **fields) -> None:
         ({"log_every": 0}, "--log_every=0 must be at least 1"),
         ({"checkpoint_every": 0}, "--checkpoint_every=0 must be at least 1"),
         ({"lr_warmup_steps": -1}, "--lr_warmup_steps=-1 must be at least 0"),
+        ({"beta": 1e300}, "--beta=1e+300 must be a finite number (of float32)"),
+        ({"steps": 2**31}, "--steps=2147483648 must be below 2147483648"),
+        ({"dead_after_tokens": 10**10}, "--dead_after_tokens=10000000000 must be"),
         ({"seed": 2**32}, "--seed=4294967296 must be below 2^32"),
         ({"data_seed": -1}, "--data_seed=-1 must be at least 0"),
     ],
@@ -243,9 +248,9 @@ def test_configs_are_frozen():
 @pytest.mark.parametrize(
     "config",
     [
-        TrainConfig(),
-        TrainConfig(beta=0.0, relu=False, lr="auto", input_scale=3.5),
-        resolve_train(TrainConfig(preset="released"), d_model=D_MODEL),
+        resolved(),
+        resolved(beta=0.0, relu=False, input_scale=3.5),
+        resolved(preset="released", variant="topk"),
         resolve_extract(ExtractConfig(preset="released")),
         SAEConfig(d_model=4, d_sae=8, k=2),
         EvalConfig(run="runs/a"),
@@ -261,6 +266,31 @@ def test_from_json_names_unknown_and_missing_keys():
     del values["d_sae"]
     with pytest.raises(UserError, match="run/config.json: SAEConfig .* at d_sae, kk"):
         fields.from_json(SAEConfig, values | {"kk": 1}, where="run/config.json")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("d_sae", "8"),
+        ("k", None),
+        ("k", 2.0),
+        ("relu", 1),
+        ("relu", "true"),
+        ("sparsity", "top"),
+        ("dtype", ["float32"]),
+    ],
+)
+def test_from_json_names_values_of_another_type(name, value):
+    values = fields.to_json(SAEConfig(d_model=4, d_sae=8, k=2)) | {name: value}
+    with pytest.raises(UserError, match=f"does not match this version at {name}$"):
+        fields.from_json(SAEConfig, values, where="x")
+
+
+def test_from_json_takes_objects_only_and_whole_numbers_for_any():
+    with pytest.raises(UserError, match="x: SAEConfig is no JSON object"):
+        fields.from_json(SAEConfig, [], where="x")
+    values = fields.to_json(resolved()) | {"beta": 1, "input_scale": "unit"}
+    assert fields.from_json(TrainConfig, values, where="x").beta == 1
 
 
 def test_difference_names_what_changed():

@@ -58,6 +58,9 @@ def test_parameters_come_back_bit_for_bit(path, variables):
         for name, array in arrays.items():
             np.testing.assert_array_equal(read[part][name], array)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    plain = path.parent / "plain"
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
 
 
 def test_the_file_is_float32_under_the_contracts_names(tmp_path, variables):
@@ -150,6 +153,25 @@ def test_a_config_of_another_version_is_named(tiny_run, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "data, named",
+    [
+        ([], "manifest, model"),
+        ({"layer": "0"}, "layer"),
+        ({"center_residual": 0}, "center_residual"),
+        ({"held_out_contexts": [64]}, "held_out_contexts"),
+        ({"held_out_contexts": ["64", "80"]}, "held_out_contexts"),
+    ],
+)
+def test_data_of_another_type_is_named(tiny_run, tmp_path, data, named):
+    path = copied(tiny_run, tmp_path / "run") / "config.json"
+    record = json.loads(path.read_text())
+    record["data"] = record["data"] | data if isinstance(data, dict) else data
+    path.write_text(json.dumps(record))
+    message = refused(runs.open_run, tmp_path / "run")
+    assert f"data does not match this version at {named}" in message
+
+
 def test_a_run_is_its_own_only_folder(tiny_run):
     assert runs.run_folders(tiny_run) == [tiny_run]
 
@@ -162,10 +184,17 @@ def test_a_grids_folders_come_in_the_grids_order(tmp_path):
     assert {folder.parent for folder in folders} == {tmp_path}
 
 
-@pytest.mark.parametrize("name", ["../other", "/etc", "a/b"])
+@pytest.mark.parametrize("name", ["../other", "/etc", "a/b", "..", ".", "", 3, None])
 def test_a_grid_that_names_a_folder_elsewhere_is_refused(tmp_path, name):
     runs.write_json(tmp_path / "grid.json", {"arms": [{"folder": name}]})
-    assert "outside the grid" in refused(runs.run_folders, tmp_path)
+    message = refused(runs.run_folders, tmp_path)
+    assert f"grid.json: {name!r} is no folder in the grid" in message
+
+
+@pytest.mark.parametrize("grid", [{}, {"arms": []}, {"arms": "abc"}])
+def test_a_grid_without_arms_is_refused(tmp_path, grid):
+    runs.write_json(tmp_path / "grid.json", grid)
+    assert "names no arms" in refused(runs.run_folders, tmp_path)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

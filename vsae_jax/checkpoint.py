@@ -1,7 +1,7 @@
 """Orbax checkpoints of a training state and its place in the data."""
 
 import errno
-import gc
+import functools
 import logging
 import os
 import sys
@@ -17,6 +17,19 @@ from vsae_jax.step import TrainState
 _KEPT = 2
 
 
+@functools.cache
+def _quiet_closed_loops() -> None:
+    """Once an array fails, Orbax closes the loop that TensorStore calls for the others,
+    and Python would print a traceback of each, now or later."""
+    hook = sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
+
+
 class Checkpoints:
     """The last two checkpoints of a run, below `folder`. A context manager."""
 
@@ -26,10 +39,13 @@ class Checkpoints:
 
         # What goes wrong is raised and said in one line; Orbax would log tracebacks.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet_closed_loops()
         self._args = ocp.args
+        self._folder = folder.absolute()
+        self._metadata: Any = ocp.StandardCheckpointHandler().metadata
         policy = ocp.checkpoint_managers.LatestN(_KEPT)
         self._manager = ocp.CheckpointManager(
-            folder.absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy, enable_async_checkpointing=False
             ),
@@ -79,7 +95,6 @@ class Checkpoints:
             # A damaged file can fail in Orbax, TensorStore or zstd with any type.
             except Exception as error:
                 print(f"checkpoint of step {step} is damaged: {one_line(error)}")
-            _drop_unread()
         if self.steps():
             raise UserError(
                 "no checkpoint of this run can be read; delete its checkpoints folder "
@@ -89,6 +104,10 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, int]:
         shape = jax.eval_shape(_plain, like)
+        # Orbax finds out too late: it leaves coroutines behind, a traceback of each.
+        stored = self._metadata(self._folder / str(step) / "state").tree
+        if _shapes(stored) != _shapes(shape):
+            raise ValueError("its arrays are not those of this run")
         parts = self._args.Composite(
             state=self._args.StandardRestore(shape),
             progress=self._args.JsonRestore(),
@@ -102,14 +121,8 @@ class Checkpoints:
         return state, int(read["progress"]["data_position"])
 
 
-def _drop_unread() -> None:
-    """Collects the reads that Orbax abandons after one that failed: they raise while
-    they are closed, and each would print pages at some later time."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        gc.collect()
-    finally:
-        sys.unraisablehook = hook
+def _shapes(tree: Any) -> list[tuple[int, ...]]:
+    return sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def _reason(error: Exception) -> str:

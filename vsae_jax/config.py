@@ -13,7 +13,7 @@ from vsae_jax.errors import UserError
 from vsae_jax.fields import (
     check_above_zero,
     check_at_least,
-    check_below_one,
+    check_below,
     fill,
     flag,
     preset_flag,
@@ -206,7 +206,10 @@ class TrainConfig:
         check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
         check_above_zero(self, "decoder_init_norm")
-        check_below_one(self, "adam_b1", "adam_b2", "held_out")
+        check_below(self, 1, "adam_b1", "adam_b2", "held_out")
+        # They are int32 on the device.
+        check_below(self, 2**31, "k", "steps", "dead_after_tokens")
+        check_below(self, 2**31, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         if self.held_out <= 0:
             raise UserError(f"--held_out={self.held_out} must lie between 0 and 1")
         both = self.k is not None and self.d_sae is not None
@@ -241,7 +244,7 @@ def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
         config,
         {
             "k_aux": min(max(d_model // 2, 1), config.d_sae),
-            "dead_after_tokens": rows // 20,
+            "dead_after_tokens": min(rows // 20, 2**30),
             "lr_warmup_steps": config.steps // 50,
             "lr_decay_start": config.steps * 4 // 5,
             "kl_warmup_steps": config.steps // 10,

@@ -1,11 +1,14 @@
 """Fields of a config: as flags, as JSON, and checked."""
 
 import dataclasses
-import math
+import types
+import typing
 from typing import Any
 
 from vsae_jax.errors import UserError
 from vsae_jax.presets import default_help
+
+_FLOAT32_END = 2.0**128
 
 
 def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
@@ -30,15 +33,28 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(config_class: type, values: dict[str, Any], *, where: str) -> Any:
-    """A config from a JSON object; unknown or missing keys are refused by name."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    wrong = sorted(names.symmetric_difference(values))
+    """A config from a JSON object; keys that are unknown or missing, and values of
+    another type, are refused by name."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {config_class.__name__} is no JSON object there")
+    hints = typing.get_type_hints(config_class)
+    wrong = sorted(hints.keys() ^ values.keys())
+    wrong += [n for n in values if n in hints and not _fits(values[n], hints[n])]
     if wrong:
         raise UserError(
             f"{where}: {config_class.__name__} does not match this version at "
             f"{', '.join(wrong)}"
         )
     return config_class(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a field's type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -60,8 +76,8 @@ def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, int | float
     pairs = [(name, getattr(config, name)) for name in names]
     pairs = [(name, v) for name, v in pairs if v is not None and not isinstance(v, str)]
     for name, value in pairs:
-        if not math.isfinite(value):
-            raise UserError(f"--{name}={value} must be a finite number")
+        if not abs(value) < _FLOAT32_END:
+            raise UserError(f"--{name}={value} must be a finite number (of float32)")
     return pairs
 
 
@@ -79,8 +95,8 @@ def check_above_zero(config: Any, *names: str) -> None:
             raise UserError(f"--{name}={value} must be above 0")
 
 
-def check_below_one(config: Any, *names: str) -> None:
-    """Refuses a number that is not below 1."""
+def check_below(config: Any, limit: int, *names: str) -> None:
+    """Refuses a number that is not below `limit`."""
     for name, value in _numbers(config, names):
-        if value >= 1:
-            raise UserError(f"--{name}={value} must be below 1")
+        if value >= limit:
+            raise UserError(f"--{name}={value} must be below {limit}")

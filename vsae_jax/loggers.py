@@ -8,6 +8,7 @@ from vsae_jax import runs
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import missing_extra
 from vsae_jax.fields import to_json
+from vsae_jax.npy import naming
 
 
 class Logger(Protocol):
@@ -36,11 +37,13 @@ class JsonLines:
     """One JSON object a line, written through at once."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+        with naming(self._path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

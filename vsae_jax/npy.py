@@ -37,14 +37,14 @@ class NpyWriter:
     def _write(self, data: bytes | memoryview) -> None:
         self._missing -= len(data)
         self._sha256.update(data)
-        with _naming(self._temporary):
+        with naming(self._temporary):
             self._file.write(data)
 
     def close(self) -> str:
         """The whole file's sha256, once its bytes are on the disk."""
         if self._missing:
             raise ValueError(f"{self._path}: {self._missing} bytes are missing")
-        with _naming(self._temporary), self._file:
+        with naming(self._temporary), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
         return self._sha256.hexdigest()
@@ -63,7 +63,7 @@ class NpyWriter:
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a small file: after a kill or power cut the old one or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with _naming(temporary), temporary.open("wb") as file:
+    with naming(temporary), temporary.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -132,7 +132,7 @@ def _file_bytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Adds the path to an error of writing, which Python leaves out."""
     try:
         yield

@@ -4,7 +4,6 @@ A grid's folder holds one run folder per arm, and grid.json names them.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,15 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.fields import difference, from_json
+from vsae_jax.npy import replace_file
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
 _JSON_LIMIT = 2**26
+# What evaluation reads of a run's `data`.
+_DATA = {
+    "manifest": str,
+    "model": str,
+    "revision": str,
+    "dataset": str,
+    "layer": int,
+    "context_length": int,
+    "bos": str,
+    "dropped_positions": int,
+    "center_residual": bool,
+    "held_out_contexts": list,
+}
 
 
 class Run(NamedTuple):
@@ -52,6 +65,7 @@ def open_run(folder: str | Path) -> Run:
     if missing:
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
     sae = from_json(SAEConfig, stored["sae"], where=where)
+    _check_data(stored["data"], where)
     return Run(
         folder=folder,
         train=from_json(TrainConfig, stored["train"], where=where),
@@ -61,6 +75,14 @@ def open_run(folder: str | Path) -> Run:
     )
 
 
+def _check_data(data: Any, where: str) -> None:
+    data = data if isinstance(data, dict) else {}
+    wrong = [n for n, kind in _DATA.items() if type(data.get(n)) is not kind]
+    if wrong or [type(i) for i in data["held_out_contexts"]] != [int, int]:
+        names = ", ".join(wrong) or "held_out_contexts"
+        raise UserError(f"{where}: data does not match this version at {names}")
+
+
 def run_folders(folder: str | Path) -> list[Path]:
     """The folder itself, or the arms of a grid in the grid's order."""
     folder = Path(folder)
@@ -68,19 +90,25 @@ def run_folders(folder: str | Path) -> list[Path]:
         raise UserError(f"--run={folder} is not a folder; name what train wrote")
     if not (folder / GRID).is_file():
         return [folder]
-    arms = read_json(folder / GRID).get("arms", [])
-    if any(Path(arm["folder"]).name != arm["folder"] for arm in arms):
-        raise UserError(f"{folder / GRID} names a folder outside the grid")
-    return [folder / arm["folder"] for arm in arms]
+    arms = read_json(folder / GRID).get("arms")
+    if not isinstance(arms, list) or not arms:
+        raise UserError(f"{folder / GRID} names no arms")
+    return [folder / _arm_name(arm, folder / GRID) for arm in arms]
+
+
+def _arm_name(arm: Any, grid: Path) -> str:
+    name = arm.get("folder") if isinstance(arm, dict) else arm
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise UserError(f"{grid}: {name!r} is no folder in the grid")
+    return name
 
 
 def write_parameters(path: Path, variables: Mapping[str, Mapping[str, Array]]) -> None:
     """Writes every array in float32 under its own name, whole or not at all."""
     flat = {**variables["params"], **variables["norm"]}
     arrays = {n: np.array(a, np.float32, order="C") for n, a in flat.items()}
-    part = path.with_name(path.name + ".part")
-    save_file(arrays, part)
-    os.replace(part, path)
+    # Not save_file, which makes a file that only its owner may read.
+    replace_file(path, save(arrays))
 
 
 def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]]:
@@ -108,9 +136,7 @@ def _shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON through a temporary name, so that a kill leaves the old file."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-    os.replace(part, path)
+    replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,9 +161,7 @@ def keep_metrics_up_to(path: Path, step: int) -> None:
         if not line.endswith("\n") or json.loads(line)["step"] > step:
             break
         kept.append(line)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
+    replace_file(path, "".join(kept).encode())
 
 
 def versions() -> dict[str, str]:

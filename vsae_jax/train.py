@@ -155,7 +155,8 @@ def _next(step: int, every: int) -> int:
 def _stacks(job: Job, chunks: Sequence[Chunk], position: int) -> Iterator[jax.Array]:
     """For each chunk `[n_max, batch, d_model]` on the device; unused batches are 0."""
     rows = _rows(job)
-    batch, n_max = job.train.batch_size, job.train.steps_per_dispatch
+    batch = job.train.batch_size
+    n_max = max((chunk.stop - chunk.start for chunk in chunks), default=0)
     for chunk in chunks:
         count = (chunk.stop - chunk.start) * batch
         taken = rows.take(position, count)

@@ -43,11 +43,10 @@ def activations(tmp_path_factory) -> Path:
     return folder / "rows"
 
 
-@pytest.fixture
-def config(activations, tmp_path) -> TrainConfig:
+def settings(activations: Path, out: Path) -> TrainConfig:
     return TrainConfig(
         activations=str(activations),
-        out=str(tmp_path / "run"),
+        out=str(out),
         k=4,
         d_sae=64,
         steps=60,
@@ -56,6 +55,11 @@ def config(activations, tmp_path) -> TrainConfig:
         log_every=15,
         steps_per_dispatch=4,
     )
+
+
+@pytest.fixture
+def config(activations, tmp_path) -> TrainConfig:
+    return settings(activations, tmp_path / "run")
 
 
 def parameters(folder: str | Path) -> dict[str, np.ndarray]:
@@ -81,19 +85,7 @@ def assert_same_run(a: str | Path, b: str | Path) -> None:
 def undisturbed(activations, tmp_path_factory) -> Path:
     """The run of `config`, done in one go."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    return train.run(
-        TrainConfig(
-            activations=str(activations),
-            out=str(out),
-            k=4,
-            d_sae=64,
-            steps=60,
-            batch_size=32,
-            checkpoint_every=20,
-            log_every=15,
-            steps_per_dispatch=4,
-        )
-    )
+    return train.run(settings(activations, out))
 
 
 def test_run_folder(undisturbed, activations):
@@ -186,16 +178,11 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_real_kill_then_the_same_command(number, activations, tmp_path):
-    long = TrainConfig(
-        activations=str(activations),
-        out=str(tmp_path / "killed"),
-        k=4,
-        d_sae=64,
+    long = replace(
+        settings(activations, tmp_path / "killed"),
         steps=1500,
-        batch_size=32,
         checkpoint_every=100,
         log_every=50,
-        steps_per_dispatch=4,
     )
     process = subprocess.Popen(
         command_line(long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -69,7 +69,7 @@ def _matmuls(task: Task) -> Steps:
     d_model = np.load(task.rows, mmap_mode="r").shape[-1]
     sizes = {"b": task.batch, "d": d_model, "m": task.d_sae}
     flop = 2.0 * task.batch * d_model * task.d_sae
-    products = [_Product(*form, sizes, task.mode) for form in ("bdm", "bmd", "dbm")]
+    products = [_Product(form, sizes, task.mode) for form in ("bdm", "bmd", "dbm")]
 
     def steps(n: int) -> float:
         best = 0.0
@@ -87,9 +87,10 @@ def _matmuls(task: Task) -> Steps:
 class _Product:
     """`[i, j] @ [j, o] -> [i, o]`, float32 from operands of the mode's dtype."""
 
-    def __init__(self, i: str, j: str, o: str, sizes: dict[str, int], mode: str):
+    def __init__(self, form: str, sizes: dict[str, int], mode: str):
         a_key, b_key = jax.random.split(jax.random.key(0))
-        shapes = [(sizes[i], sizes[j]), (sizes[j], sizes[o]), (sizes[i], sizes[o])]
+        i, j, o = (sizes[name] for name in form)
+        shapes = (i, j), (j, o), (i, o)
         self._a: Any = jax.random.normal(a_key, shapes[0]).astype(mode)
         self._b: Any = jax.random.normal(b_key, shapes[1]).astype(mode)
         self._out = jnp.zeros(shapes[2])

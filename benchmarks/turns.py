@@ -115,6 +115,7 @@ class Worker:
             text=True,
             cwd=ROOT,
         )
+        reply: dict[str, Any]
         try:
             reply = self._ask(json.dumps(task._asdict()))
         except WorkerEnded as ended:

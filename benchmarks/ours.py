@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Key
 
 from benchmarks.turns import Steps, Task, serve
 from vsae_jax import sae
-from vsae_jax.config import TrainConfig, resolve_train, sae_config
-from vsae_jax.step import compile_steps, hparams, init_state
+from vsae_jax.config import SAEConfig, TrainConfig, resolve_train, sae_config
+from vsae_jax.step import TrainState, compile_steps, hparams, init_state
 
-VARIANTS = ("topk", "vsae_topk")
 MATMUL = "matmul"
 # As the peers count it: no latent dies within a benchmark.
 NEVER_DEAD = 10_000_000
@@ -25,23 +25,45 @@ def make(task: Task) -> tuple[Steps, dict[str, str]]:
     return steps, {"jax": jax.__version__}
 
 
-def _training(task: Task) -> Steps:
-    rows = np.load(task.rows, mmap_mode="r")
+def resolved(
+    variant: Any, mode: Any, *, d_model: int, d_sae: int, k: int, batch: int
+) -> tuple[TrainConfig, SAEConfig]:
+    """The paper's preset at these sizes; products have operands of the mode's dtype."""
     config = resolve_train(
         TrainConfig(
-            variant=task.implementation.removeprefix("vsae_jax_"),  # pyright: ignore[reportArgumentType]
-            k=task.k,
-            d_sae=task.d_sae,
-            batch_size=task.batch,
+            variant=variant,
+            k=k,
+            d_sae=d_sae,
+            batch_size=batch,
             dead_after_tokens=NEVER_DEAD,
         ),
-        d_model=rows.shape[-1],
+        d_model=d_model,
     )
-    static = sae_config(config, d_model=rows.shape[-1], dtype=task.mode)  # pyright: ignore[reportArgumentType]
-    key, noise_key = jax.random.split(jax.random.key(0))
+    return config, sae_config(config, d_model=d_model, dtype=mode)
+
+
+def first_state(
+    key: Key[Array, ""], static: SAEConfig, *, scale: float | Array
+) -> TrainState:
+    """Weights and noise of one key."""
+    weights_key, noise_key = jax.random.split(key)
+    variables = sae.init(weights_key, static, scale=scale)  # pyright: ignore[reportArgumentType]
+    return init_state(variables, noise_key, static)
+
+
+def _training(task: Task) -> Steps:
+    rows = np.load(task.rows, mmap_mode="r")
+    config, static = resolved(
+        task.implementation.removeprefix("vsae_jax_"),
+        task.mode,
+        d_model=rows.shape[-1],
+        d_sae=task.d_sae,
+        k=task.k,
+        batch=task.batch,
+    )
     norm = float(np.sqrt(np.square(rows[0]).sum(-1).mean()))
     scale = float(config.input_scale) / norm
-    state = init_state(sae.init(key, static, scale=scale), noise_key, static)
+    state = first_state(jax.random.key(0), static, scale=scale)
     numbers = hparams(config)
     # As the trainer hands them over: bfloat16, on the device before they are needed.
     count = min(task.dispatch, len(rows))
@@ -61,31 +83,32 @@ def _training(task: Task) -> Steps:
 
 
 def _matmuls(task: Task) -> Steps:
-    """The dense step's products, x w_enc, f w_dec and e' f, one after the other.
+    """The dense step's products, one after the other; the best rate of them.
 
-    Together they have every shape of the five in a step of 10 B d m FLOP. What comes
-    out goes into a buffer that is there already, so that no page is touched anew.
+    x w_enc, f w_dec and x' g have every shape of the five in a step of 10 B d m FLOP.
+    Results go into memory that is there already, so that no page is touched anew.
     """
     d_model = np.load(task.rows, mmap_mode="r").shape[-1]
     sizes = {"b": task.batch, "d": d_model, "m": task.d_sae}
     flop = 2.0 * task.batch * d_model * task.d_sae
-    products = [_Product(form, sizes, task.mode) for form in ("bdm", "bmd", "dbm")]
+    products = [Product(form, sizes, task.mode) for form in ("bdm", "bmd", "dbm")]
 
     def steps(n: int) -> float:
         best = 0.0
         for product in products:
             start = time.perf_counter()
             for _ in range(n):
-                product()
-            product.wait()
+                result = product()
+            jax.block_until_ready(result)
             best = max(best, n * flop / (time.perf_counter() - start))
         return best
 
     return steps
 
 
-class _Product:
-    """`[i, j] @ [j, o] -> [i, o]`, float32 from operands of the mode's dtype."""
+class Product:
+    """One of the dense step's products over and over, into memory that it has:
+    `[i, j] @ [j, o] -> [i, o]`, float32 from operands of the mode's dtype."""
 
     def __init__(self, form: str, sizes: dict[str, int], mode: str):
         a_key, b_key = jax.random.split(jax.random.key(0))
@@ -101,11 +124,10 @@ class _Product:
 
         self._run = jax.jit(product, donate_argnums=2, keep_unused=True)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Array:
+        """Starts it. The result is valid until the next call."""
         self._out = self._run(self._a, self._b, self._out)
-
-    def wait(self) -> None:
-        jax.block_until_ready(self._out)
+        return self._out
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def times_faster(this: Timed, than: Timed) -> Spread:
 
 def fastest_peer(timed: Sequence[Timed]) -> Timed | None:
     """The TopK peer and mode with the least median time."""
-    peers = [t for t in timed if t.is_peer and "vsae" not in t.implementation]
+    peers = [t for t in timed if t.is_peer and "vsae_topk" not in t.implementation]
     return min(peers, key=lambda t: statistics.median(t.ms), default=None)
 
 

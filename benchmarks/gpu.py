@@ -1,0 +1,213 @@
+"""`python -m benchmarks.gpu`: our step and plain torch's on one GPU, in eight minutes.
+
+Torch runs the peers' TopK and vSAE steps, written here from the equations: eager, with
+`torch.compile` and with its CUDA graphs, in float32 (TF32) and under bfloat16 autocast.
+Each library has a process of its own, one after the other, on rows that lie on the
+device. Torch is timed by CUDA events, JAX by waiting for the last of many steps.
+`--platform=cpu --quick` runs the same code at tiny sizes.
+"""
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.gpu_cases import Case
+from benchmarks.table import markdown
+from benchmarks.train_step import Shape, read_shapes
+from benchmarks.turns import ROOT
+from vsae_jax import cli
+from vsae_jax.errors import UserError
+from vsae_jax.fields import check_above_zero, check_at_least, flag
+
+SHAPES = (
+    "2048x64x1024,8192x256x1024,8192x256x8192,2048x256x8192,8192x512x8192,2048x512x1024"
+)
+TORCH = (
+    ("topk", "eager", "bfloat16"),
+    ("topk", "compiled", "bfloat16"),
+    ("topk", "cudagraphs", "bfloat16"),
+    ("topk", "eager", "float32"),
+    ("vsae_topk", "eager", "bfloat16"),
+    ("vsae_topk", "compiled", "bfloat16"),
+)
+OURS = (
+    ("topk", "matmul", "bfloat16"),
+    ("topk", "single", "bfloat16"),
+    ("vsae_topk", "single", "bfloat16"),
+    ("topk", "single", "float32"),
+    ("vsae_topk", "grid", "bfloat16"),
+)
+_TORCH_SHARE = 0.65
+_GRACE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """Times our step, a grid of it and plain torch's on one CUDA GPU."""
+
+    platform: Literal["gpu", "cpu"] = flag("cpu only tests the code's path", "gpu")
+    quick: bool = flag("tiny sizes and one round", False)
+    shapes: str = flag("comma list of d_sae x k x batch, most wanted first", SHAPES)
+    d_model: int = flag("width of the activations", 512)
+    arms: int = flag("arms of the grid", 16)
+    torch_python: str = flag("interpreter that has torch; unset: this one", "")
+    budget_seconds: float = flag("for all; what it does not reach is named", 400.0)
+    rounds: int = flag("measurements of each step", 5)
+    out: str = flag("JSON file for what was measured", "gpu.json")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "d_model", "arms", "rounds")
+        check_above_zero(self, "budget_seconds")
+        read_shapes(self.shapes)
+        if self.torch_python and not Path(self.torch_python).is_file():
+            raise UserError(f"--torch_python={self.torch_python} is no interpreter")
+
+
+def command(configs: Sequence[GpuConfig]) -> None:
+    """Prints a table for each shape and writes everything to `--out`."""
+    config = configs[0]
+    cases = [case for shape in _shapes(config) for case in _cases(config, shape)]
+    environment: dict[str, Any] = {"hardware": _hardware(config)}
+    results: list[dict[str, Any]] = []
+    for library in ("torch", "jax"):
+        mine = [case for case in cases if case.library == library]
+        versions, measured = _run(config, library, mine)
+        environment |= versions
+        results += measured
+    print(f"{environment}, load average {os.getloadavg()[0]:.1f}")
+    for shape in dict.fromkeys(case.shape for case in cases):
+        print(f"\n## d_model {cases[0].d_model}, {shape}\n")
+        print(markdown(_rows([r for r in results if Case(**r["of"]).shape == shape])))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "config": asdict(config),
+        "environment": environment,
+        "results": results,
+    }
+    Path(config.out).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _shapes(config: GpuConfig) -> list[Shape]:
+    return [Shape(256, 8, 64)] if config.quick else read_shapes(config.shapes)
+
+
+def _cases(config: GpuConfig, shape: Shape) -> list[Case]:
+    steps = [("torch", *step) for step in TORCH] + [("jax", *step) for step in OURS]
+    return [
+        Case(
+            library=library,
+            kind=kind,
+            variant=variant,
+            mode=mode,
+            d_model=32 if config.quick else config.d_model,
+            **shape._asdict(),
+            platform=config.platform,
+            seconds=0.02 if config.quick else 0.3,
+            rounds=1 if config.quick else config.rounds,
+            arms=config.arms if kind == "grid" else 1,
+        )
+        for library, variant, kind, mode in steps
+    ]
+
+
+def _run(
+    config: GpuConfig, library: str, cases: Sequence[Case]
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """One library's process: versions, and each case with its result or why not."""
+    own = config.torch_python if library == "torch" else ""
+    share = _TORCH_SHARE if library == "torch" else 1 - _TORCH_SHARE
+    budget = config.budget_seconds * share
+    request = {"budget_seconds": budget, "cases": [case._asdict() for case in cases]}
+    process = subprocess.Popen(
+        [own or sys.executable, "-m", f"benchmarks.gpu_{library}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": _PLATFORMS[config.platform]},
+    )
+    try:
+        text, _ = process.communicate(json.dumps(request), budget + _GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        text, _ = process.communicate()
+    answers = [json.loads(line) for line in text.splitlines()]
+    if not answers:
+        raise UserError(
+            f"benchmarks.gpu_{library} did not start: see above; for torch in another "
+            "environment give --torch_python"
+        )
+    by_case = {answer["case"]: answer for answer in answers[1:]}
+    ended = {"skipped": f"the process ended with status {process.returncode}"}
+    return answers[0], [
+        {"of": case._asdict()} | by_case.get(number, ended)
+        for number, case in enumerate(cases)
+    ]
+
+
+_PLATFORMS = {"gpu": "cuda", "cpu": "cpu"}
+
+
+def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each step of a shape, beside the fastest torch of its variant."""
+    floor = next(
+        (r["ms"] for r in results if r["of"]["kind"] == "matmul" and "ms" in r), 0
+    )
+    rows = []
+    for result in results:
+        case = Case(**result["of"])
+        name = f"{case.library} {case.variant} {case.kind}"
+        if case.kind == "matmul":
+            name = "the five products"
+        row = {"step": name, "mode": case.mode}
+        if "skipped" in result:
+            rows.append(
+                row | dict.fromkeys(_COLUMNS) | {"ms a step": result["skipped"]}
+            )
+            continue
+        ms = result["ms"] / case.arms
+        torch = [
+            r["ms"]
+            for r in results
+            if r["of"]["library"] == "torch"
+            and r["of"]["variant"] == case.variant
+            and "ms" in r
+        ]
+        values = (
+            f"{ms:.3f} ({result['low_ms'] / case.arms:.3f} to "
+            f"{result['high_ms'] / case.arms:.3f})",
+            1e3 * case.batch / ms,
+            min(torch) / ms if torch else None,
+            floor / ms if floor else None,
+            result["first_seconds"],
+        )
+        rows.append(row | dict(zip(_COLUMNS, values, strict=True)))
+    return rows
+
+
+_COLUMNS = (
+    "ms a step",
+    "activations/s",
+    "times the fastest torch",
+    "of the matmul floor",
+    "first call s",
+)
+
+
+def _hardware(config: GpuConfig) -> str:
+    if config.platform == "cpu":
+        return "cpu"
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(
+        query, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+if __name__ == "__main__":
+    cli.main(command, GpuConfig)

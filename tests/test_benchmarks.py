@@ -76,13 +76,12 @@ def test_ratios_are_of_the_same_round():
     ours = timed("vsae_jax_topk", "bfloat16", [1.0, 2.0, 4.0], is_peer=False)
     peer = timed("dictionary_learning", "float32", [4.0, 10.0, 12.0])
     assert table.times_faster(ours, peer) == (4.0, 3.5, 4.5)
-    (row, _) = table.rows([ours, peer], batch=8, floor_ms=dict.fromkeys(MODES, 0.5))
+    (row, _) = table.rows(
+        [ours, peer], batch=8, floor_ms=dict.fromkeys(train_step.MODES, 0.5)
+    )
     assert row["activations/s"] == 4000.0
     assert row["of the matmul floor"] == 0.25
     assert row["times dictionary_learning float32"].median == 4.0
-
-
-MODES = train_step.MODES
 
 
 def test_the_fastest_peer_is_a_topk_of_another_library():
@@ -164,7 +163,8 @@ def test_the_torch_step_has_our_loss(variant, monkeypatch):
         value, index = gpu_torch.vsae_loss(tensors, torch.from_numpy(x), 4)
         weights = losses.Weights(k=4, beta=gpu_torch.BETA)
         config = losses._config(arrays, k=4)
-        expected, _ = losses.total_loss(arrays, x, None, weights, config=config)
+        rows = jnp.asarray(x)
+        expected, _ = losses.total_loss(arrays, rows, None, weights, config=config)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert index.shape == (16, 4)
 
@@ -177,7 +177,7 @@ def test_the_torch_step_trains_and_keeps_unit_rows(monkeypatch):
     def loss(parameters, x, k):
         kept["w_dec"] = parameters["w_dec"]
         value, index = topk_loss(parameters, x, k)
-        kept.setdefault("losses", []).append(float(value))
+        kept.setdefault("losses", []).append(value.item())
         return value, index
 
     topk_loss = gpu_torch.topk_loss

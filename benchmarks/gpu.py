@@ -125,7 +125,11 @@ def _run(
     budget = config.budget_seconds * share
     request = {"budget_seconds": budget, "cases": [case._asdict() for case in cases]}
     process = subprocess.Popen(
-        [own or sys.executable, "-m", f"benchmarks.gpu_{library}"],
+        [
+            os.path.abspath(own) if own else sys.executable,
+            "-m",
+            f"benchmarks.gpu_{library}",
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -3,7 +3,8 @@
 Long-lived workers, one for each implementation and mode, take turns on the same
 activations (A B C A B C ...); ratios are of the same round, and medians of those are
 printed with their quartiles. A busy machine flatters us, because torch suffers more
-from it: how much of the processor went to others is measured and said.
+from it: how much of the processor went to others is measured and said. Linux only
+(/proc).
 """
 
 import json
@@ -202,7 +203,8 @@ def _workers(config: StepConfig, shape: Shape, rows: Path) -> Iterator[list[Work
         for task in _tasks(config, shape, rows):
             ours = task.implementation in (*OURS, "matmul")
             module = "benchmarks.ours" if ours else "benchmarks.peers"
-            python = sys.executable if ours else config.peer_python
+            # Workers run in the repository; a link to an interpreter stays a link.
+            python = sys.executable if ours else os.path.abspath(config.peer_python)
             worker = Worker(task, [python, "-m", module])
             workers.append(worker)
             if worker.missing:
@@ -275,7 +277,7 @@ def _names(text: str, known: Any, name: str) -> list[str]:
 
 def _checkouts(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",") if part]
-    return {name.strip(): folder for name, _, folder in pairs}
+    return {name.strip(): os.path.abspath(folder) for name, _, folder in pairs}
 
 
 if __name__ == "__main__":

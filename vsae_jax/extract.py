@@ -80,7 +80,9 @@ def run(config: ExtractConfig) -> Activations:
         bos=manifest.bos,
     )
     began = time.monotonic()
-    manifest = _extract(folder, manifest, model, contexts, batch_size=config.batch_size)
+    manifest = write_shards(
+        folder, manifest, model, contexts, batch_size=config.batch_size
+    )
     _conclude(folder, manifest, time.monotonic() - began)
     return Activations.open(folder)
 
@@ -210,7 +212,7 @@ def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
     )
 
 
-def _extract(
+def write_shards(
     folder: Path,
     manifest: Manifest,
     model: LanguageModel,

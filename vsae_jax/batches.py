@@ -98,8 +98,8 @@ class ShuffledRows:
         if coming is not None and coming[0] == key:
             group = coming[1].result()
         else:
-            if coming is not None:  # the stream was left; one buffer is its
-                futures.wait([coming[1]])
+            if coming is not None and coming[1].exception() is None:  # not needed
+                self._free.append(coming[1].result().buffer)
             group = self._load(key)
         if self._loader is not None:
             following = self._after(key)
@@ -109,19 +109,24 @@ class ShuffledRows:
     def _load(self, key: "_Key") -> "_Group":
         """Reads a group's blocks one after another into a buffer that is free."""
         epoch, number = key
-        buffer = self._free.pop() if self._free else None
-        filled = 0
+        buffer, filled = np.empty((0, 0), np.uint8), 0
         for start, stop in self._plan(epoch).groups[number]:
             rows = self._read(start, stop)
             # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
             raw = np.ascontiguousarray(rows).view(np.uint8)
-            if buffer is None:
-                most = min(_BLOCKS_IN_GROUP * self._block, self._n_rows)
-                buffer = np.empty((most, raw.shape[1]), np.uint8)
+            if not filled:
+                buffer = self._buffer(raw.shape[1])
             buffer[filled : filled + len(raw)] = raw
             filled += len(raw)
         order = np.random.default_rng([self._seed, epoch, number]).permutation(filled)
         return _Group(key, buffer, buffer[:filled], order, rows.dtype)
+
+    def _buffer(self, row_bytes: int) -> UInt8[np.ndarray, "most row_bytes"]:
+        """Memory for a group: used again, as fresh pages cost more than reading."""
+        if self._free:
+            return self._free.pop()
+        most = min(_BLOCKS_IN_GROUP * self._block, self._n_rows)
+        return np.empty((most, row_bytes), np.uint8)
 
     def _after(self, key: "_Key") -> "_Key":
         epoch, number = key

@@ -229,11 +229,9 @@ def write_shards(
     with _alone_in(folder), signals.caught() as caught:
         writer = ShardWriter(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
-        pieces = read_ahead(
-            residuals.pieces(shards, writer, model, batch_size=batch_size)
-        )
+        pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
         try:
-            with contextlib.closing(shards), contextlib.closing(pieces):
+            with contextlib.closing(shards):
                 residuals.write(writer, pieces, caught, bar=_bar(folder, manifest))
         except OSError as error:
             raise _more_room(error, writer) from None

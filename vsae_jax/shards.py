@@ -87,7 +87,9 @@ class Activations:
         parts = [self.activations_shard(index)[within] for index, within in pieces]
         dtype = self.manifest.dtype
         empty = np.empty((0, self.d_model), STORED[dtype])
-        rows = np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([*parts, empty])
+        rows = (
+            np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([*parts, empty])
+        )
         rows = rows.view(READ[dtype])
         rows.flags.writeable = False
         return rows

@@ -3,6 +3,7 @@
 import threading
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -109,3 +110,125 @@ def test_closing_ends_the_thread():
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
+
+
+def prefetching(read, *, n_rows=N):
+    """A stream whose thread loads ahead, in blocks of 10 rows and groups of 80."""
+    row_bytes = batches._BLOCK_BYTES // 10
+    return batches.ShuffledRows(
+        read, n_rows=n_rows, row_bytes=row_bytes, seed=0, prefetch=True
+    )
+
+
+def numbered(start, stop):
+    return np.arange(start, stop)[:, None].repeat(2, axis=1)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 10
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+@pytest.mark.parametrize("n_rows, batch", [(N, 7), (N, 999), (83, 40), (5, 12)])
+def test_prefetching_does_not_change_the_stream(n_rows, batch):
+    with prefetching(numbered, n_rows=n_rows) as ahead:
+        plain = stream(n_rows=n_rows)
+        for position in range(0, 3 * n_rows, batch):
+            np.testing.assert_array_equal(
+                ahead.take(position, batch), plain.take(position, batch)
+            )
+
+
+def test_prefetching_follows_jumps():
+    positions = np.random.default_rng(0).integers(0, 3 * N, 40)
+    with prefetching(numbered) as ahead:
+        for position in positions.tolist():
+            np.testing.assert_array_equal(
+                ahead.take(position, 30), stream().take(position, 30)
+            )
+
+
+def test_the_next_group_is_read_in_another_thread_while_this_one_is_used():
+    readers = []
+
+    def read(start, stop):
+        readers.append(threading.current_thread())
+        return numbered(start, stop)
+
+    with prefetching(read) as rows:
+        rows.take(0, 1)
+        wait_until(lambda: len(readers) == 2 * batches._BLOCKS_IN_GROUP)
+        rows.take(1, 79)
+        assert len(readers) == 2 * batches._BLOCKS_IN_GROUP
+        later = readers[batches._BLOCKS_IN_GROUP :]
+    assert set(readers) - set(later) == {threading.current_thread()}
+    assert threading.current_thread() not in later
+
+
+def test_two_groups_are_the_most_in_memory():
+    with prefetching(numbered) as rows:
+        buffers = set()
+        jumps = np.random.default_rng(0).integers(0, 3 * N, 20).tolist()
+        for position in [*range(0, 3 * N, 40), *jumps]:
+            rows.take(position, 40)
+            buffers.add(rows._present.buffer.ctypes.data)
+    assert len(buffers) == 2
+
+
+def test_taken_rows_stay_when_their_group_is_left():
+    with prefetching(numbered) as rows:
+        first = rows.take(0, 80)
+        kept = first.copy()
+        rows.take(80, 400)
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_bfloat16_rows_come_as_they_lie():
+    table = np.arange(2 * N).reshape(N, 2).astype(ml_dtypes.bfloat16)
+    with prefetching(lambda start, stop: table[start:stop]) as rows:
+        taken, order = rows.take(0, N), stream().take(0, N)[:, 0]
+    assert taken.dtype == table.dtype
+    np.testing.assert_array_equal(taken, table[order])
+
+
+def test_an_error_of_the_thread_is_raised_where_its_rows_are_taken():
+    def read(start, stop):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError("the disk is gone")
+        return numbered(start, stop)
+
+    with prefetching(read) as rows:
+        np.testing.assert_array_equal(rows.take(0, 80), stream().take(0, 80))
+        with pytest.raises(OSError, match="the disk is gone"):
+            rows.take(80, 1)
+
+
+@pytest.mark.parametrize("end", ["close", "forget"])
+def test_the_thread_ends_with_the_stream(end):
+    before = threading.active_count()
+    rows = prefetching(numbered)
+    rows.take(0, 1)
+    assert threading.active_count() == before + 1
+    if end == "close":
+        rows.close()
+        assert threading.active_count() == before
+    del rows
+    wait_until(lambda: threading.active_count() == before)
+
+
+def test_closing_read_ahead_closes_what_it_reads():
+    closed = []
+
+    def items():
+        try:
+            yield from range(10**9)
+        finally:
+            closed.append(True)
+
+    source = items()
+    ahead = batches.read_ahead(source)
+    next(ahead)
+    ahead.close()
+    assert closed

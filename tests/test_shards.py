@@ -90,6 +90,18 @@ def test_every_range_of_rows_is_read_as_it_was_written(tmp_path, dtype):
             np.testing.assert_array_equal(read, rows[start:stop])
 
 
+@pytest.mark.parametrize("start, stop, shares", [(1, 5, True), (4, 8, False)])
+def test_a_view_is_read_only_and_copies_only_across_shards(
+    tmp_path, start, stop, shares
+):
+    activations = Activations.open(write(tmp_path, dtype="bfloat16"))
+    rows = activations.view(start, stop)
+    np.testing.assert_array_equal(rows, make_rows("bfloat16")[start:stop])
+    assert not rows.flags.writeable
+    shards = [activations.activations_shard(i) for i in range(2)]
+    assert any(np.shares_memory(rows, shard) for shard in shards) == shares
+
+
 def test_every_range_of_tokens_is_read_as_it_was_written(tmp_path):
     activations = Activations.open(write(tmp_path))
     for start in range(CONTEXTS + 1):

@@ -1,17 +1,22 @@
 """Shuffled, resumable batches from memory-mapped shards, read ahead in a thread.
 
 An epoch is a seeded order of contiguous blocks. Groups of blocks are read one after
-another and their rows permuted in memory, so every row is seen exactly once an epoch,
-reads are contiguous, and memory holds two groups whatever the size of the shards.
+another and their rows taken in a seeded order, so every row is seen exactly once an
+epoch, reads are contiguous, and memory holds one group, or two with the next one
+read ahead (512 MiB each), whatever the size of the shards.
 The stream is a function of (seed, position): resuming needs one integer.
 """
 
+import bisect
+import functools
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from concurrent import futures
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Shaped, UInt8
 
 _BLOCK_BYTES = 2**26
 _BLOCKS_IN_GROUP = 8
@@ -20,68 +25,153 @@ _BLOCKS_IN_GROUP = 8
 class ShuffledRows:
     """An endless stream of rows: epoch after epoch, each in its own order.
 
-    `read(start, stop)` gives rows `[stop - start, d_model]`; `row_bytes` sets the
-    size of a block (64 MiB, eight of them mixed).
+    Args:
+      read: gives the rows start, ..., stop - 1, `[stop - start, d_model]`. They are
+        copied at once, so it may return a view.
+      n_rows: in an epoch.
+      row_bytes: sets the rows of a block (64 MiB, eight of them mixed).
+      seed: of the order.
+      prefetch: a thread loads the next group while the present one is taken from.
+        It ends with `close`, with the `with` block, or with the object.
     """
 
     def __init__(
         self,
-        read: Callable[[int, int], np.ndarray],
+        read: Callable[[int, int], Shaped[np.ndarray, "rows d_model"]],
         *,
         n_rows: int,
         row_bytes: int,
         seed: int,
+        prefetch: bool = False,
     ):
         self._read = read
         self._n_rows = n_rows
         self._seed = seed
         self._block = max(_BLOCK_BYTES // row_bytes, 1)
-        self._loaded: tuple[tuple[int, int], np.ndarray] | None = None
+        self._present: _Group | None = None
+        self._next: tuple[_Key, futures.Future[_Group]] | None = None
+        self._free: list[UInt8[np.ndarray, "rows row_bytes"]] = []
+        self._loader = futures.ThreadPoolExecutor(1, "rows") if prefetch else None
 
-    def take(self, position: int, count: int) -> np.ndarray:
-        """Rows `position` to `position + count` of the stream, `[count, d_model]`."""
-        parts = []
-        while count > 0:
-            rows = self._rows_from(position)[:count]
-            parts.append(rows)
-            position += len(rows)
-            count -= len(rows)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def take(self, position: int, count: int) -> Shaped[np.ndarray, "count d_model"]:
+        """A copy of the rows `position` to `position + count` of the stream."""
+        group, _ = self._at(position)
+        taken = np.empty((count, group.rows.shape[1]), np.uint8)
+        filled = 0
+        while filled < count:
+            group, offset = self._at(position + filled)
+            index = group.order[offset:][: count - filled]
+            into = taken[filled : filled + len(index)]
+            # In the mode "raise" NumPy would copy `out` first; no index is outside.
+            np.take(group.rows, index, axis=0, out=into, mode="clip")
+            filled += len(index)
+        return taken.view(group.dtype)
 
-    def _rows_from(self, position: int) -> np.ndarray:
-        """The rest of the group that holds `position`."""
+    def close(self) -> None:
+        """Ends the thread, after the read that it is in, and lets the rows go."""
+        if self._loader is not None:
+            self._loader.shutdown(cancel_futures=True)
+        self._present = self._next = None
+        self._free.clear()
+
+    def __enter__(self) -> "ShuffledRows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _at(self, position: int) -> tuple["_Group", int]:
+        """The group that holds `position`, and where in it."""
         epoch, offset = divmod(position, self._n_rows)
-        for number, blocks in enumerate(self._groups(epoch)):
-            length = sum(stop - start for start, stop in blocks)
-            if offset < length:
-                return self._group(epoch, number, blocks)[offset:]
-            offset -= length
-        raise AssertionError("an epoch's groups hold all of its rows")
+        starts = self._plan(epoch).starts
+        number = bisect.bisect_right(starts, offset) - 1
+        key = epoch, number
+        if self._present is None or self._present.key != key:
+            self._present = self._enter(key)
+        return self._present, offset - starts[number]
 
-    def _groups(self, epoch: int) -> list[list[tuple[int, int]]]:
-        starts = range(0, self._n_rows, self._block)
-        blocks = [(s, min(s + self._block, self._n_rows)) for s in starts]
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(blocks))
-        shuffled = [blocks[i] for i in order]
-        return [
-            shuffled[i : i + _BLOCKS_IN_GROUP]
-            for i in range(0, len(shuffled), _BLOCKS_IN_GROUP)
-        ]
+    def _enter(self, key: "_Key") -> "_Group":
+        """Group `key`, which the thread may have loaded; it goes on to the next."""
+        if self._present is not None:
+            self._free.append(self._present.buffer)
+        self._present, coming, self._next = None, self._next, None
+        if coming is not None and coming[0] == key:
+            group = coming[1].result()
+        else:
+            if coming is not None and coming[1].exception() is None:  # not needed
+                self._free.append(coming[1].result().buffer)
+            group = self._load(key)
+        if self._loader is not None:
+            following = self._after(key)
+            self._next = following, self._loader.submit(self._load, following)
+        return group
 
-    def _group(
-        self, epoch: int, number: int, blocks: list[tuple[int, int]]
-    ) -> np.ndarray:
-        if self._loaded is None or self._loaded[0] != (epoch, number):
-            self._loaded = None
-            rows = np.concatenate([self._read(*block) for block in blocks])
-            rng = np.random.default_rng([self._seed, epoch, number])
-            self._loaded = (epoch, number), rows[rng.permutation(len(rows))]
-        return self._loaded[1]
+    def _load(self, key: "_Key") -> "_Group":
+        """Reads a group's blocks one after another into a buffer that is free."""
+        epoch, number = key
+        buffer, filled = np.empty((0, 0), np.uint8), 0
+        for start, stop in self._plan(epoch).groups[number]:
+            rows = self._read(start, stop)
+            # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
+            raw = np.ascontiguousarray(rows).view(np.uint8)
+            if not filled:
+                buffer = self._buffer(raw.shape[1])
+            buffer[filled : filled + len(raw)] = raw
+            filled += len(raw)
+        order = np.random.default_rng([self._seed, epoch, number]).permutation(filled)
+        return _Group(key, buffer, buffer[:filled], order, rows.dtype)
+
+    def _buffer(self, row_bytes: int) -> UInt8[np.ndarray, "most row_bytes"]:
+        """Memory for a group: used again, as fresh pages cost more than reading."""
+        if self._free:
+            return self._free.pop()
+        most = min(_BLOCKS_IN_GROUP * self._block, self._n_rows)
+        return np.empty((most, row_bytes), np.uint8)
+
+    def _after(self, key: "_Key") -> "_Key":
+        epoch, number = key
+        last = number + 1 == len(self._plan(epoch).groups)
+        return (epoch + 1, 0) if last else (epoch, number + 1)
+
+    def _plan(self, epoch: int) -> "_Plan":
+        return _plan(epoch, n_rows=self._n_rows, block=self._block, seed=self._seed)
+
+
+_Key = tuple[int, int]  # epoch, and group within it
+
+
+class _Group(NamedTuple):
+    """Some blocks in memory: row i of the stream is `rows[order[i]]`."""
+
+    key: _Key
+    buffer: UInt8[np.ndarray, "most row_bytes"]
+    rows: UInt8[np.ndarray, "rows row_bytes"]
+    order: Int[np.ndarray, " rows"]
+    dtype: np.dtype
+
+
+class _Plan(NamedTuple):
+    """An epoch's groups of blocks (start, stop), and where in it each group starts."""
+
+    groups: list[list[tuple[int, int]]]
+    starts: list[int]
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(epoch: int, *, n_rows: int, block: int, seed: int) -> _Plan:
+    blocks = [(s, min(s + block, n_rows)) for s in range(0, n_rows, block)]
+    order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+    groups = [
+        [blocks[i] for i in order[n : n + _BLOCKS_IN_GROUP]]
+        for n in range(0, len(blocks), _BLOCKS_IN_GROUP)
+    ]
+    lengths = [sum(stop - start for start, stop in group) for group in groups]
+    return _Plan(groups, [0, *np.cumsum(lengths)[:-1].tolist()])
 
 
 def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Generator[Any, None, None]:
     """The same items, made in a thread up to `depth` ahead; its errors are raised
-    here, and closing the iterator ends the thread."""
+    here, and closing the iterator ends the thread and closes `items`."""
     ready: queue.Queue = queue.Queue(maxsize=depth)
     closed = threading.Event()
 
@@ -101,6 +191,9 @@ def read_ahead(items: Iterable[Any], *, depth: int = 2) -> Generator[Any, None, 
             put((None, StopIteration()))
         except BaseException as error:  # handed to the consumer, which raises it
             put((None, error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -80,7 +80,9 @@ def run(config: ExtractConfig) -> Activations:
         bos=manifest.bos,
     )
     began = time.monotonic()
-    manifest = _extract(folder, manifest, model, contexts, batch_size=config.batch_size)
+    manifest = write_shards(
+        folder, manifest, model, contexts, batch_size=config.batch_size
+    )
     _conclude(folder, manifest, time.monotonic() - began)
     return Activations.open(folder)
 
@@ -210,7 +212,7 @@ def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
     )
 
 
-def _extract(
+def write_shards(
     folder: Path,
     manifest: Manifest,
     model: LanguageModel,
@@ -227,11 +229,9 @@ def _extract(
     with _alone_in(folder), signals.caught() as caught:
         writer = ShardWriter(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
-        pieces = read_ahead(
-            residuals.pieces(shards, writer, model, batch_size=batch_size)
-        )
+        pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
         try:
-            with contextlib.closing(shards), contextlib.closing(pieces):
+            with contextlib.closing(shards):
                 residuals.write(writer, pieces, caught, bar=_bar(folder, manifest))
         except OSError as error:
             raise _more_room(error, writer) from None

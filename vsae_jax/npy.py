@@ -14,6 +14,8 @@ import numpy as np
 from vsae_jax.errors import UserError, one_line
 
 TEMPORARY = ".tmp"
+# A file is synced as often as this, so that its last sync is short.
+_SYNC_BYTES = 2**24
 
 
 class NpyWriter:
@@ -27,6 +29,7 @@ class NpyWriter:
         self._path, self._temporary = path, path.with_name(path.name + TEMPORARY)
         self._sha256 = hashlib.sha256()
         self._missing = _file_bytes(shape, dtype)
+        self._unsynced = 0
         self._file = self._temporary.open("wb")
         self._write(_header(shape, dtype))
 
@@ -39,14 +42,21 @@ class NpyWriter:
         self._sha256.update(data)
         with naming(self._temporary):
             self._file.write(data)
+            self._unsynced += len(data)
+            if self._unsynced >= _SYNC_BYTES:
+                self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._unsynced = 0
 
     def close(self) -> str:
         """The whole file's sha256, once its bytes are on the disk."""
         if self._missing:
             raise ValueError(f"{self._path}: {self._missing} bytes are missing")
         with naming(self._temporary), self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._sync()
         return self._sha256.hexdigest()
 
     def publish(self) -> None:

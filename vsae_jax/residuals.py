@@ -1,12 +1,17 @@
-"""Contexts -> language model -> rows -> shards, each in a thread of its own.
+"""Contexts -> language model -> rows -> shards.
+
+Text is made into contexts in one thread and rows are written in another. The model
+runs in the main thread: torch's OpenMP is slow in any other.
 
 Every shard starts a new batch: what it holds depends on its own contexts alone, so a
 killed run goes on to the bits of an undisturbed one.
 """
 
+import collections
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent import futures
 from typing import NamedTuple
 
 import jax
@@ -18,6 +23,9 @@ from vsae_jax import progress, signals
 from vsae_jax.errors import Interrupted
 from vsae_jax.lm import LanguageModel
 from vsae_jax.shards import ShardWriter
+
+# Rows that may wait for the disk; a sync of the shard before takes its time.
+_WAITING_BYTES = 2**26
 
 Tokens = Int[np.ndarray, "contexts context_length"]
 
@@ -91,29 +99,57 @@ def pieces(
 
 def write(
     writer: ShardWriter,
-    batches: Iterator[Piece | None],
+    pieces: Iterator[Piece | None],
     caught: signals.Caught,
     *,
     bar: progress.Bar | progress.Lines,
 ) -> None:
-    """Writes the pieces, which come in order, shard by shard."""
+    """Writes the pieces, which come in order, in a thread: the model, which runs in
+    this one, goes on while bytes are hashed and synced."""
     m = writer.manifest
-    with bar:
-        for piece in batches:
-            if caught.signal:
-                n = len(writer.manifest.shards)
-                raise Interrupted(
-                    f"stopped by a signal; {n} shards are in {writer.folder}: run the "
-                    "same command to go on",
-                    signal_number=caught.signal,
-                )
-            if piece is None:
-                continue
-            if piece.start == 0:
-                writer.begin(piece.index, piece.tokens)
-            n_rows = piece.n_contexts * m.rows_per_context
-            writer.add(np.asarray(piece.rows)[:n_rows])
-            if piece.start + piece.n_contexts == len(piece.tokens):
-                writer.commit()
-            bar.update(piece.n_contexts * m.context_length)
+    written: collections.deque[futures.Future[Piece]] = collections.deque()
+    last: futures.Future[Piece] | None = None
+
+    def finish_first() -> None:
+        bar.update(written.popleft().result().n_contexts * m.context_length)
+
+    disk = futures.ThreadPoolExecutor(1, "disk")
+    try:
+        with bar:
+            for piece in pieces:
+                if caught.signal:
+                    raise _interrupted(writer, caught.signal)
+                if piece is None:
+                    continue
+                last = disk.submit(_write_piece, writer, piece, after=last)
+                written.append(last)
+                while len(written) > max(_WAITING_BYTES // piece.rows.nbytes, 2):
+                    finish_first()
+            while written:
+                finish_first()
+    finally:
+        disk.shutdown(cancel_futures=True)
     writer.finish()
+
+
+def _write_piece(
+    writer: ShardWriter, piece: Piece, *, after: "futures.Future[Piece] | None"
+) -> Piece:
+    """Adds the piece to its shard; raises what the piece before it raised."""
+    if after is not None:
+        after.result()
+    if piece.start == 0:
+        writer.begin(piece.index, piece.tokens)
+    n_rows = piece.n_contexts * writer.manifest.rows_per_context
+    writer.add(np.asarray(piece.rows)[:n_rows])
+    if piece.start + piece.n_contexts == len(piece.tokens):
+        writer.commit()
+    return piece
+
+
+def _interrupted(writer: ShardWriter, number: int) -> Interrupted:
+    return Interrupted(
+        f"stopped by a signal; {len(writer.manifest.shards)} shards are in "
+        f"{writer.folder}: run the same command to go on",
+        signal_number=number,
+    )

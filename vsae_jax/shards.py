@@ -78,11 +78,21 @@ class Activations:
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
         """A copy of the rows start, ..., stop - 1, in the manifest's dtype."""
+        return self.view(start, stop).copy()
+
+    def view(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
+        """The rows start, ..., stop - 1, in the manifest's dtype, and read-only; a
+        copy only where they lie in several shards."""
         pieces = self._pieces(start, stop, unit=self.rows_per_context)
         parts = [self.activations_shard(index)[within] for index, within in pieces]
         dtype = self.manifest.dtype
         empty = np.empty((0, self.d_model), STORED[dtype])
-        return np.concatenate([*parts, empty]).view(READ[dtype])
+        rows = (
+            np.asarray(parts[0]) if len(parts) == 1 else np.concatenate([*parts, empty])
+        )
+        rows = rows.view(READ[dtype])
+        rows.flags.writeable = False
+        return rows
 
     def tokens(
         self, start: int, stop: int

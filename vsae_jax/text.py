@@ -244,14 +244,27 @@ def _token_ids(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     documents = iter(documents)
     while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        for ids in encoded["input_ids"]:
+        for ids in _encode(batch, tokenizer):
             if ids:
                 yield np.array(ids, np.int32)
+
+
+def _encode(
+    documents: list[str], tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
+    # The tokenizers library without offsets, which transformers always asks for.
+    encoder = getattr(tokenizer, "backend_tokenizer", None)
+    if encoder is not None:
+        encoder.encode_special_tokens = True
+        encoder.no_truncation()
+        encoder.no_padding()
+        encodings = encoder.encode_batch_fast(documents, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+    return tokenizer(
+        documents,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.config import SAEConfig
-from vsae_jax.matmul import matmul
+from vsae_jax.matmul import affine, column_counts
 from vsae_jax.sae import Forward, forward
 from vsae_jax.sparsity import keep_top_k
 
@@ -97,20 +97,14 @@ def auxk_error(
     """||sg(x - x_hat) - f_aux @ w_dec||_2^2 (Gao et al. 2024, appendix A.2).
 
     f_aux are the `k_aux` largest of the dead latents' relu(mu), without b_dec. The
-    residual is a target, so no gradient reaches the main reconstruction. 0, at no
-    cost, when no latent is dead.
+    residual is a target, so no gradient reaches the main reconstruction. 0 when no
+    latent is dead (a training step then leaves all of it out).
     """
-    residual = lax.stop_gradient(residual)
-
-    def revive(mu, w_dec):
-        candidates = jnp.where(dead[None, :], jax.nn.relu(mu), 0.0)
-        f_aux, _ = keep_top_k(candidates, k_aux, k_max=k_aux, method=method)
-        return squared_error(residual, matmul(f_aux, w_dec, dtype))
-
-    def nothing(mu, w_dec):
-        return jnp.zeros(residual.shape[0])
-
-    return lax.cond(jnp.any(dead), revive, nothing, mu, w_dec)
+    candidates = jnp.where(dead[None, :], jax.nn.relu(mu), 0.0)
+    f_aux, _ = keep_top_k(candidates, k_aux, k_max=k_aux, method=method)
+    x_aux = affine(f_aux, w_dec, jnp.zeros(w_dec.shape[1]), dtype)
+    error = squared_error(lax.stop_gradient(residual), x_aux)
+    return jnp.where(jnp.any(dead), error, 0.0)
 
 
 def total_loss(
@@ -121,11 +115,13 @@ def total_loss(
     dead: Bool[Array, " d_sae"] | None = None,
     *,
     config: SAEConfig,
+    first_row: int | Int[Array, ""] = 0,
 ) -> tuple[Float[Array, ""], Info]:
     """The weighted mean of the parts that `config` switches on, and what they were.
 
     `x` is normalised; `key` is consumed, and unused where `config.noise` is False;
-    `dead` are the latents AuxK may use. Changes no state.
+    `dead` are the latents AuxK may use, `first_row` is as in `sae.forward`. Changes no
+    state.
     """
     out = forward(
         params,
@@ -134,6 +130,7 @@ def total_loss(
         k=weights.k,
         noise_std=weights.noise_std,
         key=key if config.noise else None,
+        first_row=first_row,
     )
     parts = _parts(params, x, out, dead, config=config)
     weight = {"kl": weights.beta, "l1": weights.l1, "auxk": weights.auxk}
@@ -220,7 +217,7 @@ def _parts(
             dtype=config.dtype,
         )
         if config.auxk_units == "variance":
-            error = error / jnp.maximum(lax.stop_gradient(_variance(residual)), 1e-12)
+            error = error / jnp.maximum(lax.stop_gradient(row_variance(residual)), 1e-12)
         parts["auxk"] = error
     return parts
 
@@ -231,16 +228,17 @@ def _info(loss: Array, parts: Mapping[str, Array], x: Array, f: Array) -> Info:
     return Info(
         loss=loss,
         squared_error=mean["squared_error"],
-        variance=_variance(x),
+        variance=row_variance(x),
         kl=mean.get("kl", zero),
         l1=mean.get("l1", zero),
         auxk=mean.get("auxk", zero),
-        l0=jnp.mean(jnp.sum(f != 0, axis=-1, dtype=jnp.float32)),
-        fired=jnp.any(f > 0, axis=0),
+        l0=jnp.mean(jnp.sum(f != 0, axis=-1, dtype=jnp.int32)),
+        fired=column_counts(f > 0) > 0,
     )
 
 
-def _variance(x: Float[Array, "batch d_model"]) -> Float[Array, ""]:
+def row_variance(x: Float[Array, "batch d_model"]) -> Float[Array, ""]:
+    """The mean over rows of sum_d (x - mean_batch x)^2."""
     return jnp.mean(squared_error(x, jnp.broadcast_to(jnp.mean(x, 0), x.shape)))
 
 

@@ -1,45 +1,81 @@
-"""Matrix products with operands of a chosen dtype, float32 results."""
+"""Affine maps with operands of a chosen dtype, float32 results.
+
+bfloat16 on a CPU: XLA has a fast product of two matrices stored by rows. It folds a
+transposition into the product, and any product but that of rows by rows is then done
+in float32, five times slower; `by_rows` stores a matrix anew so that none is folded.
+"""
 
 from functools import partial
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax import lax
+from jaxtyping import Array, Bool, Float
 
 Dtype = Literal["float32", "bfloat16"]
 
+# Columns that are moved together when a matrix is stored anew.
+_TILE = 16
 
-def matmul(
-    a: Float[Array, "n i"], b: Float[Array, "i o"], dtype: Dtype
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def affine(
+    x: Float[Array, "n i"], w: Float[Array, "i o"], b: Float[Array, " o"], dtype: Dtype
 ) -> Float[Array, "n o"]:
-    """a @ b with operands of `dtype`, accumulated in float32; its gradients likewise.
+    """x @ w + b with operands of `dtype`, accumulated in float32; gradients likewise.
 
     Autodiff of a mixed product would instead multiply float32 by bfloat16. float32
     means float32: a GPU's default would be TF32, three digits.
     """
-    return cast(Array, _matmul(a, b, dtype))
+    w = w.astype(dtype)
+    # Training holds the decoder, which is tall, as the transposed of what is stored.
+    product = _product(x.astype(dtype), by_rows(w) if w.shape[0] > w.shape[1] else w)
+    return product + b[None, :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(a: Array, b: Array, dtype: Dtype) -> Array:
-    return jnp.matmul(
-        a.astype(dtype),
-        b.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST if dtype == "float32" else None,
-        preferred_element_type=jnp.float32,
-    )
+def by_rows(a: Float[Array, "n i"]) -> Float[Array, "n i"]:
+    """`a`, stored by rows whatever it was made from; only where that matters."""
+    n, width = a.shape
+    matters = a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    if not matters or width % _TILE or width == _TILE:
+        return a
+    tiles = a.reshape(n, width // _TILE, _TILE).transpose(1, 0, 2)
+    return lax.optimization_barrier(tiles).transpose(1, 0, 2).reshape(n, width)
 
 
-def _forward(a: Array, b: Array, dtype: Dtype) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(a, b, dtype), (a, b)
+def column_sums(a: Float[Array, "n o"]) -> Float[Array, " o"]:
+    """The sum over rows, in float32, as a product: XLA's own on a CPU takes columns
+    one after another. Sixteen equal rows, since one would be done in float32."""
+    return _product(jnp.ones((_TILE, len(a)), a.dtype), a)[0]
 
 
-def _backward(
-    dtype: Dtype, saved: tuple[Array, Array], g: Float[Array, "n o"]
-) -> tuple[Float[Array, "n i"], Float[Array, "i o"]]:
-    a, b = saved
-    return matmul(g, b.T, dtype), matmul(a.T, g, dtype)
+def column_counts(mask: Bool[Array, "n o"]) -> Float[Array, " o"]:
+    """How many of each column are True. Made of bits: XLA is slow to convert."""
+    one = jnp.uint16(0x3F80)
+    bits = jnp.where(mask, one, jnp.uint16(0))
+    return column_sums(lax.bitcast_convert_type(bits, jnp.bfloat16))
 
 
-_matmul.defvjp(_forward, _backward)
+def _product(a: Array, b: Array) -> Array:
+    exact = a.dtype == jnp.float32
+    precision = lax.Precision.HIGHEST if exact else None
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _forward(x: Array, w: Array, b: Array, dtype: Dtype) -> tuple[Array, Array]:
+    return affine(x, w, b, dtype), (x, w)
+
+
+def _backward(dtype: Dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array, ...]:
+    x, w = (a.astype(dtype) for a in saved)
+    g = g.astype(dtype)
+    if x.size <= g.size:
+        dw = _product(by_rows(x.T), g)
+    else:
+        # Behind the barrier, or XLA would turn the product around after all.
+        dw = lax.optimization_barrier(_product(by_rows(g.T), x)).T
+    return _product(g, w.T), dw, column_sums(g)
+
+
+affine.defvjp(_forward, _backward)

@@ -1,10 +1,14 @@
-"""Schedules, and Adam with the decoder kept at unit norm, as one optax chain."""
+"""Schedules, and Adam with the decoder kept at unit norm."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
+# Training holds the decoder transposed, `[d_model, d_sae]`: see step.py.
+DECODER = "w_dec_t"
 
 Scalar = Float[Array, ""] | Int[Array, ""] | float | int
 
@@ -34,37 +38,44 @@ def adam(
     eps: Scalar = 1e-8,
     unit_norm_decoder: bool = True,
 ) -> optax.GradientTransformation:
-    """Gradient clipping, Adam, and for a unit-norm decoder both of its links: the
-    gradient's part along each decoder row is removed before, and rows are brought
-    back to norm 1 after (as dictionary_learning does). Numbers may be traced."""
+    """Gradient clipping and Adam; before them, for a unit-norm decoder, the gradient's
+    part along each decoder row is removed (as dictionary_learning does; `unit_decoder`
+    is the other half). Numbers may be traced."""
     steps = [
-        optax.clip_by_global_norm(clip_norm),
+        clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1, b2, eps),
         optax.scale(-learning_rate),
     ]
     if unit_norm_decoder:
-        steps = [tangent_decoder_gradient(), *steps, unit_norm_decoder_update()]
+        steps = [tangent_decoder_gradient(), *steps]
     return optax.chain(*steps)
 
 
+def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
+    """optax's, but as one factor, which XLA takes in where the gradient is used: a
+    quotient it would store."""
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, max_norm / optax.global_norm(updates))
+        return jax.tree.map(lambda g: factor * g, updates)
+
+    return optax.stateless(update)
+
+
 def tangent_decoder_gradient() -> optax.GradientTransformation:
-    """Removes from w_dec's gradient the component along each (unit) row."""
+    """Removes from w_dec_t's gradient the component along each (unit) column."""
 
     def update(updates: Any, params: Any) -> Any:
-        g, w = updates["w_dec"], params["w_dec"]
-        along = jnp.sum(g * w, axis=1, keepdims=True)
-        return {**updates, "w_dec": g - along * w}
+        g, w = updates[DECODER], params[DECODER]
+        along = jnp.sum(g * w, axis=0, keepdims=True)
+        return {**updates, DECODER: g - along * w}
 
     return optax.stateless(update)
 
 
-def unit_norm_decoder_update() -> optax.GradientTransformation:
-    """Changes w_dec's update so that the updated rows have norm 1. Goes last."""
-
-    def update(updates: Any, params: Any) -> Any:
-        w = params["w_dec"]
-        moved = w + updates["w_dec"]
-        norm = jnp.linalg.norm(moved, axis=1, keepdims=True)
-        return {**updates, "w_dec": moved / jnp.maximum(norm, 1e-8) - w}
-
-    return optax.stateless(update)
+def unit_decoder(params: dict[str, Array]) -> dict[str, Array]:
+    """The parameters with w_dec_t's columns at norm 1."""
+    w = params[DECODER]
+    norm = jnp.linalg.norm(w, axis=0, keepdims=True)
+    return {**params, DECODER: w / jnp.maximum(norm, 1e-8)}

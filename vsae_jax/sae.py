@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vsae_jax import noise
 from vsae_jax.config import SAEConfig
-from vsae_jax.matmul import matmul
+from vsae_jax.matmul import affine
 from vsae_jax.sparsity import keep_top_k
 
 Variables = Mapping[str, Mapping[str, Array]]
@@ -70,20 +71,20 @@ class SAE(nn.Module):
         c = self.config
         if c.subtract_b_dec:
             x_n = x_n - jax.lax.stop_gradient(self.b_dec)[None, :]
-        mu = matmul(x_n, self.w_enc, c.dtype) + self._bias("b_enc", "w_enc")
+        mu = affine(x_n, self.w_enc, self._bias("b_enc", "w_enc"), c.dtype)
         mu = jax.nn.relu(mu) if c.relu else mu
         if c.variance == "fixed":
             return mu, None
-        return mu, matmul(x_n, self.w_var, c.dtype) + self._bias("b_var", "w_var")
+        return mu, affine(x_n, self.w_var, self._bias("b_var", "w_var"), c.dtype)
 
-    def _bias(self, bias: str, weight: str) -> Float[Array, "1 d_sae"]:
+    def _bias(self, bias: str, weight: str) -> Float[Array, " d_sae"]:
         """The bias; of a subtracted b_dec it carries the gradient, through one vector
         rather than through every row (the value of what is added is 0)."""
         b = getattr(self, bias)
         if self.config.subtract_b_dec:
             zero = jax.lax.stop_gradient(self.b_dec) - self.b_dec
             b = b + zero @ getattr(self, weight)
-        return b[None, :]
+        return b
 
     def forward(
         self,
@@ -92,10 +93,13 @@ class SAE(nn.Module):
         k: int | Int[Array, ""],
         noise_std: float | Float[Array, ""] = 0.0,
         key: Key[Array, ""] | None = None,
+        first_row: int | Int[Array, ""] = 0,
     ) -> Forward:
-        """Posterior, sample (with a key, which is consumed), selection, x_hat."""
+        """Posterior, sample (with a key, which is consumed), selection, x_hat. Where
+        x_n is a part of a batch, `first_row` is its place, for its share of the noise.
+        """
         mu, log_var = self.posterior(x_n)
-        z = mu if key is None else mu + noise_std * _noise(key, mu, log_var)
+        z = mu if key is None else mu + noise_std * _noise(key, mu, log_var, first_row)
         f, selected = self.sparsify(z, k=k)
         return Forward(mu, log_var, f, selected, self.reconstruct(f))
 
@@ -108,7 +112,7 @@ class SAE(nn.Module):
 
     def reconstruct(self, f: Float[Array, "batch d_sae"]) -> Float[Array, "batch d"]:
         """x_hat_n = f @ w_dec + b_dec."""
-        return matmul(f, self.w_dec, self.config.dtype) + self.b_dec[None, :]
+        return affine(f, self.w_dec, self.b_dec, self.config.dtype)
 
     def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
         """Latents of raw activations, at the mean: no noise (PAPER_VS_CODE 6.1)."""
@@ -153,11 +157,13 @@ def forward(
     k: int | Int[Array, ""],
     noise_std: float | Float[Array, ""] = 0.0,
     key: Key[Array, ""] | None = None,
+    first_row: int | Int[Array, ""] = 0,
 ) -> Forward:
     """`SAE.forward` as a pure function of the parameters: x_n is normalised."""
     norm = {"scale": jnp.ones(()), "mean": jnp.zeros(config.d_model)}
-    options = {"k": k, "noise_std": noise_std, "key": key, "method": "forward"}
-    out = SAE(config).apply({"params": params, "norm": norm}, x_n, **options)
+    options = {"k": k, "noise_std": noise_std, "key": key, "first_row": first_row}
+    variables = {"params": params, "norm": norm}
+    out = SAE(config).apply(variables, x_n, **options, method="forward")
     return cast(Forward, out)
 
 
@@ -223,9 +229,14 @@ def geometric_median(
     return jax.lax.fori_loop(0, steps, closer, jnp.mean(x, axis=0))
 
 
-def _noise(key: Key[Array, ""], mu: Array, log_var: Array | None) -> Array:
+def _noise(
+    key: Key[Array, ""],
+    mu: Array,
+    log_var: Array | None,
+    first_row: int | Int[Array, ""],
+) -> Array:
     """s * eps with eps ~ N(0, I) (paper 2.2.1); s = 1 without a learned variance."""
-    eps = jax.random.normal(key, mu.shape, jnp.float32)
+    eps = noise.normal(key, mu.shape, first_row=first_row)
     return eps if log_var is None else jnp.exp(0.5 * log_var) * eps
 
 

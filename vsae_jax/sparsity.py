@@ -4,17 +4,19 @@
 finds the k-th value by counting instead, and keeps exactly the same latents.
 """
 
+import math
+import os
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-# Rows whose keys stay in a core's cache during the counting passes.
-_CPU_BLOCK_ROWS = 8
-# A row is counted in this many slices of at least this width (see `_count`).
-_CPU_SLICES, _CPU_WIDTH = 64, 32
+# A block of rows is counted in a core's cache; blocks of several rows waste less time
+# between the passes, and each of at most this many loops over blocks has a core.
+_CPU_BLOCK_BYTES, _CPU_LOOPS = 2**19, 8
 
 
 def keep_top_k(
@@ -52,23 +54,12 @@ def top_k_lax(
 def top_k_count(
     z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
 ) -> Bool[Array, "batch d_sae"]:
-    """The mask of each row's k largest values, by bisection on the bits of the k-th.
-
-    On a CPU a block of rows at a time, so that the passes run in cache.
-    """
-    keys = ordered_bits(z)
-    if jax.default_backend() != "cpu" or z.shape[0] % _CPU_BLOCK_ROWS:
-        return _mask_of_block(keys, k)
-    blocks = keys.reshape(-1, _CPU_BLOCK_ROWS, keys.shape[-1])
-    return lax.map(lambda block: _mask_of_block(block, k), blocks).reshape(z.shape)
-
-
-def ordered_bits(z: Float[Array, "batch d_sae"]) -> UInt32[Array, "batch d_sae"]:
-    """Unsigned integers in the order of the floats; -0 and 0 are the same."""
+    """The mask of each row's k largest values: those above the k-th, and of those
+    equal to it the first ones by index, up to k in all."""
     z = z.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(jnp.where(z == 0, 0.0, z), jnp.uint32)
-    negative = bits >> 31 == 1
-    return jnp.where(negative, ~bits, bits | jnp.uint32(1 << 31))
+    kth, last = _by_blocks(z, jnp.asarray(k, jnp.int32))
+    tied = (z == kth[:, None]) & (jnp.arange(z.shape[1])[None, :] <= last[:, None])
+    return (z > kth[:, None]) | tied
 
 
 def dead_latents(
@@ -78,73 +69,99 @@ def dead_latents(
     return rows_since_fired >= dead_after
 
 
-def _mask_of_block(
-    keys: UInt32[Array, "rows d_sae"], k: int | Int[Array, ""]
-) -> Bool[Array, "rows d_sae"]:
-    threshold, count = _threshold(keys, jnp.asarray(k, jnp.int32))
-    at_least = keys >= threshold[:, None]
-    return lax.cond(
-        jnp.any(count > k),
-        lambda: _cut_ties(keys, threshold, k),
-        lambda: at_least,
-    )
+def _by_blocks(
+    z: Float[Array, "batch d_sae"], k: Int[Array, ""]
+) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+    """`_kth_value`; on a CPU a block of rows at a time, in loops that run side by side
+    since no one needs another's result."""
+    n, width = z.shape
+    rows = math.gcd(n, max(2 ** round(math.log2(_CPU_BLOCK_BYTES / 4 / width)), 1))
+    if jax.default_backend() != "cpu" or rows < 8:
+        return _kth_value(z, k)
+    loops = min(os.cpu_count() or 1, _CPU_LOOPS, n // rows)
+    parts = [
+        lax.map(
+            lambda start: _kth_value(lax.dynamic_slice_in_dim(z, start, rows), k),
+            jnp.asarray(starts, jnp.int32),
+        )
+        for starts in np.array_split(np.arange(0, n, rows), loops)
+    ]
+    kth, last = (jnp.concatenate([p[i].ravel() for p in parts]) for i in range(2))
+    return kth, last
 
 
-def _threshold(
-    keys: UInt32[Array, "rows d_sae"], k: Int[Array, ""]
-) -> tuple[UInt32[Array, " rows"], Int[Array, " rows"]]:
-    """The largest threshold per row with at least k keys at or above it, and their
-    count. Stops early once every row has exactly k."""
+def _kth_value(
+    z: Float[Array, "rows d_sae"], k: Int[Array, ""]
+) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
+    """The k-th largest value of each row, and the last index that stays among those
+    equal to it: a bisection on the bits of the value, which counts what is not less.
 
-    def unfinished(carry):
-        bit, _, count = carry
-        return (bit >= 0) & jnp.any(count != k)
-
-    def set_next_bit(carry):
-        bit, threshold, count = carry
-        tried = threshold | (jnp.uint32(1) << bit.astype(jnp.uint32))
-        tried_count = _count(keys, tried)
-        fits = (tried_count >= k) & (count != k)
-        threshold = jnp.where(fits, tried, threshold)
-        return bit - 1, threshold, jnp.where(fits, tried_count, count)
-
-    rows, width = keys.shape
-    start = (
-        jnp.int32(31),
-        jnp.zeros(rows, jnp.uint32),
-        jnp.full(rows, width, jnp.int32),
-    )
-    _, threshold, count = lax.while_loop(unfinished, set_next_bit, start)
-    return threshold, count
-
-
-def _count(
-    keys: UInt32[Array, "rows d_sae"], threshold: UInt32[Array, " rows"]
-) -> Int[Array, " rows"]:
-    """How many of a row's keys are at or above its threshold.
-
-    On a CPU slices are added one to another: XLA would store the comparison of a whole
-    row before it sums, which is four times slower (BUILD_NOTES.md).
+    On a CPU one bit a pass, until every row has found its k; elsewhere four bits from
+    one reading of z, since a GPU's host would wait for the answer.
     """
-    hits = (keys >= threshold[:, None]).astype(jnp.int32)
-    if jax.default_backend() != "cpu":
-        return jnp.sum(hits, axis=1)
-    width = max(_CPU_WIDTH, -(-keys.shape[1] // _CPU_SLICES))
-    whole = keys.shape[1] // width * width
-    sums = sum(hits[:, i : i + width] for i in range(0, whole, width))
-    rest = jnp.sum(hits[:, whole:], axis=1)
-    return rest + jnp.sum(sums, axis=1) if whole else rest
+    rows, width = z.shape
+    start = jnp.zeros(rows, jnp.uint32), jnp.full(rows, width, jnp.int32)
+    if jax.default_backend() == "cpu":
+        _, (kth, count) = lax.while_loop(
+            lambda carry: (carry[0] >= 0) & jnp.any(carry[1][1] != k),
+            lambda carry: (carry[0] - 1, _refine(z, k, *carry[1], carry[0], 1)),
+            (jnp.int32(31), start),
+        )
+    else:
+        kth, count = start
+        for shift in range(28, -4, -4):
+            kth, count = _refine(z, k, kth, count, jnp.int32(shift), 4)
+    value = _value(kth)
+    return value, _cut_ties(z, value, count, k)
+
+
+def _refine(
+    z: Float[Array, "rows d_sae"],
+    k: Int[Array, ""],
+    kth: UInt32[Array, " rows"],
+    count: Int[Array, " rows"],
+    shift: Int[Array, ""],
+    bits: int,
+) -> tuple[UInt32[Array, " rows"], Int[Array, " rows"]]:
+    """Sets the `bits` bits of `kth` from `shift` up as high as k values allow; a row
+    that has exactly k already is left."""
+    found, unit = count == k, jnp.uint32(1) << shift.astype(jnp.uint32)
+    base = kth
+    for digit in range(1, 2**bits):
+        tried = base | (unit * digit)
+        reached = jnp.sum(z >= _value(tried)[:, None], axis=1, dtype=jnp.int32)
+        fits = (reached >= k) & ~found
+        kth = jnp.where(fits, tried, kth)
+        count = jnp.where(fits, reached, count)
+    return kth, count
+
+
+def _value(key: UInt32[Array, " rows"]) -> Float[Array, " rows"]:
+    """The float of a key: unsigned integers in the order of the floats from -inf."""
+    key = jnp.maximum(key, jnp.uint32(0x007FFFFF))
+    bits = jnp.where(key >> 31 == 1, key & jnp.uint32(2**31 - 1), ~key)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _cut_ties(
-    keys: UInt32[Array, "rows d_sae"],
-    threshold: UInt32[Array, " rows"],
-    k: int | Int[Array, ""],
-) -> Bool[Array, "rows d_sae"]:
-    """Of the keys equal to the threshold, the first ones by index up to k in all."""
-    above = keys > threshold[:, None]
-    tied = keys == threshold[:, None]
-    room = k - jnp.sum(above, axis=1, keepdims=True, dtype=jnp.int32)
-    place = jnp.cumsum(tied, axis=1, dtype=jnp.int32)
-    # A row that stopped early has exactly k at or above its threshold: none is cut.
-    return above | (tied & (place <= room))
+    z: Float[Array, "rows d_sae"],
+    kth: Float[Array, " rows"],
+    count: Int[Array, " rows"],
+    k: Int[Array, ""],
+) -> Int[Array, " rows"]:
+    """The last index that stays among values equal to the k-th; the last of all in
+    rows of which exactly k reach it.
+
+    At most one round of a loop: vmap would make a cond run its branch every time. The
+    sign changes so that XLA does not move the round out of the loop.
+    """
+    none = jnp.full(len(z), z.shape[1], jnp.int32)
+
+    def cut(carry):
+        _, negative, _ = carry
+        above = jnp.sum(z > -negative[:, None], axis=1, dtype=jnp.int32)
+        place = jnp.cumsum(z == -negative[:, None], axis=1, dtype=jnp.int32)
+        last = jnp.argmax(place >= (k - above)[:, None], axis=1).astype(jnp.int32)
+        return jnp.bool_(False), -negative, jnp.where(count > k, last, none)
+
+    return lax.while_loop(lambda c: c[0], cut, (jnp.any(count > k), -kth, none))[2]

@@ -1,7 +1,7 @@
 """One training step, and several in one dispatch: state in, state out."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ class Hparams(NamedTuple):
     adam_eps: Float[Array, ""]
 
 
+_CPU_PART_BYTES = 2**24
 _WHOLE = frozenset(
     "k lr_warmup_steps lr_decay_start kl_warmup_steps steps dead_after_tokens".split()
 )
@@ -60,7 +61,10 @@ class Totals(NamedTuple):
 class TrainState(NamedTuple):
     """All that survives a step.
 
-    step: steps done. params, norm: the autoencoder's variables. opt_state: Adam's.
+    step: steps done. params, norm: the autoencoder's variables, the decoder held as
+    `w_dec_t [d_model, d_sae]`, so that every matrix product of a step is of rows by
+    rows (matmul.py), and before its columns are brought to norm 1, which the next
+    step does first; `variables` gives them as they are used. opt_state: Adam's.
     key: of the noise; step t draws with fold_in(key, t). rows_since_fired:
     `[d_sae]`, rows seen since each latent last had a value above 0.
     """
@@ -92,7 +96,8 @@ def init_state(
     variables: dict[str, dict[str, Array]], key: Key[Array, ""], config: SAEConfig
 ) -> TrainState:
     """The state before the first step."""
-    params = variables["params"]
+    params = dict(variables["params"])
+    params[optim.DECODER] = jnp.array(params.pop("w_dec").T)
     unit = config.decoder_norm == "unit"
     return TrainState(
         step=jnp.int32(0),
@@ -103,6 +108,23 @@ def init_state(
         rows_since_fired=jnp.zeros(config.d_sae, jnp.int32),
         totals=zero_totals(),
     )
+
+
+def variables(state: TrainState, config: SAEConfig) -> dict[str, dict[str, Array]]:
+    """The autoencoder's variables, as `sae` and `losses` take them."""
+    held = _held(state.params, config)
+    return {"params": _params(held), "norm": state.norm}
+
+
+def _held(params: dict[str, Array], config: SAEConfig) -> dict[str, Array]:
+    unit = config.decoder_norm == "unit"
+    return optim.unit_decoder(params) if unit else params
+
+
+def _params(held: dict[str, Array]) -> dict[str, Array]:
+    params = dict(held)
+    params["w_dec"] = params.pop(optim.DECODER).T
+    return params
 
 
 def zero_totals() -> Totals:
@@ -119,8 +141,8 @@ def train_step(
     config: SAEConfig,
 ) -> tuple[TrainState, losses.Info]:
     """One optimizer step on raw activations `x`."""
-    variables = {"params": state.params, "norm": state.norm}
-    x_n = sae.normalise(variables, x, config=config)
+    held = _held(state.params, config)
+    x_n = sae.normalise({"params": _params(held), "norm": state.norm}, x, config=config)
     weights = losses.Weights(
         k=hparams.k,
         beta=optim.kl_weight(
@@ -130,23 +152,65 @@ def train_step(
         l1=hparams.l1,
         auxk=hparams.auxk,
     )
-    dead = dead_latents(state.rows_since_fired, hparams.dead_after_tokens)
     key = jax.random.fold_in(state.key, state.step)
-    gradient = jax.value_and_grad(
-        partial(losses.total_loss, config=config), has_aux=True
-    )
-    (_, info), grads = gradient(state.params, x_n, key, weights, dead)
+    dead = dead_latents(state.rows_since_fired, hparams.dead_after_tokens)
+
+    def gradient(x: Array, first_row: Array | int) -> tuple[Any, losses.Info]:
+        def loss(held: dict[str, Array], dead: Array | None):
+            options = {"config": config, "first_row": first_row}
+            return losses.total_loss(_params(held), x, key, weights, dead, **options)
+
+        return _with_dead(jax.grad(loss, has_aux=True), held, dead, config)
+
+    grads, info = _in_parts(gradient, x_n, config)
     updates, opt_state = _optimizer(state.step, hparams, config).update(
-        grads, state.opt_state, state.params
+        grads, state.opt_state, held
     )
     state = state._replace(
         step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
+        params=optax.apply_updates(held, updates),
         opt_state=opt_state,
         rows_since_fired=_count_silence(state.rows_since_fired, info.fired, len(x)),
         totals=_add(state.totals, info, state.step),
     )
     return state, info
+
+
+def _with_dead(
+    gradient: Callable[..., Any], held: Any, dead: Array, config: SAEConfig
+) -> Any:
+    """`gradient(held, dead)`, or of None, which leaves AuxK out, where none is dead."""
+    if not config.auxk:
+        return gradient(held, None)
+    return lax.cond(
+        jnp.any(dead), lambda: gradient(held, dead), lambda: gradient(held, None)
+    )
+
+
+def _in_parts(
+    gradient: Callable[[Array, Array | int], tuple[Any, losses.Info]],
+    x: Float[Array, "batch d_model"],
+    config: SAEConfig,
+) -> tuple[Any, losses.Info]:
+    """The mean of `gradient(rows, first_row)` over equal parts of the batch: on a CPU
+    as many rows as have their latents in cache, else all of them."""
+    rows = math.gcd(len(x), max(_CPU_PART_BYTES // (4 * config.d_sae), 1))
+    by_batch = config.auxk and config.auxk_units == "variance"
+    if jax.default_backend() != "cpu" or by_batch or rows < 128 or rows == len(x):
+        return gradient(x, 0)
+    parts = len(x) // rows
+
+    def add(i: Array, total: Any) -> Any:
+        start = i * rows
+        part = gradient(lax.dynamic_slice_in_dim(x, start, rows), start)
+        return jax.tree.map(
+            lambda a, b: a | b if a.dtype == bool else a + b / parts, total, part
+        )
+
+    shapes = jax.eval_shape(lambda: gradient(x[:rows], 0))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    grads, info = lax.fori_loop(0, parts, add, zero)
+    return grads, info._replace(variance=losses.row_variance(x))
 
 
 def compile_steps(
@@ -161,7 +225,15 @@ def compile_steps(
 
         return lax.fori_loop(0, n, one, state)
 
-    return jax.jit(steps, donate_argnums=0)
+    return jax.jit(steps, donate_argnums=0, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, str] | None:
+    """On a CPU XLA would store each comparison of a counting pass before it adds."""
+    if jax.default_backend() != "cpu":
+        return None
+    import os
+    return {"xla_disable_hlo_passes": "tree_reduction_rewriter", **dict(p.split("=") for p in os.environ.get("OPTS","").split(";") if p)}
 
 
 def _optimizer(step: Array, hparams: Hparams, config: SAEConfig):

@@ -27,6 +27,7 @@ from vsae_jax.step import (
     TrainState,
     compile_steps,
     hparams,
+    variables,
     zero_totals,
 )
 
@@ -66,8 +67,9 @@ def run(config: TrainConfig) -> Path:
         if state.step:
             print(f"going on from step {int(state.step)}")
         state = _loop(job, state, position, checkpoints)
-    variables = {"params": state.params, "norm": state.norm}
-    runs.write_parameters(job.folder / runs.PARAMETERS, jax.device_get(variables))
+    runs.write_parameters(
+        job.folder / runs.PARAMETERS, jax.device_get(variables(state, job.sae))
+    )
     print(f"wrote {job.folder / runs.PARAMETERS}")
     return job.folder
 

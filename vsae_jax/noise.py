@@ -1,0 +1,45 @@
+"""Standard normal noise from a key, cheap enough to be drawn for every latent.
+
+JAX's own generator costs as much as all of a step's matrix products on a CPU
+(BUILD_NOTES.md). Here a key makes two random words, and each element hashes its place
+with them: the same key gives the same noise, whatever the device or the dispatch.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+
+def normal(
+    key: Key[Array, ""],
+    shape: tuple[int, int],
+    *,
+    first_row: int | Int[Array, ""] = 0,
+) -> Float[Array, "rows columns"]:
+    """eps ~ N(0, I), float32 `[rows, columns]`: rows `first_row` and following of the
+    key's endless matrix. The key is consumed. 23 random bits an element, |eps| < 5.4.
+    """
+    row_word, column_word = jax.random.bits(key, (2,), jnp.uint32)
+    place = jnp.arange(shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
+    rows = _mix(place + row_word)
+    columns = _mix(jnp.arange(shape[1], dtype=jnp.uint32) + column_word)
+    return _normal_of(_mix(rows[:, None] ^ columns[None, :]))
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """A bijection of 32-bit words whose every output bit depends on every input bit
+    (the xorshift-multiply form, constants of C. Wellons' hash prospector)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
+
+
+def _normal_of(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+    """sqrt(2) erfinv(u), u uniform on the odd multiples of 2^-23 in (-1, 1)."""
+    from_one_to_two = lax.bitcast_convert_type(
+        (bits >> 9) | jnp.uint32(0x3F800000), jnp.float32
+    )
+    u = from_one_to_two * 2 - np.float32(3 - 2**-23)
+    return np.float32(np.sqrt(2)) * lax.erf_inv(u)

@@ -78,13 +78,11 @@ class SAE(nn.Module):
         return mu, affine(x_n, self.w_var, self._bias("b_var", "w_var"), c.dtype)
 
     def _bias(self, bias: str, weight: str) -> Float[Array, " d_sae"]:
-        """The bias; of a subtracted b_dec it carries the gradient, through one vector
-        rather than through every row (the value of what is added is 0)."""
+        """The bias; of a subtracted b_dec it carries the gradient."""
         b = getattr(self, bias)
-        if self.config.subtract_b_dec:
-            zero = jax.lax.stop_gradient(self.b_dec) - self.b_dec
-            b = b + zero @ getattr(self, weight)
-        return b
+        if not self.config.subtract_b_dec:
+            return b
+        return _carry(b, self.b_dec, jax.lax.stop_gradient(getattr(self, weight)))
 
     def forward(
         self,
@@ -227,6 +225,24 @@ def geometric_median(
         return weight @ x / jnp.sum(weight)
 
     return jax.lax.fori_loop(0, steps, closer, jnp.mean(x, axis=0))
+
+
+@jax.custom_vjp
+def _carry(
+    b: Float[Array, " d_sae"],
+    b_dec: Float[Array, " d_model"],
+    w: Float[Array, "d_model d_sae"],
+) -> Float[Array, " d_sae"]:
+    """b, whose gradient g gives b_dec the gradient -w g: that of (x - b_dec) w + b,
+    through one vector rather than through every row."""
+    del b_dec, w
+    return b
+
+
+_carry.defvjp(
+    lambda b, b_dec, w: (b, w),
+    lambda w, g: (g, -(w @ g), jnp.zeros_like(w)),
+)
 
 
 def _noise(

@@ -35,7 +35,7 @@ class Hparams(NamedTuple):
     adam_eps: Float[Array, ""]
 
 
-_CPU_PART_BYTES = 2**24
+_CPU_PART_BYTES = 2**25
 _WHOLE = frozenset(
     "k lr_warmup_steps lr_decay_start kl_warmup_steps steps dead_after_tokens".split()
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import losses
+from vsae_jax import losses, noise
 from vsae_jax.config import SAEConfig
 from vsae_jax.losses import Weights
 
@@ -112,7 +112,7 @@ def test_loss_equals_numpy(name, params, x, key):
     loss, info = losses.total_loss(
         params, x, key, WEIGHTS, jnp.asarray(DEAD), config=config
     )
-    eps = jax.random.normal(key, (B, M))
+    eps = noise.normal(key, (B, M))
     expected = numpy_loss(params, x, eps, WEIGHTS, config, DEAD)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(info.loss, loss)
@@ -124,7 +124,7 @@ def test_gradient_equals_finite_differences(name, params, x, key):
     gradient = jax.grad(
         lambda p: losses.total_loss(p, x, key, WEIGHTS, config=config)[0]
     )(params)
-    eps = np.asarray(jax.random.normal(key, (B, M)))
+    eps = np.asarray(noise.normal(key, (B, M)))
     rng = np.random.default_rng(3)
     for array_name, array in params.items():
         for _ in range(4):
@@ -187,7 +187,7 @@ def test_public_losses_are_the_total_loss(params, x, key):
     }
     for name, (loss, _) in cases.items():
         _, config = make(name, params)
-        eps = jax.random.normal(key, (B, M))
+        eps = noise.normal(key, (B, M))
         expected = numpy_loss(params, x, eps, WEIGHTS, config)
         np.testing.assert_allclose(loss, expected, rtol=2e-6, err_msg=name)
 

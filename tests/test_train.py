@@ -20,6 +20,7 @@ from tiny_models import make_stories, make_tiny_neox, write_jsonl
 from vsae_jax import extract, job, runs, train
 from vsae_jax.config import ExtractConfig, TrainConfig
 from vsae_jax.errors import Interrupted, UserError
+from vsae_jax.feed import Feed
 from vsae_jax.shards import Activations
 
 
@@ -237,13 +238,13 @@ def test_another_config_in_the_same_folder_is_refused(undisturbed, config):
 
 def test_held_out_rows_are_never_read(config, activations, monkeypatch):
     seen = []
-    read = Activations.rows
+    read = Activations.view
 
-    def rows(self, start, stop):
+    def view(self, start, stop):
         seen.append(stop)
         return read(self, start, stop)
 
-    monkeypatch.setattr(Activations, "rows", rows)
+    monkeypatch.setattr(Activations, "view", view)
     train.run(replace(config, held_out=0.25, steps=200, batch_size=64))
     opened = Activations.open(activations)
     held_out = -(-opened.n_contexts // 4)
@@ -252,13 +253,17 @@ def test_held_out_rows_are_never_read(config, activations, monkeypatch):
 
 
 def test_nan_rows_stop_the_run_and_name_the_step(config, monkeypatch):
-    real = train._stacks
+    real = Feed.stacks
 
-    def broken(the_job, chunks, position):
-        for chunk, rows in zip(chunks, real(the_job, chunks, position), strict=True):
-            yield rows.at[0].set(np.nan) if chunk.start == 28 else rows
+    def broken(self, counts, position, *, n_max):
+        step = position // config.batch_size
+        for count, rows in zip(
+            counts, real(self, counts, position, n_max=n_max), strict=True
+        ):
+            yield rows.at[0].set(np.nan) if step == 28 else rows
+            step += count
 
-    monkeypatch.setattr(train, "_stacks", broken)
+    monkeypatch.setattr(Feed, "stacks", broken)
     with pytest.raises(UserError, match="not finite at step 28; step 20 is saved"):
         train.run(config)
     with train.Checkpoints(Path(config.out) / runs.CHECKPOINTS) as checkpoints:
@@ -282,12 +287,30 @@ def test_input_scale_is_the_root_mean_square_row_norm(config, asked, norm, cente
 
 def test_b_dec_starts_at_the_geometric_median(config):
     planned = job.plan(config)
-    sample = np.asarray(train._rows(planned).take(0, 500), np.float32)
-    state = job.first_state(planned, sample)
+    with Feed(planned) as feed:
+        sample = feed.first(500)
+    state = job.first_state(planned, job.first_b_dec(planned, sample))
     x_n = np.asarray(state.norm["scale"]) * sample
     distance = np.linalg.norm(x_n - np.asarray(state.params["b_dec"]), axis=1).sum()
     from_mean = np.linalg.norm(x_n - x_n.mean(axis=0), axis=1).sum()
     assert distance < from_mean
+
+
+def test_rows_on_the_device_are_the_same_stream(config, tmp_path):
+    runs_ = [
+        train.run(replace(config, feed=feed, out=str(tmp_path / feed)))
+        for feed in ("device", "stream")
+    ]
+    device, stream = [(folder / runs.PARAMETERS).read_bytes() for folder in runs_]
+    assert device == stream
+
+
+def test_a_run_that_saved_nothing_takes_another_config(config, capsys):
+    folder = job.plan(config).folder
+    assert job.open_folder(job.plan(config))
+    train.run(replace(config, steps=4, lr=0.01))
+    assert "nothing was saved under another config (lr" in capsys.readouterr().out
+    assert runs.open_run(folder).train.lr == 0.01
 
 
 def test_notes_on_flags_without_effect(config, capsys):

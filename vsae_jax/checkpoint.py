@@ -84,18 +84,23 @@ class Checkpoints:
                 "the folder, then run the same command again"
             ) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, int] | None:
+    def restore(
+        self, like: TrainState, *, up_to: int | None = None
+    ) -> tuple[TrainState, int] | None:
         """The newest readable state, shaped `like`, and its data position; or None.
 
-        A damaged checkpoint is named and the one before it is used.
+        A damaged checkpoint is named and the one before it is used. `up_to` leaves
+        out those of later steps.
         """
         for step in reversed(self.steps()):
+            if up_to is not None and step > up_to:
+                continue
             try:
                 return self._read(step, like)
             # A damaged file can fail in Orbax, TensorStore or zstd with any type.
             except Exception as error:
                 print(f"checkpoint of step {step} is damaged: {one_line(error)}")
-        if self.steps():
+        if self.steps() and up_to is None:
             raise UserError(
                 "no checkpoint of this run can be read; delete its checkpoints folder "
                 "to start it again"

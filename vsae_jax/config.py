@@ -192,6 +192,16 @@ class TrainConfig:
     top_k: Literal["auto", "lax"] = flag(
         "selection: lax is jax.lax.top_k, auto the fastest exact one", "auto"
     )
+    arms: Literal["auto", "vmap", "loop"] = flag(
+        "a grid's arms on the same batches: vmap at once, loop one after another; "
+        "auto: vmap on a GPU",
+        "auto",
+    )
+    feed: Literal["auto", "device", "stream"] = flag(
+        "stream reads batches ahead, device puts all rows there once; auto: device on "
+        "a GPU with room",
+        "auto",
+    )
     checkpoint_every: int = flag("steps between checkpoints", 1000)
     log_every: int = flag("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = flag("steps in one call to the device", 10)
@@ -222,8 +232,8 @@ class TrainConfig:
 
 # Changing one of these leaves the result of a run unchanged, so a resumed run may.
 RUNTIME_FIELDS = frozenset(
-    "activations out checkpoint_every log_every steps_per_dispatch tensorboard "
-    "wandb".split()
+    "activations out arms feed checkpoint_every log_every steps_per_dispatch "
+    "tensorboard wandb".split()
 )
 
 

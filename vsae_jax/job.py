@@ -128,9 +128,7 @@ def open_folder(job: Job) -> bool:
         if job.folder.is_dir() and any(job.folder.iterdir()):
             raise UserError(f"--out={job.folder} is not empty and not a run folder")
         job.folder.mkdir(parents=True, exist_ok=True)
-        device = jax.devices()[0].device_kind
-        record = stated | {"versions": runs.versions(), "device": device}
-        runs.write_json(path, record)
+        _write_config(job, stated)
         return True
     stored = runs.read_json(path)
     changed = "; ".join(
@@ -138,6 +136,10 @@ def open_folder(job: Job) -> bool:
         for part in stated
         if (text := difference(_lasting(stored.get(part)), _lasting(stated[part])))
     )
+    if changed and not _anything_saved(job.folder):
+        print(f"{job.folder}: nothing was saved under another config ({changed})")
+        _write_config(job, stated)
+        return True
     if changed:
         raise UserError(
             f"{job.folder} holds a run with another config ({changed}); give the same "
@@ -146,25 +148,43 @@ def open_folder(job: Job) -> bool:
     return not (job.folder / runs.PARAMETERS).is_file()
 
 
+def _write_config(job: Job, stated: dict[str, Any]) -> None:
+    device = jax.devices()[0].device_kind
+    record = stated | {"versions": runs.versions(), "device": device}
+    runs.write_json(job.folder / runs.CONFIG, record)
+
+
+def _anything_saved(folder: Path) -> bool:
+    """Whether there is more to lose than a config and the lines before a checkpoint."""
+    checkpoints = folder / runs.CHECKPOINTS
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return saved or (folder / runs.PARAMETERS).is_file()
+
+
 def _lasting(part: Any) -> dict[str, Any]:
     part = part if isinstance(part, dict) else {}
     return {n: v for n, v in part.items() if n not in RUNTIME_FIELDS}
 
 
-def first_state(job: Job, sample: jax.Array | None) -> TrainState:
-    c = job.train
+def first_b_dec(job: Job, sample: jax.Array) -> jax.Array | None:
+    """Where b_dec starts, in normalised units, from raw rows; None is 0."""
+    if job.train.b_dec_init != "geometric_median":
+        return None
     scale, mean = _input_norm(job)
-    b_dec = None
-    if sample is not None:
-        b_dec = sae.geometric_median(scale * (sample - mean[None, :]))
-    weights_key, noise_key = jax.random.split(jax.random.key(c.seed))
+    return sae.geometric_median(scale * (sample - mean[None, :]))
+
+
+def first_state(job: Job, b_dec: jax.Array | None) -> TrainState:
+    """The state before the first step, by the job's seed."""
+    scale, mean = _input_norm(job)
+    weights_key, noise_key = jax.random.split(jax.random.key(job.train.seed))
     variables = sae.init(
         weights_key,
         job.sae,
         scale=scale,
         mean=mean,
         b_dec=b_dec,
-        decoder_init_norm=c.decoder_init_norm,
+        decoder_init_norm=job.train.decoder_init_norm,
     )
     return init_state(variables, noise_key, job.sae)
 

@@ -217,7 +217,9 @@ def _parts(
             dtype=config.dtype,
         )
         if config.auxk_units == "variance":
-            error = error / jnp.maximum(lax.stop_gradient(row_variance(residual)), 1e-12)
+            error = error / jnp.maximum(
+                lax.stop_gradient(row_variance(residual)), 1e-12
+            )
         parts["auxk"] = error
     return parts
 

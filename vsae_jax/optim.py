@@ -57,7 +57,7 @@ def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
 
     def update(updates: Any, params: Any) -> Any:
         del params
-        factor = jnp.minimum(1.0, max_norm / optax.global_norm(updates))
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
         return jax.tree.map(lambda g: factor * g, updates)
 
     return optax.stateless(update)

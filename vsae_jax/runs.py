@@ -22,6 +22,7 @@ from vsae_jax.npy import replace_file
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
+DIVERGED = "diverged.json"
 _JSON_LIMIT = 2**26
 # What evaluation reads of a run's `data`.
 _DATA = {
@@ -84,7 +85,8 @@ def _check_data(data: Any, where: str) -> None:
 
 
 def run_folders(folder: str | Path) -> list[Path]:
-    """The folder itself, or the arms of a grid in the grid's order."""
+    """The folder itself, or the arms of a grid in the grid's order, without those
+    that diverged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--run={folder} is not a folder; name what train wrote")
@@ -93,7 +95,8 @@ def run_folders(folder: str | Path) -> list[Path]:
     arms = read_json(folder / GRID).get("arms")
     if not isinstance(arms, list) or not arms:
         raise UserError(f"{folder / GRID} names no arms")
-    return [folder / _arm_name(arm, folder / GRID) for arm in arms]
+    folders = [folder / _arm_name(arm, folder / GRID) for arm in arms]
+    return [arm for arm in folders if not (arm / DIVERGED).is_file()]
 
 
 def _arm_name(arm: Any, grid: Path) -> str:

@@ -182,7 +182,7 @@ def init(
     params["w_dec"] = params["w_dec"] * decoder_init_norm
     params["w_enc"] = params["w_enc"] * decoder_init_norm
     if b_dec is not None:
-        params["b_dec"] = jnp.asarray(b_dec, jnp.float32)
+        params["b_dec"] = jnp.array(b_dec, jnp.float32)
     mean = jnp.zeros(config.d_model) if mean is None else jnp.asarray(mean)
     norm = {"scale": jnp.float32(scale), "mean": mean.astype(jnp.float32)}
     return {"params": params, "norm": norm}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -139,8 +140,9 @@ def train_step(
     hparams: Hparams,
     *,
     config: SAEConfig,
+    axis: str | None = None,
 ) -> tuple[TrainState, losses.Info]:
-    """One optimizer step on raw activations `x`."""
+    """One optimizer step on raw activations `x`; `axis` is vmap's over arms."""
     held = _held(state.params, config)
     x_n = sae.normalise({"params": _params(held), "norm": state.norm}, x, config=config)
     weights = losses.Weights(
@@ -154,13 +156,20 @@ def train_step(
     )
     key = jax.random.fold_in(state.key, state.step)
     dead = dead_latents(state.rows_since_fired, hparams.dead_after_tokens)
+    any_dead = jnp.any(dead)
+    if axis is not None:  # the same for all arms, or each would take both branches
+        any_dead = lax.psum(any_dead.astype(jnp.int32), axis) > 0
 
     def gradient(x: Array, first_row: Array | int) -> tuple[Any, losses.Info]:
         def loss(held: dict[str, Array], dead: Array | None):
             options = {"config": config, "first_row": first_row}
             return losses.total_loss(_params(held), x, key, weights, dead, **options)
 
-        return _with_dead(jax.grad(loss, has_aux=True), held, dead, config)
+        part = jax.grad(loss, has_aux=True)
+        if not config.auxk:
+            return part(held, None)
+        # Where no latent is dead AuxK is left out, not multiplied by 0.
+        return lax.cond(any_dead, lambda: part(held, dead), lambda: part(held, None))
 
     grads, info = _in_parts(gradient, x_n, config)
     updates, opt_state = _optimizer(state.step, hparams, config).update(
@@ -174,17 +183,6 @@ def train_step(
         totals=_add(state.totals, info, state.step),
     )
     return state, info
-
-
-def _with_dead(
-    gradient: Callable[..., Any], held: Any, dead: Array, config: SAEConfig
-) -> Any:
-    """`gradient(held, dead)`, or of None, which leaves AuxK out, where none is dead."""
-    if not config.auxk:
-        return gradient(held, None)
-    return lax.cond(
-        jnp.any(dead), lambda: gradient(held, dead), lambda: gradient(held, None)
-    )
 
 
 def _in_parts(
@@ -213,17 +211,17 @@ def _in_parts(
     return grads, info._replace(variance=losses.row_variance(x))
 
 
-def compile_steps(
-    config: SAEConfig,
-) -> Callable[[TrainState, Array, int, Hparams], TrainState]:
+def compile_steps(config: SAEConfig, *, arms: int = 1) -> Any:
     """`steps(state, rows [n_max, batch, d_model], n, hparams) -> state`, jitted, the
-    state donated: runs the first `n` (traced) batches, so a run has one trace."""
+    state donated: runs the first `n` (traced) batches, so a run has one trace. With
+    several arms, `state` and `hparams` have a leading axis over them."""
+    step = partial(train_step, config=config)
+    if arms > 1:
+        together = partial(train_step, config=config, axis="arms")
+        step = jax.vmap(together, in_axes=(0, None, 0), axis_name="arms")
 
     def steps(state: TrainState, rows: Array, n: Array, hparams: Hparams) -> TrainState:
-        def one(i: Array, state: TrainState) -> TrainState:
-            return train_step(state, rows[i], hparams, config=config)[0]
-
-        return lax.fori_loop(0, n, one, state)
+        return lax.fori_loop(0, n, lambda i, s: step(s, rows[i], hparams)[0], state)
 
     return jax.jit(steps, donate_argnums=0, compiler_options=_compiler_options())
 
@@ -232,8 +230,7 @@ def _compiler_options() -> dict[str, str] | None:
     """On a CPU XLA would store each comparison of a counting pass before it adds."""
     if jax.default_backend() != "cpu":
         return None
-    import os
-    return {"xla_disable_hlo_passes": "tree_reduction_rewriter", **dict(p.split("=") for p in os.environ.get("OPTS","").split(";") if p)}
+    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
 
 
 def _optimizer(step: Array, hparams: Hparams, config: SAEConfig):

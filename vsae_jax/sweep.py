@@ -1,91 +1,157 @@
-"""A grid: one run folder per arm below the grid's folder, and what came of it."""
+"""Arms of a grid that are trained together: every arm sees the same batches.
 
-import csv
+Arms whose static switches agree share one compiled function. `vmap` runs them at once,
+which fills a GPU; `loop` runs them one after another on the batches that are there,
+which is faster on a CPU: an arm's step then is its single run's, bit for bit.
+"""
+
 import dataclasses
-import json
+import os
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vsae_jax import runs
-from vsae_jax.config import TrainConfig
-from vsae_jax.errors import UserError
-from vsae_jax.fields import to_json
-from vsae_jax.job import plan, run_name
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from vsae_jax.config import SAEConfig
+from vsae_jax.step import Hparams, TrainState, compile_steps
+
+# Of the memory that is free, what a pass may take.
+_SHARE = 0.8
 
 
-def run(
-    arms: Sequence[TrainConfig], *, train_one: Callable[[TrainConfig], Path]
-) -> Path:
-    """Trains every arm by `train_one`, in turn; started again, it goes on.
+class Arm(NamedTuple):
+    """What tells one arm from another: static switches, numbers, state."""
 
-    Writes `grid.json` (the arms and the fields that differ between them) and, as arms
-    finish, `summary.csv` (those fields and each arm's last metrics).
-    """
-    swept = swept_fields(arms)
-    folder = Path(arms[0].out or f"runs/grid_{'_'.join(swept)}_{_common_name(arms)}")
-    arms = [
-        dataclasses.replace(arm, out=str(folder / arm_name(arm, swept))) for arm in arms
+    config: SAEConfig
+    numbers: Hparams
+    state: TrainState
+
+
+class Group(NamedTuple):
+    """Arms (by place) that one call advances; with several, each array of `state` and
+    `numbers` has a leading axis over them."""
+
+    arms: tuple[int, ...]
+    numbers: Hparams
+    state: TrainState
+    run: Callable[[TrainState, Array, int, Hparams], TrainState]
+
+
+class Plan(NamedTuple):
+    """A compiled pass: its groups, bytes of states and of work, seconds to compile."""
+
+    groups: list[Group]
+    state_bytes: int
+    work_bytes: int
+    functions: int
+    seconds: float
+
+
+def compile_pass(arms: Sequence[Arm], rows: jax.ShapeDtypeStruct, *, how: str) -> Plan:
+    """Compiles what trains `arms` on `rows [n_max, batch, d_model]` a dispatch; `how`
+    is vmap, loop or auto (vmap on a GPU)."""
+    if how == "auto":
+        how = "vmap" if jax.default_backend() == "gpu" else "loop"
+    start, compiled = time.monotonic(), {}
+    groups, work = [], 0
+    for config, members in _same_switches(arms).items():
+        sets = [members] if how == "vmap" else [(place,) for place in members]
+        for places in sets:
+            state = _stack([arms[place].state for place in places])
+            numbers = _stack([arms[place].numbers for place in places])
+            kind = config, len(places)
+            if kind not in compiled:
+                steps = compile_steps(config, arms=len(places))
+                compiled[kind] = steps.lower(state, rows, 1, numbers).compile()
+                work = max(work, _work_bytes(compiled[kind]))
+            groups.append(Group(places, numbers, state, compiled[kind]))
+    return Plan(
+        groups=groups,
+        state_bytes=sum(_bytes(group.state) for group in groups),
+        work_bytes=work,
+        functions=len(compiled),
+        seconds=time.monotonic() - start,
+    )
+
+
+def advance(groups: Sequence[Group], rows: Array, n: int) -> list[Group]:
+    """Every arm `n` steps further, on the first `n` batches of `rows`."""
+    return [
+        group._replace(state=group.run(group.state, rows, n, group.numbers))
+        for group in groups
     ]
-    # Every arm is checked before the first is trained.
-    jobs = [plan(arm) for arm in arms]
-    _write_grid(folder, swept, arms)
-    print(f"grid of {len(arms)} arms over {', '.join(swept)}, to {folder}")
-    rows: list[dict[str, Any]] = []
-    for number, (arm, job) in enumerate(zip(arms, jobs, strict=True), start=1):
-        print(f"arm {number} of {len(arms)}: {job.folder.name}")
-        train_one(arm)
-        fields = {name: getattr(arm, name) for name in swept}
-        rows.append({"arm": job.folder.name, **fields, **_last_metrics(job.folder)})
-        _write_summary(folder / runs.SUMMARY, rows)
-    return folder
 
 
-def swept_fields(arms: Sequence[TrainConfig]) -> list[str]:
-    """The fields in which arms differ, in the order of the flags."""
-    values = [to_json(arm) for arm in arms]
-    return [name for name in values[0] if len({repr(v[name]) for v in values}) > 1]
-
-
-def arm_name(arm: TrainConfig, swept: Sequence[str]) -> str:
-    """`k-64_beta-0.1_seed-0`."""
-    return "_".join(f"{name}-{getattr(arm, name)}" for name in swept)
-
-
-def _common_name(arms: Sequence[TrainConfig]) -> str:
-    swept = swept_fields(arms)
-    unset = {name: getattr(TrainConfig(), name) for name in swept}
-    return run_name(dataclasses.replace(arms[0], **unset))
-
-
-def _write_grid(
-    folder: Path, swept: Sequence[str], arms: Sequence[TrainConfig]
-) -> None:
-    grid = {
-        "swept": list(swept),
-        "arms": [
-            {"folder": Path(arm.out).name, **{n: getattr(arm, n) for n in swept}}
-            for arm in arms
-        ],
+def states(groups: Sequence[Group]) -> dict[int, TrainState]:
+    """Each arm's own state, by place."""
+    return {
+        place: member(group.state, i, len(group.arms))
+        for group in groups
+        for i, place in enumerate(group.arms)
     }
-    path = folder / runs.GRID
-    if path.is_file() and runs.read_json(path) != grid:
-        raise UserError(f"{folder} holds another grid; give another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-        raise UserError(f"--out={folder} is not empty and not a grid's folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path, grid)
 
 
-def _last_metrics(folder: Path) -> dict[str, Any]:
-    lines = (folder / runs.METRICS).read_text().splitlines()
-    return json.loads(lines[-1])
+def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
+    """Passes of as many arms as the device has room for, at least one."""
+    room = max(int(_SHARE * free_bytes() / max(bytes_of_one, 1)), 1)
+    passes = -(-len(arms) // room)
+    size = -(-len(arms) // passes)
+    return [list(arms[i : i + size]) for i in range(0, len(arms), size)]
 
 
-def _write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    part.replace(path)
+def free_bytes() -> int:
+    """Of the device's memory, what is free."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def bytes_of_one(config: SAEConfig, *, batch_size: int) -> int:
+    """About what one more arm takes at once: float32 parameters, Adam's moments and
+    gradients, and of each latent in a batch what a step keeps."""
+    heads = 3 if config.variance == "learned" else 2
+    parameters = 4 * heads * config.d_model * config.d_sae
+    return 5 * parameters + 16 * batch_size * config.d_sae
+
+
+def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
+    """Places of arms by their static config, in which k is the largest of them."""
+    sets: dict[SAEConfig, list[int]] = {}
+    for place, arm in enumerate(arms):
+        key = dataclasses.replace(arm.config, k=arm.config.d_sae)
+        sets.setdefault(key, []).append(place)
+    return {
+        dataclasses.replace(key, k=max(arms[p].config.k for p in places)): tuple(places)
+        for key, places in sets.items()
+    }
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def member(tree: Any, i: int, n: int) -> Any:
+    """The i-th of the n arms whose arrays are stacked in `tree`; one is not stacked."""
+    return tree if n == 1 else jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _work_bytes(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes

@@ -1,37 +1,26 @@
-"""`python -m vsae_jax.train`: activations on disk to a trained autoencoder.
+"""`python -m vsae_jax.train`: activations on disk to trained autoencoders.
 
-One loop: batches are read ahead in a thread, several steps run in one dispatch, the
-device is read once per log interval, and a run that is started again goes on.
+One loop, for one run as for a grid: batches are read ahead in a thread, every arm
+takes the same ones, several steps run in one dispatch, the device is read once per log
+interval, and what is started again goes on.
 """
 
-import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+import contextlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from vsae_jax import cli, loggers, optim, progress, runs, signals, sweep
-from vsae_jax.batches import ShuffledRows, read_ahead
+from vsae_jax import cli, grid, progress, runs, signals, start, sweep
+from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
-from vsae_jax.job import Job, explain, first_state, open_folder, plan
-from vsae_jax.shards import READ
-from vsae_jax.sparsity import dead_latents
-from vsae_jax.step import (
-    Hparams,
-    TrainState,
-    compile_steps,
-    hparams,
-    variables,
-    zero_totals,
-)
-
-_MEDIAN_ROWS = 8192
+from vsae_jax.feed import Feed
+from vsae_jax.job import Job, explain, open_folder, plan
+from vsae_jax.step import hparams, variables
+from vsae_jax.watch import Watch
 
 
 class Chunk(NamedTuple):
@@ -48,7 +37,7 @@ def command(configs: Sequence[TrainConfig]) -> None:
     if len(configs) == 1:
         run(configs[0])
     else:
-        sweep.run(configs, train_one=run)
+        grid.run(configs, train=run_arms)
 
 
 def run(config: TrainConfig) -> Path:
@@ -57,182 +46,152 @@ def run(config: TrainConfig) -> Path:
     Returns the run folder. Raises UserError for what a user can mend and Interrupted
     when a signal stopped it after saving.
     """
-    job = plan(config)
-    explain(job, asked=config)
-    if not open_folder(job):
-        print(f"{job.folder} is finished; nothing to do")
-        return job.folder
-    with Checkpoints(job.folder / runs.CHECKPOINTS) as checkpoints:
-        state, position = _start(job, checkpoints)
-        if state.step:
-            print(f"going on from step {int(state.step)}")
-        state = _loop(job, state, position, checkpoints)
-    runs.write_parameters(
-        job.folder / runs.PARAMETERS, jax.device_get(variables(state, job.sae))
+    run_arms([config])
+    return plan(config).folder
+
+
+def run_arms(configs: Sequence[TrainConfig]) -> None:
+    """Trains every arm that is not finished, together where they can share batches."""
+    streams: dict[tuple[int, int], list[Job]] = {}
+    diverged: list[str] = []
+    for number, config in enumerate(configs, start=1):
+        job = plan(config)
+        if len(configs) > 1:
+            print(f"arm {number} of {len(configs)}: {job.folder.name}")
+        explain(job, asked=config)
+        if (job.folder / runs.DIVERGED).is_file():
+            diverged.append(job.folder.name)
+        elif not open_folder(job):
+            print(f"{job.folder} is finished; nothing to do")
+        else:
+            key = job.train.steps, job.train.batch_size
+            streams.setdefault(key, []).append(job)
+    for jobs in streams.values():
+        diverged += _train(jobs)
+    if diverged:
+        raise UserError(
+            f"{len(diverged)} of {len(configs)} arms diverged ({', '.join(diverged)}); "
+            "the others are finished; give those a lower --lr or a smaller --beta in "
+            "a grid of their own"
+        )
+
+
+def _train(jobs: Sequence[Job]) -> list[str]:
+    """Trains jobs of one stream of batches, in as few passes over it as memory and
+    their checkpoints allow; returns the names of those that diverged."""
+    diverged: list[str] = []
+    with contextlib.ExitStack() as stack:
+        feed = stack.enter_context(Feed(jobs[0]))
+        saves = {
+            job.folder: stack.enter_context(Checkpoints(job.folder / runs.CHECKPOINTS))
+            for job in jobs
+        }
+        one = max(
+            sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size) for job in jobs
+        )
+        waiting = sweep.split(jobs, one)
+        if len(waiting) > 1:
+            print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
+        while waiting:
+            together, *later = start.together(waiting.pop(0), saves, feed)
+            waiting[:0] = later
+            diverged += _one_pass(together, saves, feed)
+    return diverged
+
+
+def _one_pass(
+    started: Sequence[start.Started],
+    saves: Mapping[Path, Checkpoints],
+    feed: Feed,
+) -> list[str]:
+    """Trains arms that are at the same step to the end, and writes what they became."""
+    config = started[0].job.train
+    step = int(started[0].state.step)
+    if step:
+        print(f"going on from step {step}")
+    chunks = list(_chunks(step, config))
+    n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
+    arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
+    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
+    print(_describe(compiled, len(arms)))
+    stacks = feed.stacks(
+        [chunk.stop - chunk.start for chunk in chunks],
+        step * config.batch_size,
+        n_max=n_max,
     )
-    print(f"wrote {job.folder / runs.PARAMETERS}")
-    return job.folder
-
-
-def _start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-    """The last checkpoint's state and data position, or the first ones."""
-    like = jax.eval_shape(partial(first_state, job, None))
-    if restored := checkpoints.restore(like):
-        state, position = restored
-        runs.keep_metrics_up_to(job.folder / runs.METRICS, int(state.step))
-        return state, position
-    (job.folder / runs.METRICS).unlink(missing_ok=True)
-    sample = None
-    if job.train.b_dec_init == "geometric_median":
-        count = min(_MEDIAN_ROWS, job.data["train_rows"])
-        sample = jnp.asarray(_rows(job).take(0, count), jnp.float32)
-    return first_state(job, sample), 0
-
-
-def _rows(job: Job) -> ShuffledRows:
-    return ShuffledRows(
-        job.activations.rows,
-        n_rows=job.data["train_rows"],
-        row_bytes=job.sae.d_model * np.dtype(READ[job.data["dtype"]]).itemsize,
-        seed=job.train.data_seed,
-    )
+    watch = Watch([s.job for s in started], saves)
+    groups = _loop(compiled.groups, chunks, read_ahead(stacks), watch)
+    for place, state in sweep.states(groups).items():
+        job = started[place].job
+        if job.folder.name not in watch.diverged:
+            trained = jax.device_get(variables(state, job.sae))
+            runs.write_parameters(job.folder / runs.PARAMETERS, trained)
+            print(f"wrote {job.folder / runs.PARAMETERS}")
+    return watch.diverged
 
 
 def _loop(
-    job: Job, state: TrainState, position: int, checkpoints: Checkpoints
-) -> TrainState:
-    steps = compile_steps(job.sae)
-    numbers = hparams(job.train)
-    chunks = list(_chunks(int(state.step), job.train))
-    batches = read_ahead(_stacks(job, chunks, position))
-    logs = loggers.open_loggers(job.train, job.folder)
-    clock = _Clock(job.train.batch_size)
-    bar = progress.bar(job.train.steps, unit="step", start=int(state.step))
+    groups: Sequence[sweep.Group],
+    chunks: Sequence[Chunk],
+    batches: Generator[jax.Array, None, None],
+    watch: Watch,
+) -> Sequence[sweep.Group]:
+    config = watch.jobs[0].train
+    bar = progress.bar(
+        config.steps, unit="step", start=chunks[0].start if chunks else config.steps
+    )
     try:
         with bar, signals.caught() as caught:
             for chunk, rows in zip(chunks, batches, strict=True):
-                state = steps(state, rows, chunk.stop - chunk.start, numbers)
+                groups = sweep.advance(groups, rows, chunk.stop - chunk.start)
                 if chunk.log:
-                    state, metrics = _read(state, numbers, checkpoints, clock)
-                    for log in logs:
-                        log.write(chunk.stop, metrics)
-                    bar.show(_shown(metrics))
+                    groups = watch.log(groups, chunk.stop)
+                    bar.show(watch.shown)
                 bar.update(chunk.stop - chunk.start)
                 if chunk.save or caught.signal:
-                    _check_finite(state.totals, checkpoints)
-                    done = chunk.stop * job.train.batch_size
-                    checkpoints.save(state, data_position=done)
+                    watch.save(groups, chunk.stop)
                 if caught.signal:
                     raise Interrupted(
                         f"stopped by a signal; step {chunk.stop} is saved in "
-                        f"{job.folder}: run the same command to go on",
+                        f"{watch.folder}: run the same command to go on",
                         signal_number=caught.signal,
                     )
     finally:
         batches.close()
-        for log in logs:
-            log.close()
-    return state
+        watch.close()
+    return groups
 
 
-def _chunks(start: int, config: TrainConfig) -> Iterator[Chunk]:
-    """Dispatches from `start` to the end, cut at every log line and checkpoint."""
-    while start < config.steps:
+def _chunks(begin: int, config: TrainConfig) -> Iterator[Chunk]:
+    """Dispatches from `begin` to the end, cut at every log line and checkpoint."""
+    while begin < config.steps:
         stop = min(
-            start + config.steps_per_dispatch,
-            _next(start, config.log_every),
-            _next(start, config.checkpoint_every),
+            begin + config.steps_per_dispatch,
+            _next(begin, config.log_every),
+            _next(begin, config.checkpoint_every),
             config.steps,
         )
         last = stop == config.steps
         log = last or stop % config.log_every == 0
-        yield Chunk(start, stop, log, last or stop % config.checkpoint_every == 0)
-        start = stop
+        yield Chunk(begin, stop, log, last or stop % config.checkpoint_every == 0)
+        begin = stop
 
 
 def _next(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _stacks(job: Job, chunks: Sequence[Chunk], position: int) -> Iterator[jax.Array]:
-    """For each chunk `[n_max, batch, d_model]` on the device; unused batches are 0."""
-    rows = _rows(job)
-    batch = job.train.batch_size
-    n_max = max((chunk.stop - chunk.start for chunk in chunks), default=0)
-    for chunk in chunks:
-        count = (chunk.stop - chunk.start) * batch
-        taken = rows.take(position, count)
-        position += count
-        unused = n_max * batch - count
-        if unused:
-            taken = np.pad(taken, ((0, unused), (0, 0)))
-        yield jnp.asarray(taken.reshape(n_max, batch, -1))
-
-
-class _Clock:
-    """Rows per second between log lines; the first interval holds the compilation."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._last = time.monotonic()
-
-    def rate(self, steps: int) -> float:
-        now = time.monotonic()
-        seconds, self._last = max(now - self._last, 1e-9), now
-        return steps * self._batch_size / seconds
-
-
-def _read(
-    state: TrainState, numbers: Hparams, checkpoints: Checkpoints, clock: _Clock
-) -> tuple[TrainState, dict[str, float]]:
-    """The interval's metrics, by the loop's one device read, and the sums at zero."""
-    dead = jnp.mean(dead_latents(state.rows_since_fired, numbers.dead_after_tokens))
-    last = state.step - 1
-    schedule = {
-        "lr": optim.learning_rate(
-            last,
-            peak=numbers.lr,
-            warmup=numbers.lr_warmup_steps,
-            decay_start=numbers.lr_decay_start,
-            steps=numbers.steps,
-        ),
-        "beta": optim.kl_weight(
-            last, beta=numbers.beta, warmup=numbers.kl_warmup_steps
-        ),
-        "dead_fraction": dead,
-    }
-    totals, schedule = jax.device_get((state.totals, schedule))
-    _check_finite(totals, checkpoints)
-    n = int(totals.steps)
-    names = ("loss", "squared_error", "kl", "l1", "auxk", "l0")
-    metrics = {name: float(getattr(totals, name)) / n for name in names}
-    variance = max(float(totals.variance), 1e-30)
-    metrics["explained_variance"] = 1 - float(totals.squared_error) / variance
-    metrics |= {name: float(value) for name, value in schedule.items()}
-    metrics["rows_per_second"] = clock.rate(n)
-    return state._replace(totals=zero_totals()), metrics
-
-
-def _check_finite(totals: Any, checkpoints: Checkpoints) -> None:
-    bad = int(totals.bad_step)
-    if bad < 0:
-        return
-    saved = checkpoints.steps()
-    good = f"step {saved[-1]} is saved" if saved else "nothing was saved before it"
-    raise UserError(
-        f"the loss is not finite at step {bad}; {good}; try a lower --lr, a smaller "
-        "--beta or --dtype=float32 with another --out"
+def _describe(compiled: sweep.Plan, arms: int) -> str:
+    free = sweep.free_bytes()
+    many = f"{arms} arms, " if arms > 1 else ""
+    programs = (
+        "1 program" if compiled.functions == 1 else f"{compiled.functions} programs"
     )
-
-
-def _shown(metrics: dict[str, float]) -> dict[str, float]:
-    return {
-        "loss": metrics["loss"],
-        "L0": metrics["l0"],
-        "EV": metrics["explained_variance"],
-        "dead": metrics["dead_fraction"],
-        "rows/s": metrics["rows_per_second"],
-    }
+    return (
+        f"{many}{programs} compiled in {compiled.seconds:.1f} s; memory: states "
+        f"{compiled.state_bytes / 1e9:.2f} GB, a step {compiled.work_bytes / 1e9:.2f} "
+        f"GB, {free / 1e9:.1f} GB free"
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny_runs import TRAINING, call, copied
 
-from vsae_jax import runs, sweep
+from vsae_jax import grid, runs, sweep
+from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
 
 ARMS = [
@@ -162,9 +164,117 @@ def test_the_default_folder_is_named_by_what_is_swept_and_what_is_set(
 
 def test_swept_fields_come_in_the_order_of_the_flags():
     arms = [TrainConfig(k=k, seed=s, beta=0.5) for s in (0, 1) for k in (64, 128)]
-    assert sweep.swept_fields(arms) == ["k", "seed"]
-    assert sweep.arm_name(arms[1], ["k", "seed"]) == "k-128_seed-0"
+    assert grid.swept_fields(arms) == ["k", "seed"]
+    assert grid.arm_name(arms[1], ["k", "seed"]) == "k-128_seed-0"
 
 
 def test_unset_and_the_default_are_two_values():
-    assert sweep.swept_fields([TrainConfig(), TrainConfig(lr="auto")]) == ["lr"]
+    assert grid.swept_fields([TrainConfig(), TrainConfig(lr="auto")]) == ["lr"]
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    text = (folder / runs.METRICS).read_text()
+    read = [json.loads(line) for line in text.splitlines()]
+    return [{n: v for n, v in r.items() if n != "rows_per_second"} for r in read]
+
+
+MIXED = {
+    "variant": "topk,vsae_topk",
+    "k": "2,4",
+    "lr": "1e-3,1e-2",
+    "seed": "0,1",
+    "steps": 50,
+    "dead_after_tokens": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_rows, tmp_path_factory) -> dict[str, Path]:
+    """One grid of 16 arms, its arms one after another and at once."""
+    folders = {}
+    for how in ("loop", "vmap"):
+        folders[how] = tmp_path_factory.mktemp(how) / "grid"
+        flags = {**TRAINING, **MIXED, "out": folders[how], "arms": how}
+        assert call("train", activations=tiny_rows, **flags) == 0
+    return folders
+
+
+def test_arms_at_once_equal_arms_one_after_another(mixed):
+    for loop, vmap in zip(*(runs.run_folders(f) for f in mixed.values()), strict=True):
+        one, other = runs.open_run(loop), runs.open_run(vmap)
+        for name, array in one.variables["params"].items():
+            np.testing.assert_allclose(
+                other.variables["params"][name], array, rtol=0, atol=1e-6, err_msg=name
+            )
+
+
+@pytest.mark.parametrize(
+    "variant, k, lr, seed", [("topk", 2, 1e-2, 1), ("vsae_topk", 4, 1e-3, 0)]
+)
+def test_an_arm_of_a_mixed_grid_is_its_single_run(
+    mixed, tiny_rows, tmp_path, variant, k, lr, seed
+):
+    name = f"variant-{variant}_k-{k}_lr-{lr}_seed-{seed}"
+    arm = {"variant": variant, "k": k, "lr": lr, "seed": seed}
+    flags = {**TRAINING, **MIXED, **arm, "out": tmp_path / "single"}
+    assert call("train", activations=tiny_rows, **flags) == 0
+    assert parameters(tmp_path / "single") == parameters(mixed["loop"] / name)
+    assert lines(tmp_path / "single") == lines(mixed["loop"] / name)
+
+
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_a_grid_that_is_stopped_goes_on_as_a_whole(
+    mixed, tiny_rows, tmp_path, monkeypatch, how, capsys
+):
+    folder = tmp_path / "grid"
+    flags = {**TRAINING, **MIXED, "out": folder, "arms": how, "checkpoint_every": 10}
+    save, saved = Checkpoints.save, []
+
+    def killed(self, state, **options):
+        if len(saved) == 20:  # in the middle of the arms' second checkpoints
+            raise KeyboardInterrupt
+        saved.append(int(state.step))
+        save(self, state, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", killed)
+    assert call("train", activations=tiny_rows, **flags) == 130
+    assert saved == [10] * 16 + [20] * 4
+    monkeypatch.setattr(Checkpoints, "save", save)
+    capsys.readouterr()
+    assert call("train", activations=tiny_rows, **flags) == 0
+    assert capsys.readouterr().out.count("going on from step 10\n") == 1
+    for arm in runs.run_folders(folder):
+        assert parameters(arm) == parameters(mixed[how] / arm.name)
+        assert lines(arm)[-1] == lines(mixed[how] / arm.name)[-1]
+
+
+def test_a_grid_too_large_for_memory_takes_several_passes(
+    mixed, tiny_rows, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(sweep, "free_bytes", lambda: 10 * 16 * 32 * 4 * 32)
+    folder = tmp_path / "grid"
+    flags = {**TRAINING, **MIXED, "out": folder}
+    capsys.readouterr()
+    assert call("train", activations=tiny_rows, **flags) == 0
+    said = capsys.readouterr().out
+    assert "passes" in said and said.count("compiled in") > 1
+    for arm in runs.run_folders(folder):
+        assert parameters(arm) == parameters(mixed["loop"] / arm.name)
+
+
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_an_arm_that_diverges_leaves_the_others(
+    tiny_grid, tiny_rows, tmp_path, how, capsys
+):
+    folder = tmp_path / "grid"
+    flags = {**TRAINING, "out": folder, "variant": "topk", "arms": how}
+    flags |= {"lr": "1e-3,3e38", "decoder_norm": "free", "log_every": 5}
+    for _ in range(2):  # started again it says the same
+        capsys.readouterr()
+        assert call("train", activations=tiny_rows, **flags) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+        assert "1 of 2 arms diverged (lr-3e+38)" in line
+    assert (folder / "lr-0.001" / runs.PARAMETERS).is_file()
+    assert not (folder / "lr-3e+38" / runs.PARAMETERS).exists()
+    assert [row["arm"] for row in summary(folder)] == ["lr-0.001"]
+    assert runs.run_folders(folder) == [folder / "lr-0.001"]

@@ -1,0 +1,108 @@
+"""The batches of a run on their way to the device.
+
+`stream` reads them from the shards, ahead of the steps, in the dtype on disk. `device`
+puts all rows on the device once and gathers there: the same batches in the same order.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vsae_jax.batches import ShuffledRows
+from vsae_jax.job import Job
+from vsae_jax.shards import READ
+from vsae_jax.sweep import free_bytes
+
+# Of a device's free memory, what rows may take.
+_SHARE = 0.5
+_ROWS_AT_ONCE = 2**16
+
+
+class Feed:
+    """The rows that a job trains on, in their order. A context manager."""
+
+    def __init__(self, job: Job):
+        self._read, self._n_rows = job.activations.view, job.data["train_rows"]
+        self._batch = job.train.batch_size
+        self.dtype = np.dtype(READ[job.data["dtype"]])
+        row_bytes = job.sae.d_model * self.dtype.itemsize
+        self._d_model = job.sae.d_model
+        order = {
+            "n_rows": self._n_rows,
+            "row_bytes": row_bytes,
+            "seed": job.train.data_seed,
+        }
+        self._resident: Array | None = None
+        if _on_device(job.train.feed, self._n_rows * row_bytes):
+            self._resident = self._put()
+            # The same stream, of the rows' numbers.
+            self._rows = ShuffledRows(_numbers, **order)
+        else:
+            self._rows = ShuffledRows(self._read, **order, prefetch=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._rows.close()
+
+    def first(self, count: int) -> Float[Array, "rows d_model"]:
+        """The stream's first rows, at most one epoch, in float32."""
+        return self._take(0, min(count, self._n_rows)).astype(jnp.float32)
+
+    def shape(self, n_max: int) -> jax.ShapeDtypeStruct:
+        """Of what `stacks` gives."""
+        return jax.ShapeDtypeStruct((n_max, self._batch, self._d_model), self.dtype)
+
+    def stacks(
+        self, counts: Sequence[int], position: int, *, n_max: int
+    ) -> Iterator[Float[Array, "n_max batch d_model"]]:
+        """For each count that many batches from row `position` on; unused ones are
+        filled with a row of the batch."""
+        for count in counts:
+            taken = self._take(position, count * self._batch)
+            position += count * self._batch
+            unused = (n_max - count) * self._batch
+            if unused:
+                taken = jnp.pad(taken, ((0, unused), (0, 0)), mode="edge")
+            yield taken.reshape(n_max, self._batch, -1)
+
+    def _take(self, position: int, count: int) -> Array:
+        taken = self._rows.take(position, count)
+        if self._resident is None:
+            return jnp.asarray(taken)
+        return self._resident[jnp.asarray(taken[:, 0], jnp.int32)]
+
+    def _put(self) -> Array:
+        """All rows, written into one array a piece at a time."""
+        rows = jnp.zeros((self._n_rows, self._d_model), self.dtype)
+        write = jax.jit(
+            lambda rows, piece, start: jax.lax.dynamic_update_slice_in_dim(
+                rows, piece, start, 0
+            ),
+            donate_argnums=0,
+        )
+        for start in range(0, self._n_rows, _ROWS_AT_ONCE):
+            piece = self._read(start, min(start + _ROWS_AT_ONCE, self._n_rows))
+            rows = write(rows, jnp.asarray(piece), start)
+        return rows
+
+
+def _numbers(start: int, stop: int) -> np.ndarray:
+    return np.arange(start, stop, dtype=np.int64)[:, None]
+
+
+def _on_device(feed: str, data_bytes: int) -> bool:
+    if feed != "auto":
+        return feed == "device"
+    return jax.default_backend() == "gpu" and data_bytes < _SHARE * free_bytes()

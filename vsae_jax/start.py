@@ -1,0 +1,66 @@
+"""How runs begin: from their last checkpoints, or from their first states."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from vsae_jax import runs
+from vsae_jax.checkpoint import Checkpoints
+from vsae_jax.feed import Feed
+from vsae_jax.job import Job, first_b_dec, first_state
+from vsae_jax.step import TrainState
+
+_MEDIAN_ROWS = 8192
+
+
+class Started(NamedTuple):
+    """A job and the state it goes on from."""
+
+    job: Job
+    state: TrainState
+
+
+def together(
+    jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], feed: Feed
+) -> list[Any]:
+    """The arms that can go on together, started; after them, lists of jobs that have
+    to wait, since they are at another step.
+
+    A kill while arms are saved leaves some a checkpoint ahead: those go back to the
+    step that all of them have.
+    """
+    saved = {job.folder: saves[job.folder].steps() for job in jobs}
+    ahead = [job for job in jobs if saved[job.folder]]
+    fresh = [job for job in jobs if not saved[job.folder]]
+    if not ahead:
+        b_decs: dict[Any, jax.Array | None] = {}
+        return [[_fresh(job, feed, b_decs) for job in fresh]]
+    newest = min(saved[job.folder][-1] for job in ahead)
+    started, other = [], []
+    for job in ahead:
+        state = _restored(job, saves[job.folder], newest if len(ahead) > 1 else None)
+        if not started or int(state.step) == int(started[0].state.step):
+            started.append(Started(job, state))
+        else:
+            other.append([job])
+    return [started, *other, *([fresh] if fresh else [])]
+
+
+def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainState:
+    """The newest state, of step `up_to` or before where there is one."""
+    like = jax.eval_shape(partial(first_state, job, None))
+    found = checkpoints.restore(like, up_to=up_to) or checkpoints.restore(like)
+    assert found is not None  # an unreadable folder is refused by `restore`
+    runs.keep_metrics_up_to(job.folder / runs.METRICS, int(found[0].step))
+    return found[0]
+
+
+def _fresh(job: Job, feed: Feed, b_decs: dict[Any, jax.Array | None]) -> Started:
+    (job.folder / runs.METRICS).unlink(missing_ok=True)
+    kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
+    if kind not in b_decs:
+        b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
+    return Started(job, first_state(job, b_decs[kind]))

@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from benchmarks.gpu_cases import Case, answer_all
 from benchmarks.ours import Product, first_state, resolved
-from vsae_jax.step import Hparams, compile_steps, hparams, train_step
+from vsae_jax.step import Hparams, compile_steps, hparams
 
 DISPATCH = 10
 
@@ -54,7 +53,8 @@ def _training(case: Case) -> tuple[Callable[[], Any], int]:
     if case.kind == "grid":
         keys = jax.random.split(key, case.arms)
         state = jax.vmap(lambda k: first_state(k, static, scale=scale))(keys)
-        numbers, steps = _arms(hparams(config), case.arms), _compile_grid(static)
+        numbers = _arms(hparams(config), case.arms)
+        steps = compile_steps(static, arms=case.arms)
     else:
         state = first_state(key, static, scale=scale)
         numbers, steps = hparams(config), compile_steps(static)
@@ -75,20 +75,6 @@ def _arms(numbers: Hparams, arms: int) -> Hparams:
         k=jnp.where(odd, jnp.maximum(many.k // 2, 1), many.k),
         beta=many.beta * (1 + jnp.arange(arms) // 2),
     )
-
-
-def _compile_grid(static):
-    """`compile_steps` over a leading axis of arms, which share the rows."""
-
-    def one(state, x, numbers):
-        return train_step(state, x, numbers, config=static)[0]
-
-    every = jax.vmap(one, in_axes=(0, None, 0))
-
-    def steps(state, rows, n, numbers):
-        return lax.fori_loop(0, n, lambda i, s: every(s, rows[i], numbers), state)
-
-    return jax.jit(steps, donate_argnums=0)
 
 
 def _products(case: Case) -> tuple[Callable[[], Any], int]:

@@ -40,16 +40,16 @@ def test_kl_weight_without_warmup_is_beta_at_once():
 
 @pytest.fixture
 def params():
-    w = jax.random.normal(jax.random.key(0), (12, 5))
-    w = w / jnp.linalg.norm(w, axis=1, keepdims=True)
-    return {"w_dec": w, "b_dec": jnp.ones(5)}
+    w = jax.random.normal(jax.random.key(0), (5, 12))
+    w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
+    return {optim.DECODER: w, "b_dec": jnp.ones(5)}
 
 
 @pytest.fixture
 def gradient():
     keys = jax.random.split(jax.random.key(1))
     return {
-        "w_dec": jax.random.normal(keys[0], (12, 5)),
+        optim.DECODER: jax.random.normal(keys[0], (5, 12)),
         "b_dec": jax.random.normal(keys[1], (5,)),
     }
 
@@ -68,17 +68,17 @@ def test_unit_norm_decoder_stays_on_the_sphere(params, gradient):
     state = transform.init(params)
     for _ in range(5):
         updates, state = transform.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-    norms = jnp.linalg.norm(params["w_dec"], axis=1)
+        params = optim.unit_decoder(optax.apply_updates(params, updates))
+    norms = jnp.linalg.norm(params[optim.DECODER], axis=0)
     np.testing.assert_allclose(norms, np.ones(12), rtol=1e-6)
     assert (params["b_dec"] != 1).all()
 
 
 def test_gradient_along_a_row_is_removed(params):
-    along = {"w_dec": 3.0 * params["w_dec"], "b_dec": jnp.zeros(5)}
+    along = {optim.DECODER: 3.0 * params[optim.DECODER], "b_dec": jnp.zeros(5)}
     link = optim.tangent_decoder_gradient()
     updates, _ = link.update(along, link.init(params), params)
-    np.testing.assert_allclose(updates["w_dec"], np.zeros((12, 5)), atol=1e-6)
+    np.testing.assert_allclose(updates[optim.DECODER], np.zeros((5, 12)), atol=1e-6)
 
 
 def test_adam_moments_are_float32(params):

@@ -26,7 +26,8 @@ def rows(n, seed=0):
 
 
 def params_of(state):
-    return {name: np.asarray(a) for name, a in state.params.items()}
+    params = {name: np.asarray(a) for name, a in state.params.items()}
+    return {**params, "w_dec": params["w_dec_t"].T}
 
 
 @pytest.mark.parametrize("variant", ["relu", "topk", "vsae", "vsae_topk"])

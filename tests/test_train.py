@@ -290,7 +290,7 @@ def test_b_dec_starts_at_the_geometric_median(config):
     with Feed(planned) as feed:
         sample = feed.first(500)
     state = job.first_state(planned, job.first_b_dec(planned, sample))
-    x_n = np.asarray(state.norm["scale"]) * sample
+    x_n = np.asarray(state.norm["scale"]) * np.asarray(sample)
     distance = np.linalg.norm(x_n - np.asarray(state.params["b_dec"]), axis=1).sum()
     from_mean = np.linalg.norm(x_n - x_n.mean(axis=0), axis=1).sum()
     assert distance < from_mean
@@ -308,8 +308,8 @@ def test_rows_on_the_device_are_the_same_stream(config, tmp_path):
 def test_a_run_that_saved_nothing_takes_another_config(config, capsys):
     folder = job.plan(config).folder
     assert job.open_folder(job.plan(config))
-    train.run(replace(config, steps=4, lr=0.01))
-    assert "nothing was saved under another config (lr" in capsys.readouterr().out
+    train.run(replace(config, lr=0.01))
+    assert "nothing was saved under another config (" in capsys.readouterr().out
     assert runs.open_run(folder).train.lr == 0.01
 
 

@@ -310,12 +310,18 @@ def sae_config(
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluates trained runs with the language model in the loop on held-out text."""
+    """Evaluates trained runs, or autoencoders in the files of another library, with the
+    language model in the loop on held-out text."""
 
-    run: str = flag("run folder, or a grid's folder", "")
+    run: str = flag(
+        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+    )
     evals: str = flag("comma list of evaluations", "core")
     model: str = flag("hub id or local folder; unset: the manifest's", "")
     revision: str = flag("hub revision; unset: the manifest's", "")
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
     backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
     activations: str = flag("folder that extract wrote; unset: the run's", "")
     text: str = flag(
@@ -327,6 +333,7 @@ class EvalConfig:
 
     def __post_init__(self):
         check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 0, "layer")
         if not self.run:
             raise UserError("--run is not set; name a run folder or a grid's folder")
 

@@ -5,7 +5,6 @@ writes any of these; what a format cannot say is refused, or noted in
 vsae_jax_export.json beside it.
 """
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,15 +73,13 @@ def _write(
         check.refuse_negative(ae, rows, format=target.NAME, says=says)
     written = target.rewritten(ae)
     lines = _notes(written, target, says=says, n_rows=len(rows))
-    for line in lines:
+    for line in (*ae.notes, *lines):
         print(f"note: {line}")
-    notes = tuple(dict.fromkeys((*written.notes, *lines)))
-    written = dataclasses.replace(written, notes=notes)
     weights = target.write(written, folder)
     # OpenAI's reader needs the note that says whether rows are normalised.
-    note.write(written, folder, weights=weights, check=None)
+    note.write(written, folder, weights=weights, notes=lines, check=None)
     result = check.compare(ae, target.read(folder), rows, rows_from=rows_from)
-    note.write(written, folder, weights=weights, check=result._asdict())
+    note.write(written, folder, weights=weights, notes=lines, check=result._asdict())
     print(check.said(result, k=ae.k))
 
 

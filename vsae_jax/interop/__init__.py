@@ -32,8 +32,11 @@ class Format(Protocol):
 
 
 FORMATS: dict[str, Format] = {
-    module.NAME: module
-    for module in (run_folder, saelens, dictionary_learning, sparsify, openai)
+    "vsae_jax": run_folder,
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "openai": openai,
 }
 _EXPECTED = (
     "config.json with sae.safetensors (vsae_jax), cfg.json with "

@@ -48,7 +48,8 @@ def evals_of(folder: Path) -> dict[str, Any]:
 def write(folder: Path, *, name: str, evals: dict[str, Any]) -> None:
     """README.md for an exported folder, with its self-check."""
     ae, to = interop.read(folder), interop.recognised(folder).NAME
-    check = read_json(folder / NOTE)["self_check"]
+    note = read_json(folder / NOTE)
+    notes, check = [*note["notes"], *note["carried"]], note["self_check"]
     code = _LOAD[to].format(name=name, normalize=ae.layer_norm)
     text = [
         _front(ae, to),
@@ -60,7 +61,7 @@ def write(folder: Path, *, name: str, evals: dict[str, Any]) -> None:
         "## Load it",
         f"```python\n{code}\n```",
         "or, from any of its formats, `vsae_jax.load(folder_or_hub_id)`.",
-        *(("## Notes", "\n".join(f"* {n}" for n in ae.notes)) if ae.notes else ()),
+        *(("## Notes", "\n".join(f"* {n}" for n in notes)) if notes else ()),
     ]
     replace_file(folder / CARD, ("\n\n".join(text) + "\n").encode())
 

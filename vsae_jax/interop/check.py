@@ -14,9 +14,9 @@ from vsae_jax import sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.errors import UserError
 from vsae_jax.interop.canonical import Autoencoder
+from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.shards import Activations
 
-_EPS = 1e-5  # OpenAI's and SAELens' LayerNorm
 _CHUNK = 128
 # Two sums of float32 in another order may select another latent where two are nearly
 # equal; more rows than this share say that it is another autoencoder.
@@ -82,7 +82,7 @@ def encode(
     variables: Any, x: Float[Array, "rows d"], *, config: SAEConfig, layer_norm: bool
 ) -> Float[Array, "rows d_sae"]:
     """`sae.encode`, after the LayerNorm of each row where there is one."""
-    x = _statistics(x)[0] if layer_norm else x
+    x = normalise_rows(x)[0] if layer_norm else x
     return sae.encode(variables, x, config=config)
 
 
@@ -99,15 +99,8 @@ def decode(
     x_hat = sae.decode(variables, f, config=config)
     if not layer_norm:
         return x_hat
-    _, mean, std = _statistics(x)
+    _, mean, std = normalise_rows(x)
     return x_hat * std + mean
-
-
-def _statistics(x: Float[Array, "rows d"]) -> tuple[Array, Array, Array]:
-    """(x - m) / (std + eps), m, std with std unbiased."""
-    mean = jnp.mean(x, axis=-1, keepdims=True)
-    std = jnp.std(x, axis=-1, keepdims=True, ddof=1)
-    return (x - mean) / (std + _EPS), mean, std
 
 
 def run_rows(ae: Autoencoder, rows: Float[np.ndarray, "rows d"]) -> Pass:
@@ -124,16 +117,23 @@ def run_rows(ae: Autoencoder, rows: Float[np.ndarray, "rows d"]) -> Pass:
     return Pass(np.concatenate(latents), np.concatenate(reconstructions))
 
 
+def sane(ae: Autoencoder, rows: Float[np.ndarray, "rows d"]) -> Pass:
+    """`run_rows`, refusing an L0 above k and an x_hat that is not finite."""
+    out = run_rows(ae, rows)
+    l0 = int(np.count_nonzero(out.f, axis=1).max())
+    if ae.k is not None and l0 > ae.k:
+        raise UserError(f"self-check: L0 is {l0} on a row where k is {ae.k}")
+    if not np.isfinite(out.x_hat).all():
+        raise UserError("self-check: x_hat is not finite; the weights are too large")
+    return out
+
+
 def compare(
     ours: Autoencoder, theirs: Autoencoder, rows: Any, *, rows_from: str
 ) -> Check:
     """Both on the same rows; refuses what is not the same autoencoder."""
-    a, b = run_rows(ours, rows), run_rows(theirs, rows)
+    a, b = run_rows(ours, rows), sane(theirs, rows)
     l0 = np.count_nonzero(b.f, axis=1)
-    if ours.k is not None and l0.max() > ours.k:
-        raise UserError(f"self-check: L0 is {l0.max()} on a row where k is {ours.k}")
-    if not np.isfinite(b.x_hat).all():
-        raise UserError("self-check: x_hat is not finite; the weights are too large")
     difference = np.abs(a.x_hat - b.x_hat).max(axis=1)
     size = max(float(np.abs(a.x_hat).max()), 1e-30)
     otherwise = difference > _TOLERANCE * size

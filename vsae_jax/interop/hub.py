@@ -23,9 +23,10 @@ _FILES = (
 def local(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
     """The folder itself, or the snapshot of a hub id (`owner/name`, or
     `owner/name/folder` of a repository with many) at a branch, tag or commit."""
-    folder = Path(path_or_hub_id).expanduser()
-    name = str(path_or_hub_id)
-    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") < 1:
+    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    # `runs/topc` beside a folder `runs` is a slip, no hub id.
+    local = folder.is_absolute() or Path(folder.parts[0] if name else ".").exists()
+    if local or name.startswith(".") or "/" not in name:
         if revision:
             raise UserError(f"revision={revision} needs a hub id, not {name}")
         return folder

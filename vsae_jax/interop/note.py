@@ -38,6 +38,7 @@ _TYPES = {
     "latent_scale": float,
     "weights_sha256": str,
     "notes": list,
+    "carried": list,
     "run": (dict, type(None)),
     "self_check": (dict, type(None)),
 }
@@ -45,9 +46,15 @@ _INPUT_NORMS = ("none", "layer_norm")
 
 
 def write(
-    ae: Autoencoder, folder: Path, *, weights: Path, check: dict[str, Any] | None
+    ae: Autoencoder,
+    folder: Path,
+    *,
+    weights: Path,
+    notes: list[str],
+    check: dict[str, Any] | None,
 ) -> None:
-    """The note on `ae`, as it was written to `weights`; and its variance head."""
+    """The note on `ae`, as it was written to `weights`; and its variance head.
+    `notes` are of this format; those of `ae` go with it into the next."""
     run = {"train": ae.train, "sae": dataclasses.asdict(ae.config), "data": ae.data}
     value = {
         "format_version": FORMAT_VERSION,
@@ -59,7 +66,8 @@ def write(
         "input_norm": _INPUT_NORMS[ae.layer_norm],
         "latent_scale": ae.latent_scale,
         "weights_sha256": sha256(weights),
-        "notes": list(ae.notes),
+        "notes": notes,
+        "carried": list(ae.notes),
         "run": run if ae.data else None,
         "self_check": check,
     }
@@ -87,7 +95,12 @@ def apply(ae: Autoencoder, folder: Path, *, weights: Path) -> Autoencoder:
         config = dataclasses.replace(ae.config, variance="learned")
         ae = dataclasses.replace(ae, config=config)
     ae = with_rule(ae, note["selection"])
-    ae = dataclasses.replace(ae, source=note["source"], notes=tuple(note["notes"]))
+    ae = dataclasses.replace(
+        ae,
+        source=note["source"],
+        notes=tuple(note["carried"]),
+        latent_scale=note["latent_scale"],
+    )
     return _with_run(ae, note["run"], path) if note["run"] else ae
 
 
@@ -109,7 +122,10 @@ def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong += [n for n, kind in _TYPES.items() if not isinstance(note.get(n), kind)]
     if note.get("selection") not in RULES or note.get("input_norm") not in _INPUT_NORMS:
         wrong.append("selection or input_norm")
-    if wrong or not all(isinstance(line, str) for line in note["notes"]):
+    if not wrong and not note["latent_scale"] > 0:
+        wrong.append("latent_scale")
+    lines = () if wrong else (*note["notes"], *note["carried"])
+    if wrong or not all(isinstance(line, str) for line in lines):
         raise UserError(
             f"{path} does not match this version at {', '.join(wrong) or 'notes'}"
         )
@@ -128,7 +144,7 @@ def _with_run(ae: Autoencoder, run: dict[str, Any], path: Path) -> Autoencoder:
     data, train = run.get("data"), run.get("train")
     if not isinstance(data, dict) or not isinstance(train, dict | None):
         raise UserError(f"{path}: its run has no data, or train is no object")
-    config = from_json(SAEConfig, run.get("sae"), where=str(path))
+    config = from_json(SAEConfig, run.get("sae", {}), where=str(path))
     told = dataclasses.replace(ae, config=config)
     shape = config.d_model, config.d_sae, config.subtract_b_dec, config.variance, told.k
     own = ae.config

@@ -54,13 +54,16 @@ def read(folder: Path) -> Autoencoder:
     imported = stored.get("imported")
     imported = imported if isinstance(imported, dict) else {}
     source = {"format": NAME, "name": folder.resolve().name, "dtype": "float32"}
-    notes = imported.get("notes", [])
+    notes, times = imported.get("notes", []), imported.get("latent_scale", 1.0)
+    if not isinstance(notes, list) or type(times) is not float or not times > 0:
+        raise UserError(f"{where}: notes or latent_scale of imported is not ours")
     return Autoencoder(
         config=config,
         params=arrays,
         scale=np.float32(scale),
         mean=mean,
         layer_norm=imported.get("layer_norm") is True,
+        latent_scale=times,
         data=data,
         train=train,
         source=source | _step(train),
@@ -85,6 +88,7 @@ def write(ae: Autoencoder, folder: Path) -> Path:
         "source": ae.source,
         "notes": list(ae.notes),
         "layer_norm": ae.layer_norm,
+        "latent_scale": ae.latent_scale,
     }
     value["versions"] = runs.versions()
     runs.write_parameters(folder / WEIGHTS, ae.variables)

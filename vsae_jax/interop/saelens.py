@@ -119,7 +119,7 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
 
 def _data(metadata: dict[str, Any]) -> dict[str, Any]:
     """What SAELens knows of the language model, in a run's words."""
-    bos = {True: "keep", False: "none"}.get(metadata.get("prepend_bos"))
+    bos = {"True": "keep", "False": "none"}.get(str(metadata.get("prepend_bos")))
     return known.data(
         model=metadata.get("model_name"),
         hook_name=metadata.get("hook_name"),

@@ -387,3 +387,16 @@ def test_a_run_of_another_rule_is_refused(tmp_path):
     other = dataclasses.asdict(make(rule="abstopk").config)
     change(folder / "vsae_jax_export.json", run=run | {"sae": other})
     assert "its run is another than the files" in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize("k, postact_fn", [(3, "ReLU"), (4, "ReLU"), (3, "Identity")])
+def test_openai_says_its_settings_twice(tmp_path, k, postact_fn):
+    folder = write(make(), "openai", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    path = folder / "autoencoder.pt"
+    twice = {"activation.k": k, "activation.postact_fn": postact_fn}
+    write_pt(path, read_pt(path) | twice)
+    if (k, postact_fn) == (3, "ReLU"):
+        assert interop.read(folder).k == 3
+    else:
+        assert "contradicts its state" in refused(interop.read, folder)

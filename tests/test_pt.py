@@ -149,7 +149,7 @@ def overlapping() -> bytes:
 
 def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
     """Files and what has to be said of each."""
-    nested = b"\x80\x02}" + b"ccollections\nOrderedDict\n)R" * 20_000 + b"."
+    nested = b"ccollections\nOrderedDict\n" * 20_000 + b")" + b"R" * 20_000 + b"."
     good = archive(tensor(), _0=FLOATS)
     posix = pickle.dumps(Runs(marker), 2)
     return {
@@ -157,8 +157,8 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         "os.system, protocol 4": (archive(pickle.dumps(Runs(marker))), "opcode FRAME"),
         "eval": (archive(pickle.dumps(Evaluates(marker), 2)), "wants '__builtin__.ev"),
         "in a dict": (archive(pickle.dumps({"k": Runs(marker)}, 2)), "'posix.system'"),
-        "inst": (archive(b"(S'touch x'\nios\nsystem\n."), "opcode STRING"),
-        "no marks": (archive(b"(ios\nsystem\n."), "opcode INST"),
+        "a string opcode": (archive(b"(S'touch x'\nios\nsystem\n."), "opcode STRING"),
+        "inst of a global": (archive(b"(ios\nsystem\n."), "opcode INST"),
         "obj": (archive(b"(ctorch\nFloatStorage\no."), "opcode OBJ"),
         "newobj": (archive(b"ctorch\nFloatStorage\n)\x81."), "opcode NEWOBJ"),
         "stack global": (archive(b"\x8c\x02os\x8c\x06system\x93."), "STACK_GLOBAL"),
@@ -166,9 +166,8 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         "persistent text": (archive(b"P0\n."), "opcode PERSID"),
         "calls a call": (archive(b"ccollections\nOrderedDict\n)R)R."), "calls what is"),
         "calls a storage": (archive(b"ctorch\nFloatStorage\n)R."), "calls what is no"),
-        "nested reduce": (archive(nested + b"R" * 20_000), "calls|valid pickle|end"),
+        "nested reduce": (archive(nested), "calls what is no tensor"),
         "set state": (archive(b"]}b."), "builds what is no OrderedDict"),
-        "huge memo": (archive(b"}r\xff\xff\xff\xff" * 3 + b"i."), "not .* .pt|INST"),
         "huge string": (archive(b"X\xff\xff\xff\x7fabc."), "no .pt file"),
         "huge pickle": (archive(b"N" * (2**20 + 1) + b"."), "at most 1048576 are read"),
         "empty pickle": (archive(b""), "no .pt file|does not end"),

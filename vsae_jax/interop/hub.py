@@ -83,8 +83,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         )
     except (errors.HFValidationError, *connection_errors()) as error:
         raise UserError(
-            f"{folder} is written, but --push_to_hub={repo} failed "
-            f"({one_line(error)}); log in with `hf auth login` and upload it with: "
-            f"hf upload {repo} {folder}"
+            f"--push_to_hub={repo} failed, but {folder} is written: `hf auth login`, "
+            f"then `hf upload {repo} {folder}` ({one_line(error)})"
         ) from None
     return str(done.commit_url)

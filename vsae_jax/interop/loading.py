@@ -20,7 +20,7 @@ from vsae_jax.runs import Run
 _ROWS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Loaded:
     """A trained autoencoder, ready to use on raw activations.
 

@@ -61,6 +61,11 @@ def read(folder: Path) -> Autoencoder:
         raise UserError(f"{folder} has no .pt file that holds a state dict")
     activation = value.pop("activation", "ReLU")
     settings = value.pop("activation_state_dict", {})
+    # Their state_dict says a TopK's settings twice.
+    twins = {n: value.pop(f"activation.{n}", None) for n in ("k", "postact_fn")}
+    stated = settings if isinstance(settings, dict) else {}
+    if any(twins[n] not in (None, stated.get(n)) for n in twins):
+        raise UserError(f"{path}: activation.k or postact_fn contradicts its state")
     arrays = {n: a for n, a in value.items() if n not in _STATISTICS}
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):
         raise UserError(f"{path} holds more than tensors and an activation")

@@ -21,6 +21,8 @@ from vsae_jax.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 2**20
 _MAX_ENTRIES = 1024
+# What zipfile raises on damaged files: OSError where it seeks before the start.
+_NO_ZIP = (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError, OSError)
 _STORAGES = {
     "torch DoubleStorage": np.float64,
     "torch FloatStorage": np.float32,
@@ -54,7 +56,7 @@ def read_pt(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _read(archive, path)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+    except _NO_ZIP as error:
         raise UserError(
             f"{path} is no .pt file that torch 1.6 or later wrote: {one_line(error)}"
         ) from None

@@ -270,6 +270,7 @@ def change(path: Path, **values) -> None:
         ({"metadata": {"sae_lens_version": "5.9"}}, "SAELens before 6"),
         ({"metadata": "DROP"}, "SAELens before 6"),
         ({"apply_b_dec_to_input": "DROP"}, "no true/false"),
+        ({"hook_fn": 1, "jump": 2}, "not known: hook_fn, jump; expected architecture,"),
     ],
 )
 def test_saelens_configs_that_are_refused(tmp_path, values, said):
@@ -322,6 +323,7 @@ def test_dictionary_learning_configs_that_are_refused(tmp_path, values, said):
         ({"signed": True}, "signed='True' is not read"),
         ({"k": "DROP"}, "says TopK but no k"),
         ({"d_in": 7}, "says d_in='7'"),
+        ({"groups": 4}, "has what is not known: groups; expected d_in, k"),
     ],
 )
 def test_sparsify_configs_that_are_refused(tmp_path, values, said):

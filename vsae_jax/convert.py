@@ -81,6 +81,11 @@ def _write(
     result = check.compare(ae, target.read(folder), rows, rows_from=rows_from)
     note.write(written, folder, weights=weights, notes=lines, check=result._asdict())
     print(check.said(result, k=ae.k))
+    if rows_from != check.GENERATED and (result.explained_variance or 0) < 0:
+        print(
+            "note: the explained variance is below 0: these are other activations than "
+            "it was trained on, or its weights are swapped"
+        )
 
 
 def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[str]:

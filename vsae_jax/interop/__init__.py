@@ -1,5 +1,6 @@
 """Other libraries' files: one module a format, all through one canonical form."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,9 +23,10 @@ class Format(Protocol):
       equal where no kept value is negative.
     """
 
-    NAME: str
-    SAYS: dict[str, str]
-
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def SAYS(self) -> Mapping[str, str]: ...
     def weights(self, folder: Path) -> Path | None: ...
     def read(self, folder: Path) -> Autoencoder: ...
     def rewritten(self, ae: Autoencoder) -> Autoencoder: ...

@@ -61,7 +61,7 @@ def write(folder: Path, *, name: str, evals: dict[str, Any]) -> None:
         "## Load it",
         f"```python\n{code}\n```",
         "or, from any of its formats, `vsae_jax.load(folder_or_hub_id)`.",
-        *(("## Notes", "\n".join(f"* {n}" for n in notes)) if notes else ()),
+        *(("## Notes", "\n".join(f"* {_plain(n)}" for n in notes)) if notes else ()),
     ]
     replace_file(folder / CARD, ("\n\n".join(text) + "\n").encode())
 
@@ -96,7 +96,8 @@ def _facts(ae: Autoencoder) -> dict[str, Any]:
 
 
 def _measured(evals: dict[str, Any], check: dict[str, Any]) -> dict[str, Any]:
-    numbers = {_METRICS[n]: evals.get(n) for n in _METRICS}
+    found = {n: evals.get(n) for n in _METRICS}
+    numbers = {_METRICS[n]: v for n, v in found.items() if isinstance(v, int | float)}
     rows = f"on {check['rows']} rows ({check['rows_from']})"
     return numbers | {
         f"self-check: L0 {rows}": check["l0"],
@@ -109,6 +110,11 @@ def _table(values: dict[str, Any], left: str, right: str) -> str:
     rows = [f"| {left} | {right} |", "|---|---|"]
     for name, value in values.items():
         if value is not None and value != "":
-            cell = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append(f"| {name} | {cell.replace('|', ' ')} |")
+            cell = f"{value:.4g}" if isinstance(value, float) else _plain(value)
+            rows.append(f"| {name} | {cell} |")
     return "\n".join(rows)
+
+
+def _plain(value: Any) -> str:
+    """A stranger's words in one cell: no new line, no new column."""
+    return " ".join(str(value).split()).replace("|", " ")

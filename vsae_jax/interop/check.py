@@ -17,6 +17,7 @@ from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.shards import Activations
 
+GENERATED = "generated"
 _CHUNK = 128
 # Two sums of float32 in another order may select another latent where two are nearly
 # equal; more rows than this share say that it is another autoencoder.
@@ -50,7 +51,7 @@ class Pass(NamedTuple):
 def given_rows(ae: Autoencoder, folder: Path | None, *, count: int) -> tuple[Any, str]:
     """Activations of a folder, or generated ones, and what to call them."""
     if folder is None:
-        return generated_rows(ae, count=count), "generated"
+        return generated_rows(ae, count=count), GENERATED
     activations = Activations.open(folder)
     found = activations.manifest.d_model
     if found != ae.config.d_model:

@@ -88,11 +88,9 @@ def open_any(folder: Path) -> Run:
     """A run, or an autoencoder of any format in the shape of one: its `train` is None
     where it was not trained here, and its `data` is what is known."""
     found = [f for f in interop.FORMATS.values() if f.weights(folder)]
-    if len(found) != 1:
+    if len(found) != 1 or found[0] is run_folder and not _imported(folder):
         return runs.open_run(folder)
     ae = interop.read(folder)
-    if found[0] is run_folder and ae.train is not None and not ae.layer_norm:
-        return runs.open_run(folder)
     where = str(folder / interop.note.NOTE)
     train = None if ae.train is None else from_json(TrainConfig, ae.train, where=where)
     check.sane(ae, check.generated_rows(ae, count=_ROWS))
@@ -103,6 +101,15 @@ def open_any(folder: Path) -> Run:
         data=_data(ae),
         variables=jax.tree.map(jnp.asarray, ae.variables),
     )
+
+
+def _imported(folder: Path) -> bool:
+    """Whether a folder of ours holds what was not trained here, or as it is."""
+    stored = runs.read_json(folder / runs.CONFIG)
+    imported = stored.get("imported")
+    if not isinstance(imported, dict):
+        return False
+    return "train" not in stored or imported.get("layer_norm") is True
 
 
 def _data(ae: Autoencoder) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from vsae_jax.interop import known
 from vsae_jax.interop.canonical import Autoencoder, check_k, folded, foreign, shown
 from vsae_jax.interop.tensors import (
     as_float32,
+    check_keys,
     check_layout,
     read_json,
     read_safetensors,
@@ -37,6 +38,10 @@ _ARCHITECTURES = {
     "topk": "relu_topk",
     "abstopk": "abstopk",
 }
+_KEYS = (
+    "architecture d_in d_sae k dtype device apply_b_dec_to_input normalize_activations "
+    "reshape_activations rescale_acts_by_decoder_norm metadata"
+)
 _WRITTEN = {"relu_topk": "topk", "topk": "topk", "abstopk": "abstopk"}
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
 
@@ -78,6 +83,7 @@ def read(folder: Path) -> Autoencoder:
 
 
 def _check_config(c: dict[str, Any], where: Path) -> None:
+    check_keys(c, _KEYS, where=where)
     if not isinstance(c.get("metadata"), dict) or not _is_6(c["metadata"]):
         raise UserError(
             f"{where} is of SAELens before 6 (no metadata.sae_lens_version of 6 or "

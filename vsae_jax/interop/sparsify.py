@@ -27,6 +27,7 @@ from vsae_jax.interop.canonical import (
 )
 from vsae_jax.interop.tensors import (
     as_float32,
+    check_keys,
     check_layout,
     read_json,
     read_safetensors,
@@ -40,6 +41,10 @@ NAME = "sparsify"
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _HOOKPOINT = re.compile(r"layers\.(\d{1,4})")
+_KEYS = (
+    "d_in k num_latents expansion_factor activation normalize_decoder multi_topk "
+    "skip_connection transcode signed"
+)
 # What else may stand in a config and would change what is computed.
 _REFUSED = {"skip_connection": False, "transcode": False, "signed": False}
 
@@ -53,6 +58,7 @@ def weights(folder: Path) -> Path | None:
 def read(folder: Path) -> Autoencoder:
     """The autoencoder of a folder that sparsify's `save_to_disk` wrote."""
     where, c = folder / CONFIG, read_json(folder / CONFIG)
+    check_keys(c, _KEYS, where=where)
     for name, value in _REFUSED.items():
         if c.get(name, value) is not value:
             raise UserError(f"{where}: {name}={shown(c[name])} is not read")

@@ -124,6 +124,16 @@ def _whole_numbers(value: Any) -> bool:
     )
 
 
+def check_keys(config: Mapping[str, Any], known: str, *, where: Path) -> None:
+    """Refuses what a config says besides the names in `known`: it might change what is
+    computed."""
+    if unknown := sorted(config.keys() - set(known.split())):
+        raise UserError(
+            f"{where} has what is not known: {', '.join(unknown)[:200]}; expected "
+            f"{known.replace(' ', ', ')}"
+        )
+
+
 def check_layout(
     arrays: Mapping[str, np.ndarray],
     layout: Mapping[str, tuple[int, ...]],

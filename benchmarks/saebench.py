@@ -1,7 +1,7 @@
 """Does SAEBench 0.6 give our exported SAE the core numbers that `evaluate` gives it?
 
     python -m benchmarks.saebench --runs=RUN,RUN --model=LOCAL_NEOX --activations=DIR \
-        --out=NEW_DIR --saebench=PYTHON
+        --out=NEW_DIR --saebench=PYTHON [--to=saelens]
 
 PYTHON has torch==2.13.0 and sae-bench==0.6.0 (numpy below 2, so no current JAX). Both
 evaluate the same held-out contexts: ours the exported folder, theirs what SAELens and
@@ -28,8 +28,9 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("runs", "model", "activations", "out", "saebench"):
         flags.add_argument(f"--{name}", required=True)
+    flags.add_argument("--to", default=",".join(LOADERS))
     a = flags.parse_args()
-    cases = [(Path(run), to) for run in a.runs.split(",") for to in LOADERS]
+    cases = [(Path(run), to) for run in a.runs.split(",") for to in a.to.split(",")]
     for run, to in cases:
         folder = Path(a.out) / f"{run.name} {to}"
         ours(run, folder, to=to, model=a.model, activations=a.activations)
@@ -102,7 +103,9 @@ def there(folder: Path, model: str) -> None:
         compute_featurewise_density_statistics=True,
     )
     store = Store(tokens)
-    language_model, special = hooked(model)
+    # SAEBench itself makes the model with these.
+    options = sae.cfg.model_from_pretrained_kwargs or {}
+    language_model, special = hooked(model, **options)
     metrics, features = run_evals(
         sae, store, language_model, config, ignore_tokens=special
     )
@@ -150,7 +153,9 @@ class Store(SimpleNamespace):
         self.at = 0
 
 
-def hooked(folder: str) -> tuple[Any, set[int]]:
+def hooked(
+    folder: str, *, center_writing_weights: bool = False
+) -> tuple[Any, set[int]]:
     """A local GPT-NeoX as TransformerLens' unprocessed HookedTransformer."""
     import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -186,7 +191,7 @@ def hooked(folder: str) -> tuple[Any, set[int]]:
     hooked_model.load_and_process_state_dict(
         state,
         fold_ln=False,
-        center_writing_weights=False,
+        center_writing_weights=center_writing_weights,
         center_unembed=False,
         fold_value_biases=False,
     )

@@ -71,6 +71,10 @@ TENSORS = {
         safetensors({"a": entry(0, 8, shape=(1,) * 1000)}, EIGHT),
         "are no sizes",
     ),
+    "name of two lines": (
+        safetensors({"a\nb\x1b[2J": entry(0, 8)}, EIGHT),
+        r"a tensor is named 'a\nb\x1b[2J'",
+    ),
     "unknown dtype": (safetensors({"a": entry(0, 8, dtype="C64")}, EIGHT), "has dtype"),
     "entry is no object": (safetensors({"a": 3}, EIGHT), "has dtype 'None'"),
     "header is a list": (struct.pack("<Q", 2) + b"[]", "holds list; expected an obj"),
@@ -129,6 +133,12 @@ def test_hostile_json(folder, name, file):
     content, said = JSONS[name]
     (folder / file).write_bytes(content)
     one_line(interop.read, folder, said=said)
+
+
+def test_a_configs_key_of_two_lines(folder):
+    config = json.loads((folder / CONFIG).read_text()) | {"a\nb": 1}
+    (folder / CONFIG).write_text(json.dumps(config))
+    one_line(interop.read, folder, said=r"has what is not known: 'a\nb'; expected arch")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -168,9 +168,9 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         "calls a storage": (archive(b"ctorch\nFloatStorage\n)R."), "calls what is no"),
         "nested reduce": (archive(nested), "calls what is no tensor"),
         "set state": (archive(b"]}b."), "builds what is no OrderedDict"),
-        "huge string": (archive(b"X\xff\xff\xff\x7fabc."), "no .pt file"),
+        "huge string": (archive(b"X\xff\xff\xff\x7fabc."), "ends within a string"),
         "huge pickle": (archive(b"N" * (2**20 + 1) + b"."), "at most 1048576 are read"),
-        "empty pickle": (archive(b""), "no .pt file|does not end"),
+        "empty pickle": (archive(b""), "it does not end"),
         "pops nothing": (archive(b"t."), "no valid pickle"),
         "unhashable": (archive(b"}]Ns."), "a list as a dict's key"),
         "shape too large": (
@@ -199,6 +199,10 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "storage missing": (archive(tensor()), "lacks archive/data/0"),
         "../": (renamed("archive/../../evil"), "an entry named 'archive/../../evil'"),
+        "name of two lines": (
+            renamed("archive/a\nb"),
+            r"an entry named 'archive/a\\nb'",
+        ),
         "absolute": (renamed("/etc/passwd"), "an entry named '/etc/passwd'"),
         "zip bomb": (compressed(), "is compressed or encrypted"),
         "overlapping entries": (overlapping(), "overlap"),

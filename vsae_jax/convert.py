@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vsae_jax import cli, interop
 from vsae_jax.config import ConvertConfig
 from vsae_jax.errors import UserError
@@ -31,7 +33,8 @@ def run(c: ConvertConfig) -> Path:
     ae = interop.read(folder)
     target = interop.FORMATS[c.to]
     print(f"{folder}: {_described(ae)} -> {target.NAME}")
-    rows, rows_from = check.given_rows(ae, _activations(ae, c), count=c.rows)
+    activations = Path(c.activations) if c.activations else _of_run(ae, folder)
+    rows, rows_from = check.given_rows(ae, activations, count=c.rows)
     temporary = out.with_name(out.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -55,13 +58,12 @@ def _described(ae: Autoencoder) -> str:
     return f"{ae.source.get('format')} {ae.rule}{kept}, {c.d_model} -> {c.d_sae}"
 
 
-def _activations(ae: Autoencoder, c: ConvertConfig) -> Path | None:
-    """`--activations`, or those that a run was trained on where they are still here."""
-    if c.activations:
-        return Path(c.activations)
+def _of_run(ae: Autoencoder, folder: Path) -> Path | None:
+    """The activations that a run was trained on, where they are still here."""
     own = (ae.train or {}).get("activations")
-    folder = Path(own) if isinstance(own, str) and own else None
-    return folder if folder and (folder / "manifest.json").is_file() else None
+    if interop.recognised(folder).NAME != "vsae_jax" or not isinstance(own, str):
+        return None
+    return Path(own) if own and (Path(own) / "manifest.json").is_file() else None
 
 
 def _write(
@@ -111,6 +113,13 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
             'input_norm is "none" (vsae_jax_export.json): OpenAI\'s own code would '
             "normalise each row of a TopK; set normalize = False there"
         )
+    norms = np.linalg.norm(ae.params["w_dec"], axis=1)
+    if target.NAME == "dictionary_learning" and ae.k is None:
+        if not np.allclose(norms, 1, atol=1e-5):
+            lines.append(
+                "dictionary_learning, loading an AutoEncoder, brings its decoder rows "
+                "to norm 1 and scales the latents to match"
+            )
     if "w_var" in ae.params and target.NAME != "vsae_jax":
         lines.append(f"{target.NAME} has the mean path; {note.EXTRA} the variance head")
     return lines

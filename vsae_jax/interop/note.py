@@ -19,6 +19,7 @@ from vsae_jax.interop.canonical import RULES, Autoencoder, shown, with_rule
 from vsae_jax.interop.tensors import (
     as_float32,
     check_layout,
+    listed,
     read_json,
     read_safetensors,
     sha256,
@@ -127,7 +128,7 @@ def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
     lines = () if wrong else (*note["notes"], *note["carried"])
     if wrong or not all(isinstance(line, str) for line in lines):
         raise UserError(
-            f"{path} does not match this version at {', '.join(wrong) or 'notes'}"
+            f"{path} does not match this version at {listed(wrong) or 'notes'}"
         )
     return note
 

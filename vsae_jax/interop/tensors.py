@@ -8,7 +8,7 @@ and admits headers of 100 MB.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _stretch(path: Path, name: str, entry: Any) -> tuple[int, int, np.dtype, tuple]:
     """First and last byte, dtype and shape of one tensor, checked on their own."""
     entry = entry if isinstance(entry, dict) else {}
+    if not name.isprintable() or len(name) > 200:
+        raise UserError(f"{path}: a tensor is named {name[:40]!r}")
     dtype, shape = DTYPES.get(str(entry.get("dtype"))), entry.get("shape")
     offsets = entry.get("data_offsets")
     if dtype is None:
@@ -124,12 +126,18 @@ def _whole_numbers(value: Any) -> bool:
     )
 
 
+def listed(names: Iterable[str]) -> str:
+    """Names from a stranger, in one line."""
+    text = ", ".join(names)[:200]
+    return text if text.isprintable() else repr(text)
+
+
 def check_keys(config: Mapping[str, Any], known: str, *, where: Path) -> None:
     """Refuses what a config says besides the names in `known`: it might change what is
     computed."""
     if unknown := sorted(config.keys() - set(known.split())):
         raise UserError(
-            f"{where} has what is not known: {', '.join(unknown)[:200]}; expected "
+            f"{where} has what is not known: {listed(unknown)}; expected "
             f"{known.replace(' ', ', ')}"
         )
 
@@ -143,7 +151,7 @@ def check_layout(
     """Refuses unknown and missing names and wrong shapes, saying what was expected."""
     if unknown := sorted(arrays.keys() - layout.keys()):
         raise UserError(
-            f"{where} has tensors that are not known: {', '.join(unknown)[:200]}; "
+            f"{where} has tensors that are not known: {listed(unknown)}; "
             f"expected {', '.join(layout)}"
         )
     if missing := sorted(layout.keys() - arrays.keys()):
@@ -174,7 +182,7 @@ def as_float32(arrays: Mapping[str, np.ndarray], *, where: Path) -> dict[str, An
 def size_of(arrays: Mapping[str, np.ndarray], name: str, *, where: Path) -> int:
     """The length of a bias, which no transposition can change."""
     if name not in arrays:
-        raise UserError(f"{where} lacks {name}; it has {', '.join(arrays)[:200]}")
+        raise UserError(f"{where} lacks {name}; it has {listed(arrays)}")
     if arrays[name].ndim != 1 or not arrays[name].size:
         shape = list(arrays[name].shape)
         raise UserError(f"{where}: {name} has shape {shape}, expected one dimension")

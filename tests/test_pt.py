@@ -199,7 +199,7 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         ),
         "storage missing": (archive(tensor()), "lacks archive/data/0"),
         "../": (renamed("archive/../../evil"), "an entry named 'archive/../../evil'"),
-        "name of two lines": (
+        "name of two lines": (renamed("archive/a\nb"), r"named 'archive/a.*b'"),
             renamed("archive/a\nb"),
             r"an entry named 'archive/a\\nb'",
         ),

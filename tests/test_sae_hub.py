@@ -18,6 +18,7 @@ from vsae_jax import interop
 from vsae_jax.errors import UserError
 from vsae_jax.interop import hub as sae_hub
 
+EXPORTED = ("cfg.json", "sae_weights.safetensors", "vsae_jax_export.json")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -105,7 +106,8 @@ def said(value: dict | list):
 def folder(tmp_path) -> Path:
     folder = write(make(), "saelens", tmp_path / "repo")
     write(make(seed=1), "sparsify", folder / "layers.3")
-    (folder / "big.bin").write_bytes(b"x")
+    for name in ("big.bin", "optimizer.pt", "layers.3/ae_100.pt"):
+        (folder / name).write_bytes(b"x")
     (folder / "modeling.py").write_text("raise SystemExit")
     return folder
 
@@ -166,7 +168,8 @@ def test_load_from_the_hub(hub, tmp_path):
     assert got[3] == "revision=v2 is no branch, tag or commit of me/sae"
     assert got[4].startswith("me/none is no folder here, and no repository that the")
     assert "layers.9 is not a folder" in got[5]
-    assert not {"big.bin", "modeling.py"} & set(hub.fetched)
+    names = {Path(name).name for name in hub.fetched}
+    assert names <= {*EXPORTED, "sae.safetensors"}
 
 
 def test_push_to_the_hub(hub, tmp_path):

@@ -7,13 +7,17 @@ from vsae_jax.errors import UserError, one_line
 from vsae_jax.interop import note
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
 
-# All that any format reads; the rest of a repository stays there.
+# All that any format reads; the rest of a repository stays there. No `*`, which would
+# match in every folder below, too; OpenAI's files are numbered by layer.
 _FILES = (
     "config.json",
     "cfg.json",
     "sae.safetensors",
     "sae_weights.safetensors",
-    "*.pt",
+    "ae.pt",
+    "autoencoder.pt",
+    "[0-9].pt",
+    "[0-9][0-9].pt",
     note.NOTE,
     note.EXTRA,
     "evals/core.json",

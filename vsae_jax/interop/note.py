@@ -43,6 +43,7 @@ _TYPES = {
     "run": (dict, type(None)),
     "self_check": (dict, type(None)),
 }
+_OF_WEIGHTS = ("d_model", "d_sae", "subtract_b_dec", "variance")
 _INPUT_NORMS = ("none", "layer_norm")
 
 
@@ -147,14 +148,8 @@ def _with_run(ae: Autoencoder, run: dict[str, Any], path: Path) -> Autoencoder:
         raise UserError(f"{path}: its run has no data, or train is no object")
     config = from_json(SAEConfig, run.get("sae", {}), where=str(path))
     told = dataclasses.replace(ae, config=config)
-    shape = config.d_model, config.d_sae, config.subtract_b_dec, config.variance, told.k
-    own = ae.config
-    if told.rule != ae.rule or shape != (
-        own.d_model,
-        own.d_sae,
-        own.subtract_b_dec,
-        own.variance,
-        ae.k,
+    if (told.rule, told.k) != (ae.rule, ae.k) or any(
+        getattr(config, name) != getattr(ae.config, name) for name in _OF_WEIGHTS
     ):
         raise UserError(f"{path}: its run is another than the files beside it")
     return dataclasses.replace(told, data=data, train=train)

@@ -28,6 +28,7 @@ _STORAGES = {
 }
 _CALLS = ("rebuild_tensor_v2", "rebuild_parameter")
 _ORDERED_DICT = "collections OrderedDict"
+_NAMES = {opcode.code: opcode.name for opcode in pickletools.opcodes}
 _GLOBALS = (*_STORAGES, *(f"torch._utils _{n}" for n in _CALLS), _ORDERED_DICT)
 
 
@@ -63,8 +64,7 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
     """Names and arguments; the argument of one that is not known is not read."""
     at = 0
     while at < len(data):
-        known = pickletools.code2op.get(chr(data[at]))
-        name = known.name if known else f"0x{data[at]:02x}"
+        name = _NAMES.get(chr(data[at]), f"0x{data[at]:02x}")
         at += 1
         if name == "GLOBAL":
             ends = data.index(b"\n", at), data.index(b"\n", data.index(b"\n", at) + 1)

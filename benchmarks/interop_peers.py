@@ -2,7 +2,7 @@
 
 For every `<autoencoder>/<format>/`: loads `ours/` with the format's own library, writes
 its latents and x_hat to `theirs.npz`, and lets the library save the same autoencoder
-(`saved/`) and one that it made itself (`saved_fresh/`), with their `result.npz`.
+(`saved/`) and some that it made itself (`saved_fresh_<kind>/`), with `result.npz`.
 """
 
 import json
@@ -17,29 +17,44 @@ INSIDE = "layers.0"
 FRESH = {"d_sae": 512, "k": 16}
 
 
-def saelens(folder: Path | None, d_in: int):
-    """An SAE, its latents and x_hat as functions, and how it saves itself."""
+def saelens(folder: Path | None, d_in: int, kind: str = ""):
+    """An SAE's latents and x_hat as functions, and how it saves itself."""
     from sae_lens import SAE
-    from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
+    from sae_lens.saes import abstopk_sae, standard_sae, topk_sae
 
+    rescaled = {"d_in": d_in, "rescale_acts_by_decoder_norm": True, **FRESH}
+    normalised = {"d_in": d_in, "normalize_activations": "layer_norm", **FRESH}
+    relu = {"d_in": d_in, "d_sae": FRESH["d_sae"], "apply_b_dec_to_input": False}
     if folder:
         sae = SAE.load_from_disk(folder)
+    elif kind == "topk":
+        sae = shaken(topk_sae.TopKSAE(topk_sae.TopKSAEConfig(**rescaled)))
+    elif kind == "layer_norm":
+        sae = shaken(topk_sae.TopKSAE(topk_sae.TopKSAEConfig(**normalised)))
+    elif kind == "abstopk":
+        config = abstopk_sae.AbsTopKSAEConfig(d_in=d_in, **FRESH)
+        sae = shaken(abstopk_sae.AbsTopKSAE(config))
     else:
-        config = TopKSAEConfig(d_in=d_in, rescale_acts_by_decoder_norm=True, **FRESH)
-        sae = shaken(TopKSAE(config))
+        config = standard_sae.StandardSAEConfig(**relu)
+        sae = shaken(standard_sae.StandardSAE(config))
     return sae.encode, lambda f: sae.decode(f), sae.save_model
 
 
-def dictionary_learning(folder: Path | None, d_in: int):
+def dictionary_learning(folder: Path | None, d_in: int, kind: str = ""):
+    from dictionary_learning import AutoEncoder
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
     from dictionary_learning.utils import load_dictionary
 
     if folder:
         sae, config = load_dictionary(str(folder), device="cpu")
     else:
-        sae = shaken(AutoEncoderTopK(d_in, FRESH["d_sae"], FRESH["k"]))
-        trainer = {"activation_dim": d_in, "dict_size": FRESH["d_sae"]}
-        trainer |= {"k": FRESH["k"], "dict_class": "AutoEncoderTopK", "layer": 0}
+        trainer = {"activation_dim": d_in, "dict_size": FRESH["d_sae"], "layer": 0}
+        sae = AutoEncoder(d_in, FRESH["d_sae"])
+        if kind == "topk":
+            sae = AutoEncoderTopK(d_in, FRESH["d_sae"], FRESH["k"])
+            trainer |= {"k": FRESH["k"]}
+        sae = shaken(sae)
+        trainer |= {"dict_class": type(sae).__name__}
         config = {"trainer": trainer, "buffer": {}}
 
     def save(to: Path) -> None:
@@ -51,7 +66,7 @@ def dictionary_learning(folder: Path | None, d_in: int):
     return sae.encode, sae.decode, save
 
 
-def sparsify(folder: Path | None, d_in: int):
+def sparsify(folder: Path | None, d_in: int, kind: str = ""):
     from sparsify import SparseCoder, SparseCoderConfig
 
     if folder:
@@ -72,7 +87,7 @@ def sparsify(folder: Path | None, d_in: int):
     return encode, decode, sae.save_to_disk
 
 
-def openai(folder: Path | None, d_in: int):
+def openai(folder: Path | None, d_in: int, kind: str = ""):
     from sparse_autoencoder.model import Autoencoder, TopK
 
     if folder:
@@ -80,9 +95,11 @@ def openai(folder: Path | None, d_in: int):
         sae = Autoencoder.from_state_dict(torch.load(path, weights_only=True))
         note = json.loads((folder / "vsae_jax_export.json").read_text())
         sae.normalize = note["input_norm"] == "layer_norm"
-    else:
+    elif kind == "topk":
         made = Autoencoder(FRESH["d_sae"], d_in, TopK(FRESH["k"]), normalize=True)
         sae = shaken(made)
+    else:
+        sae = shaken(Autoencoder(FRESH["d_sae"], d_in))
     info: dict = {}
 
     def encode(x):
@@ -96,6 +113,12 @@ def openai(folder: Path | None, d_in: int):
     return encode, lambda f: sae.decode(f, info["of_rows"]), save
 
 
+KINDS = {
+    "saelens": ("topk", "layer_norm", "abstopk", "relu"),
+    "dictionary_learning": ("topk", "relu"),
+    "sparsify": ("topk",),
+    "openai": ("topk", "relu"),
+}
 LIBRARIES = {
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
@@ -128,7 +151,9 @@ def peers(out: Path, openai_checkout: str) -> None:
         if "openai" != folder.name:
             # Their file cannot say that rows are not normalised; a note of ours can.
             written(folder / "saved", encode, decode, save, x)
-        written(folder / "saved_fresh", *library(None, x.shape[1]), x)
+        for kind in KINDS[folder.name]:
+            made = library(None, x.shape[1], kind)
+            written(folder / f"saved_fresh_{kind}", *made, x)
     names = ("torch", "sae-lens", "dictionary-learning", "eai-sparsify", "numpy")
     versions = {name: metadata.version(name) for name in names}
     (out / "versions.json").write_text(json.dumps(versions))

@@ -74,10 +74,9 @@ def read(folder: Path) -> Autoencoder:
             f"{where} says activation_dim={shown(trainer.get('activation_dim'))}, "
             f"dict_size={shown(trainer.get('dict_size'))}, but {WEIGHTS} has {d}, {m}"
         )
-    layout = {"encoder.weight": (m, d), "encoder.bias": (m,), "decoder.weight": (d, m)}
-    if "var_encoder.bias" in arrays and kind == "VSAETopK":
-        layout |= {"var_encoder.weight": (m, d), "var_encoder.bias": (m,)}
-    check_layout(arrays, layout | {bias: (d,)}, where=path)
+    has_head = "var_encoder.bias" in arrays and kind == "VSAETopK"
+    layout = _layout(d, m, has_head=has_head) | {bias: (d,)}
+    check_layout(arrays, layout, where=path)
     return foreign(
         _params(as_float32(arrays, where=path), bias),
         rule="relu" if kind == "AutoEncoder" else "relu_topk",
@@ -92,6 +91,12 @@ def read(folder: Path) -> Autoencoder:
         },
         notes=_notes(kind, threshold),
     )
+
+
+def _layout(d: int, m: int, *, has_head: bool) -> dict[str, tuple[int, ...]]:
+    weights = {"encoder.weight": (m, d), "encoder.bias": (m,), "decoder.weight": (d, m)}
+    head = {"var_encoder.weight": (m, d), "var_encoder.bias": (m,)}
+    return weights | head if has_head else weights
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

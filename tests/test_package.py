@@ -22,6 +22,7 @@ COMMANDS = [
     "vsae_jax.extract",
     "vsae_jax.train",
     "vsae_jax.evaluate",
+    "vsae_jax.convert",
     "vsae_jax.demo",
     "experiments.make_small_lm",
 ]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
-from vsae_jax import cli, demo, evaluate, extract, runs, train
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
+from vsae_jax import cli, convert, demo, evaluate, extract, runs, train
+from vsae_jax.config import ConvertConfig, EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.job import open_folder, plan
 
 LENGTH, D_MODEL, D_SAE, CONTEXTS = 16, 16, 32, 80
@@ -20,6 +20,7 @@ COMMANDS = {
     "extract": (extract.command, ExtractConfig),
     "train": (train.command, TrainConfig),
     "evaluate": (evaluate.command, EvalConfig),
+    "convert": (convert.command, ConvertConfig),
     "demo": (demo.command, demo.DemoConfig),
 }
 # 64 contexts of 15 rows are trained on, 16 are held out.

@@ -1,7 +1,8 @@
 """Variational and ordinary sparse autoencoders on language-model activations."""
 
 from vsae_jax import losses
-from vsae_jax.config import ExtractConfig, SAEConfig, TrainConfig
+from vsae_jax.config import ConvertConfig, ExtractConfig, SAEConfig, TrainConfig
+from vsae_jax.interop.loading import load
 from vsae_jax.sae import SAE, fold, init
 from vsae_jax.sparsity import keep_top_k
 
@@ -9,11 +10,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "ConvertConfig",
     "ExtractConfig",
     "SAEConfig",
     "TrainConfig",
     "fold",
     "init",
     "keep_top_k",
+    "load",
     "losses",
 ]

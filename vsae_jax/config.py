@@ -320,12 +320,18 @@ def sae_config(
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluates trained runs with the language model in the loop on held-out text."""
+    """Evaluates trained runs, or autoencoders in the files of another library, with the
+    language model in the loop on held-out text."""
 
-    run: str = flag("run folder, or a grid's folder", "")
+    run: str = flag(
+        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+    )
     evals: str = flag("comma list of evaluations", "core")
     model: str = flag("hub id or local folder; unset: the manifest's", "")
     revision: str = flag("hub revision; unset: the manifest's", "")
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
     backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
     activations: str = flag("folder that extract wrote; unset: the run's", "")
     text: str = flag(
@@ -337,5 +343,35 @@ class EvalConfig:
 
     def __post_init__(self):
         check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 0, "layer")
         if not self.run:
             raise UserError("--run is not set; name a run folder or a grid's folder")
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Converts a trained autoencoder between a run folder and the files of SAELens,
+    dictionary_learning, sparsify and OpenAI."""
+
+    input: str = flag(
+        "run folder, folder of another library (recognised by its files), or hub id", ""
+    )
+    to: Literal["saelens", "dictionary_learning", "sparsify", "openai", "vsae_jax"] = (
+        flag("format to write", "saelens")
+    )
+    out: str = flag("new folder to write, with a model card, ready to upload", "")
+    revision: str = flag("hub revision of --input: branch, tag or commit", "")
+    activations: str = flag(
+        "folder that extract wrote, for the self-check; unset: the run's, or generated",
+        "",
+    )
+    rows: int = flag("rows of the self-check", 1024)
+    push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")
+    private: bool = flag("make the hub repository a private one", False)
+
+    def __post_init__(self):
+        check_at_least(self, 2, "rows")
+        if not self.input or not self.out:
+            raise UserError(
+                "--input and --out must be set: a trained autoencoder and a new folder"
+            )

@@ -18,6 +18,7 @@ from vsae_jax import cli, lm, runs, text
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, core
+from vsae_jax.interop.loading import open_any
 from vsae_jax.runs import Run
 from vsae_jax.shards import Activations
 
@@ -33,6 +34,14 @@ COLUMNS = {
 }
 
 _TEXTS = (".jsonl", ".txt", ".parquet")
+_OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
+# Of an autoencoder from elsewhere, where nothing says otherwise.
+_OF_CONTEXTS = {
+    "context_length": 128,
+    "bos": "keep",
+    "dropped_positions": 0,
+    "center_residual": False,
+}
 
 
 def command(configs: Sequence[EvalConfig]) -> None:
@@ -46,11 +55,11 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     folders = runs.run_folders(eval_config.run)
     for folder in folders:
         # Every arm is checked before the first is evaluated.
-        runs.open_run(folder)
+        open_any(folder)
     load = cache(lm.load_language_model)
     results = {}
     for folder in folders:
-        subject = _subject(runs.open_run(folder), eval_config, load)
+        subject = _subject(open_any(folder), eval_config, load)
         for name in names:
             print(f"{folder}: {name} on {subject.config['n_tokens']:,} tokens")
             result = EVALS[name](subject)
@@ -103,6 +112,7 @@ def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:
 
 def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     """A run with its language model and its tokens, checked against each other."""
+    run = _filled(run, c)
     model = c.model or run.data["model"]
     revision = c.revision or ("" if c.model else run.data["revision"])
     language_model = load(model, revision=revision or None, backend=c.backend)
@@ -132,14 +142,36 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
             "center_residual": run.data["center_residual"],
             "special_tokens": "excluded",
             "dtype": run.sae.dtype,
-            "preset": run.train.preset,
-            "variant": run.train.variant,
-            "seed": run.train.seed,
-            "k": run.train.k,
-            "beta": run.train.beta,
-            "input_scale": run.train.input_scale,
+            **{name: getattr(run.train, name, None) for name in _OF_TRAINING},
         },
     )
+
+
+def _filled(run: Run, c: EvalConfig) -> Run:
+    """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
+    how contexts start from `--activations`, or as text usually is."""
+    data, unknown = run.data, {}
+    if data["layer"] is None and data["hook_name"] is not None:
+        raise UserError(
+            f"{run.folder} reads {data['hook_name']}; only the residual stream after a "
+            "block is evaluated"
+        )
+    if c.layer is not None and data["layer"] not in (None, c.layer):
+        raise UserError(
+            f"--layer={c.layer}, but {run.folder} is of layer {data['layer']}"
+        )
+    if data["layer"] is None and c.layer is None:
+        raise UserError(f"{run.folder} does not say its layer; name it with --layer")
+    if not c.model and not data["model"]:
+        raise UserError(f"{run.folder} names no language model; name it with --model")
+    if any(data[name] is None for name in _OF_CONTEXTS):
+        unknown = _OF_CONTEXTS
+        if c.activations:
+            m = Activations.open(Path(c.activations)).manifest
+            unknown = {name: getattr(m, name) for name in _OF_CONTEXTS}
+    unknown = unknown | {"layer": c.layer, "revision": ""}
+    filled = {n: unknown.get(n) if v is None else v for n, v in data.items()}
+    return run._replace(data=filled)
 
 
 def _tokens(
@@ -189,8 +221,11 @@ def _tokens_of_text(
 
 def _open_activations(run: Run, c: EvalConfig) -> Activations:
     """The run's activations, or others whose contexts start as the run's do."""
-    folder = Path(c.activations or run.train.activations)
     other = "name activations to evaluate on with --activations, or text with --text"
+    own = run.train.activations if run.train else ""
+    if not c.activations and not own:
+        raise UserError(f"{run.folder} was not trained here; {other}")
+    folder = Path(c.activations or own)
     if not c.activations and not folder.is_dir():
         raise UserError(f"{folder}, which {run.folder} names, is not here; {other}")
     activations = Activations.open(folder)

@@ -25,11 +25,12 @@ CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summar
 DIVERGED = "diverged.json"
 _JSON_LIMIT = 2**26
 # What evaluation reads of a run's `data`.
-_DATA = {
+DATA = {
     "manifest": str,
     "model": str,
     "revision": str,
     "dataset": str,
+    "hook_name": str,
     "layer": int,
     "context_length": int,
     "bos": str,
@@ -43,11 +44,11 @@ class Run(NamedTuple):
     """A trained autoencoder and all that is known of it.
 
     `data` says what it was trained on: activations folder, the manifest's hash and
-    main fields, held-out contexts.
+    main fields, held-out contexts. `train` is None for what was not trained here.
     """
 
     folder: Path
-    train: TrainConfig
+    train: TrainConfig | None
     sae: SAEConfig
     data: dict[str, Any]
     variables: dict[str, dict[str, Array]]
@@ -78,7 +79,7 @@ def open_run(folder: str | Path) -> Run:
 
 def _check_data(data: Any, where: str) -> None:
     data = data if isinstance(data, dict) else {}
-    wrong = [n for n, kind in _DATA.items() if type(data.get(n)) is not kind]
+    wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
     if wrong or [type(i) for i in data["held_out_contexts"]] != [int, int]:
         names = ", ".join(wrong) or "held_out_contexts"
         raise UserError(f"{where}: data does not match this version at {names}")

@@ -22,6 +22,7 @@ from vsae_jax import progress, sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject
+from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.lm import LanguageModel, identity, next_token_loss
 from vsae_jax.metrics import (
     BatchSums,
@@ -59,6 +60,7 @@ def run(subject: Subject) -> dict[str, Any]:
                 config=subject.run.sae,
                 layer=data["layer"],
                 center=data["center_residual"],
+                layer_norm=data.get("layer_norm", False),
             )
             reconstruction.add(jax.device_get(sums))
             losses.append(jax.device_get(loss))
@@ -79,9 +81,12 @@ def _measure(
     config: SAEConfig,
     layer: int,
     center: bool,
+    layer_norm: bool,
 ) -> tuple[BatchSums, LossSums]:
     residual = jnp.asarray(lm.residual(tokens, layer))
-    x, x_hat, f = _reconstruct(variables, residual, config=config, center=center)
+    x, x_hat, f = _reconstruct(
+        variables, residual, config=config, center=center, layer_norm=layer_norm
+    )
     shift = residual.reshape(x.shape) - x
     spliced = (x_hat + shift).reshape(residual.shape)
     spliced = jnp.where(keep[..., None], spliced, residual)
@@ -92,23 +97,30 @@ def _measure(
     )
 
 
-_measure_jit = jax.jit(_measure, static_argnames=("config", "layer", "center"))
+_measure_jit = jax.jit(
+    _measure, static_argnames=("config", "layer", "center", "layer_norm")
+)
 
 
-@partial(jax.jit, static_argnames=("config", "center"))
+@partial(jax.jit, static_argnames=("config", "center", "layer_norm"))
 def _reconstruct(
     variables: Variables,
     residual: Float[Array, "batch time d_model"],
     *,
     config: SAEConfig,
     center: bool,
+    layer_norm: bool,
 ) -> tuple[Array, Array, Array]:
     """x, x_hat and f of every position, `[batch * time, ...]`, as trained on."""
     x = residual.reshape(-1, residual.shape[-1])
     if center:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    f = sae.encode(variables, x, config=config)
-    return x, sae.decode(variables, f, config=config), f
+    if not layer_norm:
+        f = sae.encode(variables, x, config=config)
+        return x, sae.decode(variables, f, config=config), f
+    x_in, mean, std = normalise_rows(x)
+    f = sae.encode(variables, x_in, config=config)
+    return x, sae.decode(variables, f, config=config) * std + mean, f
 
 
 @jax.jit

@@ -1,0 +1,404 @@
+"""Formats: round trips are the identity, and what does not fit is refused."""
+
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from autoencoders import DATA, assert_same, make, trip, write, z_and_x_hat
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from vsae_jax import interop, sae
+from vsae_jax.errors import UserError
+from vsae_jax.interop.canonical import RULES, folded, subtracting
+from vsae_jax.interop.pt import read_pt
+from vsae_jax.interop.pt_write import write_pt
+
+FORMATS = list(interop.FORMATS)
+FOREIGN = [name for name in FORMATS if name != "vsae_jax"]
+SUBTRACTING = ("dictionary_learning", "sparsify", "openai")
+
+
+def fits(format: str, rule: str, layer_norm: bool) -> bool:
+    if layer_norm and (format in ("dictionary_learning", "sparsify")):
+        return False
+    if layer_norm and format == "openai" and rule in ("relu", "none"):
+        return False
+    return format != "sparsify" or rule not in ("relu", "none")
+
+
+def refused(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+autoencoders = st.builds(
+    make,
+    rule=st.sampled_from(RULES),
+    d_model=st.integers(2, 9),
+    d_sae=st.integers(3, 12),
+    k=st.integers(1, 3),
+    subtract_b_dec=st.booleans(),
+    scale=st.sampled_from([1.0, 1.0, 0.113, 8.7, 1e-3, 250.0]),
+    centred=st.booleans(),
+    head=st.booleans(),
+    layer_norm=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(ae=autoencoders, format=st.sampled_from(FORMATS))
+def test_a_round_trip_is_the_identity(ae, format):
+    with tempfile.TemporaryDirectory() as folder:
+        if not fits(format, ae.rule, ae.layer_norm):
+            refused(interop.FORMATS[format].rewritten, ae)
+            return
+        once = trip(ae, format, Path(folder) / "once")
+        unfolded = ae.scale == 1 and not ae.mean.any()
+        kept = ae.config.subtract_b_dec or format not in SUBTRACTING
+        if format == "vsae_jax" or (unfolded and kept):
+            assert_same(ae, once)
+        assert_close(ae, once, 1e-6)
+        assert_same(once, trip(once, format, Path(folder) / "twice"))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    ae=autoencoders, formats=st.lists(st.sampled_from(FORMATS), min_size=2, max_size=4)
+)
+def test_a_chain_of_formats_is_the_identity(ae, formats):
+    with tempfile.TemporaryDirectory() as folder:
+        there = ae
+        for i, format in enumerate(formats):
+            if fits(format, ae.rule, ae.layer_norm):
+                there = trip(there, format, Path(folder) / str(i))
+        assert_close(ae, there, 1e-6)
+        assert (there.rule, there.k, there.data) == (ae.rule, ae.k, ae.data)
+
+
+def assert_close(a, b, tolerance):
+    """The same function, relative to the largest of the numbers added up."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(5, a.config.d_model)) / float(a.scale) + a.mean
+    f = rng.uniform(size=(5, a.config.d_sae))
+    size = max(1.0, *(float(np.abs(p).max()) for p in a.params.values()))
+    size *= a.config.d_model * max(1.0, float(a.scale) * np.abs(a.mean).max() * 10)
+    sizes = size**2, size * a.config.d_sae / float(a.scale), size**2
+    got = zip(z_and_x_hat(a, x, f), z_and_x_hat(b, x, f), sizes, strict=True)
+    for ours, theirs, largest in got:
+        assert np.abs(ours - theirs).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("subtract_b_dec", [True, False])
+def test_folding_is_sae_fold(subtract_b_dec):
+    ae = make(scale=8.7, centred=True, head=True, subtract_b_dec=subtract_b_dec)
+    expected, config = sae.fold(ae.variables, ae.config)
+    got = folded(ae, units="scaled")
+    for name, array in expected["params"].items():
+        np.testing.assert_allclose(got.params[name], array, rtol=1e-5, atol=1e-6)
+    assert got.config == config and got.latent_scale == 1
+
+
+def test_raw_units_leave_the_weights_and_scale_the_biases():
+    ae = make(scale=0.25)
+    got = folded(ae, units="raw")
+    np.testing.assert_array_equal(got.params["w_enc"], ae.params["w_enc"])
+    np.testing.assert_array_equal(got.params["w_dec"], ae.params["w_dec"])
+    np.testing.assert_array_equal(got.params["b_enc"], ae.params["b_enc"] * 4)
+    np.testing.assert_array_equal(got.params["b_dec"], ae.params["b_dec"] * 4)
+    assert (got.latent_scale, got.config.decoder_norm) == (4, "unit")
+
+
+def test_subtracting_adds_b_dec_through_the_encoder():
+    ae = make(subtract_b_dec=False)
+    got, p = subtracting(ae), ae.params
+    expected = p["b_enc"] + p["b_dec"].astype("f8") @ p["w_enc"]
+    np.testing.assert_allclose(got.params["b_enc"], expected, rtol=1e-6)
+
+
+# What the other libraries' files must look like: FORMATS.md 3.1 to 3.4.
+
+
+def test_saelens_names_and_orientation(tmp_path):
+    ae = make(d_model=4, d_sae=7, rule="topk", head=True)
+    folder = write(ae, "saelens", tmp_path / "o")
+    arrays = load_file(folder / "sae_weights.safetensors")
+    shapes = {"W_enc": (4, 7), "b_enc": (7,), "W_dec": (7, 4), "b_dec": (4,)}
+    assert {n: a.shape for n, a in arrays.items()} == shapes
+    c = json.loads((folder / "cfg.json").read_text())
+    assert (c["architecture"], c["k"], c["d_in"], c["d_sae"]) == ("topk", 3, 4, 7)
+    assert c["apply_b_dec_to_input"] is True and c["normalize_activations"] == "none"
+    assert c["rescale_acts_by_decoder_norm"] is False
+    metadata = c["metadata"]
+    assert metadata["hook_name"] == DATA["hook_name"] and metadata["prepend_bos"]
+    assert metadata["sae_lens_version"].startswith("6.")
+    extra = load_file(folder / "vsae_extra.safetensors")
+    assert {n: a.shape for n, a in extra.items()} == {"w_var": (4, 7), "b_var": (7,)}
+
+
+@pytest.mark.parametrize(
+    "rule, dict_class, bias",
+    [("relu_topk", "AutoEncoderTopK", "b_dec"), ("relu", "AutoEncoder", "bias")],
+)
+def test_dictionary_learning_names_and_orientation(tmp_path, rule, dict_class, bias):
+    ae = make(d_model=4, d_sae=7, rule=rule)
+    folder = write(ae, "dictionary_learning", tmp_path / "o")
+    arrays = read_pt(folder / "ae.pt")
+    shapes = {"encoder.weight": (7, 4), "encoder.bias": (7,), bias: (4,)}
+    shapes |= {"decoder.weight": (4, 7)}
+    shapes |= {"k": (), "threshold": ()} if rule == "relu_topk" else {}
+    assert {n: a.shape for n, a in arrays.items()} == shapes
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    assert (trainer["dict_class"], trainer["layer"]) == (dict_class, 3)
+    assert (trainer["activation_dim"], trainer["dict_size"]) == (4, 7)
+    assert trainer.get("k") == (3 if rule == "relu_topk" else None)
+    if rule == "relu_topk":
+        assert (arrays["k"].dtype, int(arrays["k"])) == (np.int32, 3)
+        assert (arrays["threshold"].dtype, float(arrays["threshold"])) == ("f4", -1)
+
+
+def test_sparsify_names_and_orientation(tmp_path):
+    folder = write(make(d_model=4, d_sae=8), "sparsify", tmp_path / "layers.3")
+    arrays = load_file(folder / "sae.safetensors")
+    shapes = {"encoder.weight": (8, 4), "encoder.bias": (8,), "W_dec": (8, 4)}
+    assert {n: a.shape for n, a in arrays.items()} == shapes | {"b_dec": (4,)}
+    c = json.loads((folder / "cfg.json").read_text())
+    assert (c["activation"], c["k"], c["d_in"], c["num_latents"]) == ("topk", 3, 4, 8)
+    assert c["transcode"] is c["skip_connection"] is False
+    (folder / "vsae_jax_export.json").unlink()
+    assert interop.read(folder).data == {
+        "layer": 3,
+        "hook_name": "blocks.3.hook_resid_post",
+    }
+
+
+def test_openai_names_orientation_and_layer_norm(tmp_path):
+    folder = write(make(d_model=4, d_sae=7), "openai", tmp_path / "o")
+    state = read_pt(folder / "autoencoder.pt")
+    assert state["activation"] == "TopK"
+    assert state["activation_state_dict"] == {"k": 3, "postact_fn": "ReLU"}
+    assert state["encoder.weight"].shape == (7, 4)
+    assert state["decoder.weight"].shape == (4, 7)
+    assert state["stats_last_nonzero"].dtype == np.int64
+    said = json.loads((folder / "vsae_jax_export.json").read_text())
+    assert said["input_norm"] == "none" and not interop.read(folder).layer_norm
+    (folder / "vsae_jax_export.json").unlink()
+    assert interop.read(folder).layer_norm
+
+
+# What is read and not written.
+
+
+def vsae_topk(tmp_path, *, april: bool, head: bool = False):
+    rng = np.random.default_rng(3)
+    arrays = {
+        "k": np.array(2, np.int32),
+        "encoder.weight": rng.normal(size=(7, 4)),
+        "encoder.bias": rng.normal(size=7),
+        "decoder.weight": rng.normal(size=(4, 7)),
+        "decoder.bias" if april else "bias": rng.normal(size=4),
+    }
+    if head:
+        arrays |= {"var_encoder.weight": rng.normal(size=(7, 4))}
+        arrays |= {"var_encoder.bias": rng.normal(size=7)}
+    arrays = {n: a if n == "k" else np.float32(a) for n, a in arrays.items()}
+    trainer = {"dict_class": "VSAETopK", "k": 2, "activation_dim": 4, "dict_size": 7}
+    trainer |= {"layer": 3, "lm_name": "EleutherAI/pythia-70m-deduped"}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer}))
+    write_pt(tmp_path / "ae.pt", arrays)
+    return arrays
+
+
+@pytest.mark.parametrize("april", [True, False])
+def test_the_authors_vsae_topk(tmp_path, april):
+    arrays = vsae_topk(tmp_path, april=april, head=True)
+    ae = interop.read(tmp_path)
+    assert (ae.rule, ae.k, ae.config.subtract_b_dec) == ("relu_topk", 2, not april)
+    np.testing.assert_array_equal(ae.params["w_enc"], arrays["encoder.weight"].T)
+    np.testing.assert_array_equal(ae.params["w_dec"], arrays["decoder.weight"].T)
+    np.testing.assert_array_equal(ae.params["w_var"], arrays["var_encoder.weight"].T)
+    assert ae.data["layer"] == 3 and "norm_factor" in ae.notes[0]
+
+
+def test_saelens_rescaling_by_the_decoders_norm_is_folded(tmp_path):
+    folder = write(make(), "saelens", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    change(folder / "cfg.json", rescale_acts_by_decoder_norm=True)
+    ae, p = interop.read(folder), make().params
+    norm = np.linalg.norm(p["w_dec"], axis=1)
+    np.testing.assert_allclose(ae.params["w_enc"], p["w_enc"] * norm, rtol=1e-6)
+    np.testing.assert_allclose(ae.params["b_enc"], p["b_enc"] * norm, rtol=1e-6)
+    ones = np.linalg.norm(ae.params["w_dec"], axis=1)
+    np.testing.assert_allclose(ones, 1, rtol=1e-6)
+
+
+def test_a_threshold_is_named_as_lost(tmp_path):
+    folder = write(make(), "dictionary_learning", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    arrays = read_pt(folder / "ae.pt") | {"threshold": np.array(0.5, np.float32)}
+    write_pt(folder / "ae.pt", arrays)
+    assert "threshold=0.5 was not carried over" in interop.read(folder).notes[0]
+
+
+# What is refused.
+
+
+def change(path: Path, **values) -> None:
+    stored = json.loads(path.read_text()) | values
+    kept = {n: v for n, v in stored.items() if v != "DROP"}
+    path.write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"architecture": "jumprelu"}, "'jumprelu' is not read; expected standard"),
+        ({"k": "DROP"}, "says TopK but no k"),
+        ({"k": 0}, "k is '0', expected a whole number of at least 1"),
+        ({"k": 11}, "k=11 must not exceed d_sae=10"),
+        ({"k": True}, "k is 'True', expected a whole number"),
+        ({"d_sae": 11}, "says d_in='6', d_sae='11', but sae_weights"),
+        ({"normalize_activations": "expected_average_only_in"}, "fold it"),
+        ({"reshape_activations": "hook_z"}, "expected none"),
+        ({"metadata": {"sae_lens_version": "5.9"}}, "SAELens before 6"),
+        ({"metadata": "DROP"}, "SAELens before 6"),
+        ({"apply_b_dec_to_input": "DROP"}, "no true/false"),
+        ({"hook_fn": 1, "jump": 2}, "not known: hook_fn, jump; expected architecture,"),
+    ],
+)
+def test_saelens_configs_that_are_refused(tmp_path, values, said):
+    folder = write(make(), "saelens", tmp_path / "o")
+    change(folder / "cfg.json", **values)
+    assert said in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    "edit, said",
+    [
+        (lambda a: a | {"threshold": a["b_enc"]}, "not known: threshold; expected W_e"),
+        (lambda a: {n: a[n] for n in a if n != "W_dec"}, "lacks W_dec"),
+        (lambda a: a | {"W_enc": a["W_enc"].T.copy()}, "[10, 6], expected [6, 10]; it"),
+        (lambda a: a | {"W_dec": a["W_dec"].T.copy()}, "is transposed"),
+        (lambda a: a | {"b_enc": a["b_enc"][:4]}, "d_sae='10', but"),
+        (lambda a: a | {"b_enc": a["W_enc"]}, "expected one dimension"),
+        (lambda a: a | {"b_dec": np.full(6, np.nan, "f4")}, "b_dec holds NaN"),
+        (lambda a: a | {"W_enc": a["W_enc"].astype("i4")}, "is of int32, expected flo"),
+    ],
+)
+def test_saelens_tensors_that_are_refused(tmp_path, edit, said):
+    folder = write(make(), "saelens", tmp_path / "o")
+    path = folder / "sae_weights.safetensors"
+    save_file(edit(load_file(path)), path)
+    assert said in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"dict_class": "BatchTopKSAE"}, "'BatchTopKSAE' is not read; expected AutoE"),
+        ({"k": 4}, "says k='4' but ae.pt has k=3"),
+        ({"dict_size": 5}, "dict_size='5', but ae.pt has 6, 10"),
+    ],
+)
+def test_dictionary_learning_configs_that_are_refused(tmp_path, values, said):
+    folder = write(make(), "dictionary_learning", tmp_path / "o")
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    change(folder / "config.json", trainer=trainer | values)
+    assert said in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"activation": "groupmax"}, "'groupmax' is not read"),
+        ({"transcode": True}, "transcode='True' is not read"),
+        ({"skip_connection": True}, "skip_connection='True' is not read"),
+        ({"signed": True}, "signed='True' is not read"),
+        ({"k": "DROP"}, "says TopK but no k"),
+        ({"d_in": 7}, "says d_in='7'"),
+        ({"groups": 4}, "has what is not known: groups; expected d_in, k"),
+    ],
+)
+def test_sparsify_configs_that_are_refused(tmp_path, values, said):
+    folder = write(make(), "sparsify", tmp_path / "o")
+    change(folder / "cfg.json", **values)
+    assert said in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"activation": "JumpReLU"}, "'JumpReLU' is not read"),
+        ({"activation_state_dict": {"postact_fn": "ReLU"}}, "TopK but no k"),
+        ({"activation_state_dict": {"k": 3, "postact_fn": "GELU"}}, "'GELU'"),
+        ({"pre_bias": "a string"}, "holds more than tensors"),
+    ],
+)
+def test_openai_files_that_are_refused(tmp_path, values, said):
+    folder = write(make(), "openai", tmp_path / "o")
+    path = folder / "autoencoder.pt"
+    write_pt(path, read_pt(path) | values)
+    assert said in refused(interop.read, folder)
+
+
+def test_a_folder_is_recognised_by_its_files(tmp_path):
+    write(make(), "sparsify", tmp_path / "many" / "layers.3")
+    said = refused(interop.read, tmp_path / "many")
+    assert "name one of its folders: layers.3; expected config.json with sae" in said
+    assert "is not a folder; expected" in refused(interop.read, tmp_path / "none")
+    folder = write(make(), "saelens", tmp_path / "two")
+    (folder / "sae.safetensors").touch()
+    assert "looks like saelens and sparsify" in refused(interop.read, folder)
+
+
+def test_a_note_of_other_weights_is_refused(tmp_path):
+    a = write(make(seed=1), "saelens", tmp_path / "a")
+    b = write(make(seed=2, rule="topk"), "saelens", tmp_path / "b")
+    name = "vsae_jax_export.json"
+    (a / name).write_bytes((b / name).read_bytes())
+    assert "does not belong to sae_weights.safetensors" in refused(interop.read, a)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"format_version": 2}, "format_version is '2'"),
+        ({"selection": "jumprelu"}, "selection or input_norm"),
+        ({"k": 4}, "contradicts the files beside it"),
+        ({"notes": [1]}, "notes"),
+        ({"surprise": 1}, "surprise"),
+        ({"run": {"data": {}, "train": None}}, "SAEConfig does not match"),
+    ],
+)
+def test_notes_that_are_refused(tmp_path, values, said):
+    folder = write(make(), "saelens", tmp_path / "o")
+    change(folder / "vsae_jax_export.json", **values)
+    assert said in refused(interop.read, folder)
+
+
+def test_a_run_of_another_rule_is_refused(tmp_path):
+    folder = write(make(), "saelens", tmp_path / "o")
+    run = json.loads((folder / "vsae_jax_export.json").read_text())["run"]
+    other = dataclasses.asdict(make(rule="abstopk").config)
+    change(folder / "vsae_jax_export.json", run=run | {"sae": other})
+    assert "its run is another than the files" in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize("k, postact_fn", [(3, "ReLU"), (4, "ReLU"), (3, "Identity")])
+def test_openai_says_its_settings_twice(tmp_path, k, postact_fn):
+    folder = write(make(), "openai", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    path = folder / "autoencoder.pt"
+    twice = {"activation.k": k, "activation.postact_fn": postact_fn}
+    write_pt(path, read_pt(path) | twice)
+    if (k, postact_fn) == (3, "ReLU"):
+        assert interop.read(folder).k == 3
+    else:
+        assert "contradicts its state" in refused(interop.read, folder)

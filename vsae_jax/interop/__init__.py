@@ -1,0 +1,81 @@
+"""Other libraries' files: one module a format, all through one canonical form."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from vsae_jax.errors import UserError
+from vsae_jax.interop import (
+    dictionary_learning,
+    note,
+    openai,
+    run_folder,
+    saelens,
+    sparsify,
+)
+from vsae_jax.interop.canonical import Autoencoder
+
+
+class Format(Protocol):
+    """What a format's module has.
+
+    SAYS: the selection rule that its files say for one that it does not know; they are
+      equal where no kept value is negative.
+    """
+
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def SAYS(self) -> Mapping[str, str]: ...
+    def weights(self, folder: Path) -> Path | None: ...
+    def read(self, folder: Path) -> Autoencoder: ...
+    def rewritten(self, ae: Autoencoder) -> Autoencoder: ...
+    def write(self, ae: Autoencoder, folder: Path) -> Path: ...
+
+
+FORMATS: dict[str, Format] = {
+    "vsae_jax": run_folder,
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "openai": openai,
+}
+_EXPECTED = (
+    "config.json with sae.safetensors (vsae_jax), cfg.json with "
+    "sae_weights.safetensors (saelens) or sae.safetensors (sparsify), config.json with "
+    "ae.pt (dictionary_learning), or one .pt file alone (openai)"
+)
+
+
+def recognised(folder: Path) -> Format:
+    """The format of a folder, by its files."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected {_EXPECTED}")
+    found = [f for f in FORMATS.values() if f.weights(folder)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        names = " and ".join(f.NAME for f in found)
+        raise UserError(f"{folder} looks like {names}; leave the files of one")
+    inside = [f.name for f in sorted(folder.iterdir())[:1000] if f.is_dir()]
+    inside = [name for name in inside if _holds_one(folder / name)]
+    hint = f"; name one of its folders: {', '.join(inside[:5])}" if inside else ""
+    raise UserError(f"{folder} holds no autoencoder{hint}; expected {_EXPECTED}")
+
+
+def _holds_one(folder: Path) -> bool:
+    return any(f.weights(folder) for f in FORMATS.values())
+
+
+def read(folder: str | Path) -> Autoencoder:
+    """The autoencoder of a folder of any format, as it was before an export of ours."""
+    folder = Path(folder)
+    module = recognised(folder)
+    ae = module.read(folder)
+    weights = module.weights(folder)
+    if module is run_folder or weights is None:
+        return ae
+    return note.apply(ae, folder, weights=weights)
+
+
+__all__ = ["FORMATS", "Autoencoder", "Format", "read", "recognised"]

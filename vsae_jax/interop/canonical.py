@@ -1,0 +1,204 @@
+"""The canonical form: what every format is read into and written from.
+
+    w_enc [d_model, d_sae], b_enc [d_sae], w_dec [d_sae, d_model], b_dec [d_model]
+    (w_var, b_var of a variance head), scale [], mean [d_model]
+
+    x_n = scale * (x - mean);  z = (x_n - b_dec where subtract_b_dec) @ w_enc + b_enc
+    f = the selection rule's;  x_hat = (f @ w_dec + b_dec) / scale + mean
+
+The rules here rewrite one such form as another with the same x_hat, in float64.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from vsae_jax.config import SAEConfig
+from vsae_jax.errors import UserError
+
+# relu_topk: the k largest of relu(z). topk: the k largest z, negative ones included.
+# abstopk: the k largest |z|, with their sign. relu: relu(z). none: z.
+Rule = Literal["relu_topk", "topk", "abstopk", "relu", "none"]
+_SWITCHES: dict[str, dict[str, Any]] = {
+    "relu_topk": {"sparsity": "topk", "relu": True},
+    "topk": {"sparsity": "topk", "relu": False, "selection": "value"},
+    "abstopk": {"sparsity": "topk", "relu": False, "selection": "magnitude"},
+    "relu": {"sparsity": "none", "relu": True},
+    "none": {"sparsity": "none", "relu": False},
+}
+RULES = tuple(_SWITCHES)
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """An autoencoder and what is known of it.
+
+    layer_norm: each row is first brought to mean 0 and standard deviation 1, and
+      x_hat back (OpenAI): x' = (x - m) / (std + 1e-5), with std unbiased.
+    latent_scale: its latents are this times those of what it was rewritten from.
+    data, train: of a run's config.json, as far as they are known.
+    source: format, name, step and dtype of the files it comes from.
+    notes: what a reader has to know and no field says.
+    """
+
+    config: SAEConfig
+    params: dict[str, np.ndarray]
+    scale: np.float32
+    mean: np.ndarray
+    layer_norm: bool = False
+    latent_scale: float = 1.0
+    data: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rule(self) -> Rule:
+        """The selection rule of the config."""
+        if self.config.sparsity == "none":
+            return "relu" if self.config.relu else "none"
+        if self.config.relu:
+            return "relu_topk"
+        return "topk" if self.config.selection == "value" else "abstopk"
+
+    @property
+    def k(self) -> int | None:
+        """Latents kept per row; None where the rule keeps no number of them."""
+        return self.config.k if self.config.sparsity == "topk" else None
+
+    @property
+    def variables(self) -> dict[str, dict[str, Any]]:
+        """As `sae.encode` takes it."""
+        return {"params": self.params, "norm": {"scale": self.scale, "mean": self.mean}}
+
+
+def foreign(
+    params: dict[str, np.ndarray],
+    *,
+    rule: str,
+    k: int | None = None,
+    subtract_b_dec: bool = True,
+    **known: Any,
+) -> Autoencoder:
+    """An autoencoder from another library: no scale, no mean, decoder norms free."""
+    d_model, d_sae = params["w_enc"].shape
+    config = SAEConfig(
+        d_model=d_model,
+        d_sae=d_sae,
+        k=min(64, d_sae) if k is None else k,
+        noise=False,
+        variance="learned" if "w_var" in params else "fixed",
+        penalty="none",
+        decoder_norm="free",
+        subtract_b_dec=subtract_b_dec,
+        **_SWITCHES[rule],
+    )
+    return Autoencoder(
+        config=config,
+        params=params,
+        scale=np.float32(1),
+        mean=np.zeros(d_model, np.float32),
+        **known,
+    )
+
+
+def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
+    """The same weights under another selection rule."""
+    if rule == ae.rule:
+        return ae
+    config = dataclasses.replace(ae.config, **_SWITCHES[rule])
+    return dataclasses.replace(ae, config=config)
+
+
+def subtracting(ae: Autoencoder) -> Autoencoder:
+    """The same with b_dec subtracted from the input: b_enc += b_dec @ w_enc."""
+    if ae.config.subtract_b_dec:
+        return ae
+    params = dict(ae.params)
+    b_dec = params["b_dec"].astype(np.float64)
+    for bias, weight in _heads(ae):
+        params[bias] = _float32(params[bias] + b_dec @ params[weight])
+    config = dataclasses.replace(ae.config, subtract_b_dec=True)
+    return dataclasses.replace(ae, config=config, params=params)
+
+
+def folded(ae: Autoencoder, *, units: Literal["scaled", "raw"]) -> Autoencoder:
+    """The same with scale 1 and mean 0. With s = scale and g = latent_scale:
+
+        w_enc *= s g;  b_enc *= g;  w_dec /= s g;  b_dec = b_dec / s + mean
+        where b_dec is not subtracted: b_enc -= mean @ w_enc (the new one)
+        w_var *= s;  b_var += 2 log g, and -= mean @ w_var as above
+
+    `scaled` is SAELens' convention, g = 1: latents stay those of the scaled input.
+    `raw` is dictionary_learning's, g = 1 / s: the weights stay, so that unit decoder
+    rows do, and latents are in the units of x.
+    """
+    s, mean = float(ae.scale), ae.mean.astype(np.float64)
+    if s == 1 and not mean.any():
+        return ae
+    g = 1.0 if units == "scaled" or s == 1 else 1 / s
+    weight = 1.0 if units == "raw" else s
+    p = {name: array.astype(np.float64) for name, array in ae.params.items()}
+    p["w_enc"], p["w_dec"] = p["w_enc"] * weight, p["w_dec"] / weight
+    p["b_enc"], p["b_dec"] = p["b_enc"] * g, p["b_dec"] / s + mean
+    if "w_var" in p:
+        p["w_var"], p["b_var"] = p["w_var"] * s, p["b_var"] + 2 * math.log(g)
+    if not ae.config.subtract_b_dec:
+        for bias, weights in _heads(ae):
+            p[bias] = p[bias] - mean @ p[weights]
+    return dataclasses.replace(
+        ae,
+        config=ae.config
+        if units == "raw"
+        else dataclasses.replace(ae.config, decoder_norm="free"),
+        params={name: _float32(array) for name, array in p.items()},
+        scale=np.float32(1),
+        mean=np.zeros_like(ae.mean),
+        latent_scale=ae.latent_scale * g,
+    )
+
+
+def _heads(ae: Autoencoder) -> list[tuple[str, str]]:
+    heads = [("b_enc", "w_enc"), ("b_var", "w_var")]
+    return [head for head in heads if head[0] in ae.params]
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, np.float32)
+
+
+def refuse_layer_norm(ae: Autoencoder, name: str) -> None:
+    """Stops a format that has no per-row LayerNorm."""
+    if ae.layer_norm:
+        raise UserError(
+            f"{name} cannot say the per-row LayerNorm of {ae.source.get('name')}; "
+            "write it with --to=saelens, openai or vsae_jax"
+        )
+
+
+def shown(value: Any) -> str:
+    """A value from a stranger in a message; a container only by its type."""
+    scalar = value is None or isinstance(value, str | int | float)
+    return repr(str(value)[:40]) if scalar else f"a {type(value).__name__}"
+
+
+def whole_number(value: Any, name: str, *, where: Any, least: int = 1) -> int:
+    """`value` if it is a whole number of at least `least`."""
+    if type(value) is not int or not least <= value < 2**31:
+        raise UserError(
+            f"{where}: {name} is {shown(value)}, expected a whole number of at least "
+            f"{least}"
+        )
+    return value
+
+
+def check_k(k: Any, *, d_sae: int, where: Any) -> int:
+    """k of a TopK, between 1 and d_sae."""
+    if k is None:
+        raise UserError(f"{where} says TopK but no k; expected the latents kept a row")
+    if whole_number(k, "k", where=where) > d_sae:
+        raise UserError(f"{where}: k={k} must not exceed d_sae={d_sae}")
+    return k

@@ -1,0 +1,93 @@
+"""Autoencoders on the hub: fetched to its cache, and pushed."""
+
+import os
+from pathlib import Path
+
+from vsae_jax.errors import UserError, one_line
+from vsae_jax.interop import note
+from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
+
+# All that any format reads; the rest of a repository stays there. No `*`, which would
+# match in every folder below, too; OpenAI's files are numbered by layer.
+_FILES = (
+    "config.json",
+    "cfg.json",
+    "sae.safetensors",
+    "sae_weights.safetensors",
+    "ae.pt",
+    "autoencoder.pt",
+    "[0-9].pt",
+    "[0-9][0-9].pt",
+    note.NOTE,
+    note.EXTRA,
+    "evals/core.json",
+)
+
+
+def local(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
+    """The folder itself, or the snapshot of a hub id (`owner/name`, or
+    `owner/name/folder` of a repository with many) at a branch, tag or commit."""
+    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+    # `runs/topc` beside a folder `runs` is a slip, no hub id.
+    local = folder.is_absolute() or Path(folder.parts[0] if name else ".").exists()
+    if local or name.startswith(".") or "/" not in name:
+        if revision:
+            raise UserError(f"revision={revision} needs a hub id, not {name}")
+        return folder
+    owner, repository, *below = name.rstrip("/").split("/")
+    if ".." in below:
+        raise UserError(f"{name} is no folder here and no hub id")
+    repo, inside = f"{owner}/{repository}", "/".join(below)
+    return _fetched(repo, inside, revision=revision) / inside
+
+
+def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    prefix = f"{inside}/" if inside else ""
+    try:
+        path = snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=[prefix + name for name in _FILES],
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+    except errors.RevisionNotFoundError:
+        raise UserError(
+            f"revision={revision} is no branch, tag or commit of {repo}"
+        ) from None
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{repo} is gated: accept its terms on its hub page and log in with "
+            "`hf auth login`"
+        ) from None
+    except (errors.HFValidationError, errors.RepositoryNotFoundError):
+        raise UserError(
+            f"{repo} is no folder here, and no repository that the hub shows you (a "
+            "private one needs `hf auth login`)"
+        ) from None
+    except connection_errors() as error:
+        raise UserError(
+            f"{repo} is no folder here and cannot be fetched ({one_line(error)})"
+        ) from None
+    return Path(path)
+
+
+def push(folder: Path, repo: str, *, private: bool) -> str:
+    """Uploads every file of the folder as one commit; returns its address."""
+    from huggingface_hub import HfApi, errors
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=os.fspath(folder),
+            commit_message="An autoencoder, written by vsae_jax",
+        )
+    except (errors.HFValidationError, *connection_errors()) as error:
+        raise UserError(
+            f"--push_to_hub={repo} failed, but {folder} is written: `hf auth login`, "
+            f"then `hf upload {repo} {folder}` ({one_line(error)})"
+        ) from None
+    return str(done.commit_url)

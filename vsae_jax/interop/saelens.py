@@ -1,0 +1,180 @@
+"""SAELens 6: `cfg.json` and `sae_weights.safetensors` (standard, topk, abstopk).
+
+    W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec
+    pre = (x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc;  TopK(pre), then relu
+
+The input's scale and mean are folded into the weights; latents keep their values.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from vsae_jax import runs
+from vsae_jax.errors import UserError
+from vsae_jax.interop import known
+from vsae_jax.interop.canonical import Autoencoder, check_k, folded, foreign, shown
+from vsae_jax.interop.tensors import (
+    as_float32,
+    check_keys,
+    check_layout,
+    read_json,
+    read_safetensors,
+    size_of,
+    source_dtype,
+)
+from vsae_jax.npy import replace_file
+
+NAME = "saelens"
+# The rule that its files say, where it is not the autoencoder's own.
+SAYS = {"topk": "relu_topk", "none": "relu"}
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# The version whose files these are; below 6.0.0 SAELens reads them another way.
+_VERSION = "6.54.12"
+_ARCHITECTURES = {
+    "standard": "relu",
+    "topk": "relu_topk",
+    "abstopk": "abstopk",
+}
+_KEYS = (
+    "architecture d_in d_sae k dtype device apply_b_dec_to_input normalize_activations "
+    "reshape_activations rescale_acts_by_decoder_norm metadata"
+)
+_WRITTEN = {"relu_topk": "topk", "topk": "topk", "abstopk": "abstopk"}
+_NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def weights(folder: Path) -> Path | None:
+    """The file of the weights, if this is such a folder."""
+    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+    return folder / WEIGHTS if both else None
+
+
+def read(folder: Path) -> Autoencoder:
+    """The autoencoder of a folder that SAELens' `save_model` wrote."""
+    where, c = folder / CONFIG, read_json(folder / CONFIG)
+    _check_config(c, where)
+    arrays = read_safetensors(folder / WEIGHTS)
+    d = size_of(arrays, "b_dec", where=folder / WEIGHTS)
+    m = size_of(arrays, "b_enc", where=folder / WEIGHTS)
+    if (c.get("d_in"), c.get("d_sae")) != (d, m):
+        raise UserError(
+            f"{where} says d_in={shown(c.get('d_in'))}, d_sae={shown(c.get('d_sae'))}, "
+            f"but {WEIGHTS} has {d} and {m}"
+        )
+    layout = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    check_layout(arrays, layout, where=folder / WEIGHTS)
+    floats = as_float32(arrays, where=folder / WEIGHTS)
+    params = {ours: floats[theirs] for ours, theirs in _NAMES.items()}
+    if c.get("rescale_acts_by_decoder_norm"):
+        params = _with_unit_rows(params)
+    rule = _ARCHITECTURES[c["architecture"]]
+    return foreign(
+        params,
+        rule=rule,
+        k=None if rule == "relu" else check_k(c.get("k"), d_sae=m, where=where),
+        subtract_b_dec=c["apply_b_dec_to_input"],
+        layer_norm=c["normalize_activations"] == "layer_norm",
+        data=_data(c["metadata"]),
+        source={"format": NAME, "name": folder.name, "dtype": source_dtype(arrays)},
+    )
+
+
+def _check_config(c: dict[str, Any], where: Path) -> None:
+    check_keys(c, _KEYS, where=where)
+    if not isinstance(c.get("metadata"), dict) or not _is_6(c["metadata"]):
+        raise UserError(
+            f"{where} is of SAELens before 6 (no metadata.sae_lens_version of 6 or "
+            "later); load it with SAELens 6 and save it again"
+        )
+    if c.get("architecture") not in _ARCHITECTURES:
+        raise UserError(
+            f"{where}: architecture {shown(c.get('architecture'))} is not read; "
+            f"expected {', '.join(_ARCHITECTURES)}"
+        )
+    if c.get("normalize_activations") not in ("none", "layer_norm"):
+        raise UserError(
+            f"{where}: normalize_activations {shown(c.get('normalize_activations'))} "
+            "is not read; fold it into the weights first (none), or layer_norm"
+        )
+    if c.get("reshape_activations", "none") != "none":
+        raise UserError(f"{where}: reshape_activations is not read; expected none")
+    if type(c.get("apply_b_dec_to_input")) is not bool:
+        raise UserError(f"{where}: apply_b_dec_to_input is missing or no true/false")
+
+
+def _is_6(metadata: dict[str, Any]) -> bool:
+    major = str(metadata.get("sae_lens_version", "")).partition(".")[0]
+    return major.isdecimal() and len(major) < 4 and int(major) >= 6
+
+
+def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
+    """TopK of pre * ||W_dec_i||, f / ||W_dec_i|| decoded, is TopK with unit rows."""
+    norm = np.linalg.norm(params["w_dec"].astype(np.float64), axis=1)
+    if not norm.all():
+        raise UserError("a decoder row of norm 0 cannot be rescaled")
+    new = {
+        "w_enc": params["w_enc"] * norm,
+        "b_enc": params["b_enc"] * norm,
+        "w_dec": params["w_dec"] / norm[:, None],
+    }
+    return params | {n: np.ascontiguousarray(a, np.float32) for n, a in new.items()}
+
+
+def _data(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens knows of the language model, in a run's words."""
+    bos = {"True": "keep", "False": "none"}.get(str(metadata.get("prepend_bos")))
+    return known.data(
+        model=metadata.get("model_name"),
+        hook_name=metadata.get("hook_name"),
+        context_length=metadata.get("context_size"),
+        dataset=metadata.get("dataset_path"),
+        bos=bos,
+    )
+
+
+def rewritten(ae: Autoencoder) -> Autoencoder:
+    """What `write` writes: nothing but the scale and the mean is folded."""
+    return folded(ae, units="scaled")
+
+
+def write(ae: Autoencoder, folder: Path) -> Path:
+    """The two files of a rewritten autoencoder; returns that of the weights."""
+    architecture = _WRITTEN.get(ae.rule, "standard")
+    arrays = {theirs: ae.params[ours] for ours, theirs in _NAMES.items()}
+    config = {
+        "d_in": ae.config.d_model,
+        "d_sae": ae.config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": ae.config.subtract_b_dec,
+        "normalize_activations": "layer_norm" if ae.layer_norm else "none",
+        "reshape_activations": "none",
+        "metadata": _metadata(ae),
+        "architecture": architecture,
+    }
+    if architecture != "standard":
+        config |= {"k": ae.k, "rescale_acts_by_decoder_norm": False}
+    replace_file(folder / WEIGHTS, save(arrays))
+    runs.write_json(folder / CONFIG, config)
+    return folder / WEIGHTS
+
+
+def _metadata(ae: Autoencoder) -> dict[str, Any]:
+    data = ae.data
+    centered = {"center_writing_weights": True} if data.get("center_residual") else {}
+    return {
+        "sae_lens_version": _VERSION,
+        "sae_lens_training_version": None,
+        "model_name": known.model_name(ae),
+        "hook_name": data.get("hook_name"),
+        "hook_head_index": None,
+        "context_size": data.get("context_length"),
+        "dataset_path": known.public(data.get("dataset")),
+        "prepend_bos": data.get("bos") != "none" if "bos" in data else None,
+        "seqpos_slice": [None],
+        "model_from_pretrained_kwargs": centered,
+        "vsae_jax": {"selection": ae.rule, "source": ae.source.get("name")},
+    }

@@ -1,6 +1,7 @@
 """Each loss against a float64 NumPy reference, and its gradient against differences."""
 
 import inspect
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -266,3 +267,33 @@ def test_bfloat16_is_close_and_float32_accumulated(params, x, key):
         np.testing.assert_allclose(
             rounded[1][name] / scale, exact[1][name] / scale, atol=0.03
         )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-6), ("bfloat16", 2e-2)])
+def test_the_fast_way_equals_the_plain_one(name, dtype, rtol, key):
+    """Custom gradients and counting against autodiff and jax.lax.top_k, at a size where
+    every fast path is taken. In bfloat16 the two round sums at other places."""
+    rng = np.random.default_rng(5)
+    shapes = {"w_enc": (64, 256), "b_enc": 256, "w_dec": (256, 64), "b_dec": 64}
+    if CASES[name].get("variance") == "learned":
+        shapes |= {"w_var": (64, 256), "b_var": 256}
+    params = {n: jnp.asarray(rng.normal(size=s) / 8, "f4") for n, s in shapes.items()}
+    x = jnp.asarray(rng.normal(size=(128, 64)), jnp.float32)
+    dead = jnp.arange(256) % 3 == 0
+    gradients = []
+    for top_k in ("lax", "auto"):
+        switches = CASES[name] | {"top_k": top_k, "dtype": dtype}
+        config = SAEConfig(d_model=64, d_sae=256, k=16, k_aux=8, **switches)
+        weights = WEIGHTS._replace(k=16)
+        loss = partial(losses.total_loss, config=config)
+        value = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        gradients.append(value(params, x, key, weights, dead))
+    (plain, plain_info), expected = gradients[0]
+    (fast, fast_info), got = gradients[1]
+    np.testing.assert_allclose(fast, plain, rtol=rtol)
+    np.testing.assert_array_equal(fast_info.fired, plain_info.fired)
+    np.testing.assert_allclose(fast_info.l0, plain_info.l0)
+    for n, g in expected.items():
+        atol = rtol * float(jnp.max(jnp.abs(g)))
+        np.testing.assert_allclose(got[n], g, rtol=0, atol=atol, err_msg=n)

@@ -113,3 +113,26 @@ def test_dead_latents():
     np.testing.assert_array_equal(
         sparsity.dead_latents(silent, jnp.int32(5)), [False, False, True, True]
     )
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("k", [1, 7, 95])
+def test_the_way_of_a_gpu_is_exact(name, k, monkeypatch):
+    """Four bits a pass; here on the CPU, which computes the same."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    z = inputs(name, np.random.default_rng(0))
+    mask = sparsity.top_k_count(jnp.asarray(z), k)
+    np.testing.assert_array_equal(mask, reference(z, k))
+
+
+def test_rows_in_blocks_and_arms_at_once():
+    """Enough rows for several blocks in every loop; ties in some of them only."""
+    z = np.random.default_rng(2).normal(size=(3, 1024, 512)).astype("f4")
+    z[1, ::7] = np.round(z[1, ::7])
+    k = jnp.asarray([4, 100, 511])
+    masks = jax.jit(jax.vmap(sparsity.top_k_count))(jnp.asarray(z), k)
+    for arm in range(3):
+        expected = reference(z[arm], int(k[arm]))
+        np.testing.assert_array_equal(masks[arm], expected)
+        alone = jax.jit(sparsity.top_k_count)(jnp.asarray(z[arm]), k[arm])
+        np.testing.assert_array_equal(alone, expected)

@@ -161,3 +161,20 @@ def test_golden_step():
 
 
 GOLDEN = {"loss": 40.617653, "kl": 38.153133, "w_enc": 53.210064, "b_dec": 0.10179038}
+
+
+@pytest.mark.parametrize("switches", [{}, {"variant": "topk", "auxk": 0.5}])
+def test_a_batch_in_parts_is_the_batch(switches, monkeypatch):
+    """512 rows in parts of 128, against all at once: the sums differ in their order."""
+    config, static, state = setup(seed=1, dead_after_tokens=64, **switches)
+    data = jnp.concatenate([rows(512 // B, seed=4).reshape(1, 512, -1)] * 2)
+    taken = []
+    for part_bytes in (4 * static.d_sae * 128, 2**25):
+        monkeypatch.setattr(step, "_CPU_PART_BYTES", part_bytes)
+        start = jax.tree.map(jnp.array, state)
+        done = step.compile_steps(static)(start, data, 2, step.hparams(config))
+        taken.append((params_of(done), jax.device_get(done.totals)))
+    (parts, totals), (whole, expected) = taken
+    for name, array in whole.items():
+        np.testing.assert_allclose(parts[name], array, rtol=0, atol=2e-6, err_msg=name)
+    np.testing.assert_allclose(np.stack(totals), np.stack(expected), rtol=1e-5)

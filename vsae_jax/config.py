@@ -190,7 +190,8 @@ class TrainConfig:
     adam_eps: float = flag("Adam's epsilon", 1e-8)
     held_out: float = flag("share of the contexts, the last, never trained on", 0.05)
     top_k: Literal["auto", "lax"] = flag(
-        "selection: lax is jax.lax.top_k, auto the fastest exact one", "auto"
+        "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way",
+        "auto",
     )
     arms: Literal["auto", "vmap", "loop"] = flag(
         "a grid's arms on the same batches: vmap at once, loop one after another; "

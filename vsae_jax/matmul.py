@@ -19,6 +19,13 @@ Dtype = Literal["float32", "bfloat16"]
 _TILE = 16
 
 
+def plain_affine(
+    x: Float[Array, "n i"], w: Float[Array, "i o"], b: Float[Array, " o"], dtype: Dtype
+) -> Float[Array, "n o"]:
+    """x @ w + b as one would write it, its gradients by autodiff: the reference."""
+    return _product(x.astype(dtype), w.astype(dtype)) + b[None, :]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(
     x: Float[Array, "n i"], w: Float[Array, "i o"], b: Float[Array, " o"], dtype: Dtype

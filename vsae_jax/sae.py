@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax import noise
 from vsae_jax.config import SAEConfig
-from vsae_jax.matmul import affine
+from vsae_jax.matmul import affine, plain_affine
 from vsae_jax.sparsity import keep_top_k
 
 Variables = Mapping[str, Mapping[str, Array]]
@@ -70,17 +70,26 @@ class SAE(nn.Module):
         """mu, after the optional relu, and log sigma^2 or None: `[batch, d_sae]`."""
         c = self.config
         if c.subtract_b_dec:
-            x_n = x_n - jax.lax.stop_gradient(self.b_dec)[None, :]
-        mu = affine(x_n, self.w_enc, self._bias("b_enc", "w_enc"), c.dtype)
+            b_dec = self.b_dec if self._plain else jax.lax.stop_gradient(self.b_dec)
+            x_n = x_n - b_dec[None, :]
+        mu = self._affine(x_n, self.w_enc, self._bias("b_enc", "w_enc"))
         mu = jax.nn.relu(mu) if c.relu else mu
         if c.variance == "fixed":
             return mu, None
-        return mu, affine(x_n, self.w_var, self._bias("b_var", "w_var"), c.dtype)
+        return mu, self._affine(x_n, self.w_var, self._bias("b_var", "w_var"))
+
+    @property
+    def _plain(self) -> bool:
+        """`--top_k=lax`: all by autodiff, to which the tests hold the faster way."""
+        return self.config.top_k == "lax"
+
+    def _affine(self, x: Array, w: Array, b: Array) -> Array:
+        return (plain_affine if self._plain else affine)(x, w, b, self.config.dtype)
 
     def _bias(self, bias: str, weight: str) -> Float[Array, " d_sae"]:
         """The bias; of a subtracted b_dec it carries the gradient."""
         b = getattr(self, bias)
-        if not self.config.subtract_b_dec:
+        if self._plain or not self.config.subtract_b_dec:
             return b
         return _carry(b, self.b_dec, jax.lax.stop_gradient(getattr(self, weight)))
 
@@ -110,7 +119,7 @@ class SAE(nn.Module):
 
     def reconstruct(self, f: Float[Array, "batch d_sae"]) -> Float[Array, "batch d"]:
         """x_hat_n = f @ w_dec + b_dec."""
-        return affine(f, self.w_dec, self.b_dec, self.config.dtype)
+        return self._affine(f, self.w_dec, self.b_dec)
 
     def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
         """Latents of raw activations, at the mean: no noise (PAPER_VS_CODE 6.1)."""

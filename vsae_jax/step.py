@@ -145,15 +145,7 @@ def train_step(
     """One optimizer step on raw activations `x`; `axis` is vmap's over arms."""
     held = _held(state.params, config)
     x_n = sae.normalise({"params": _params(held), "norm": state.norm}, x, config=config)
-    weights = losses.Weights(
-        k=hparams.k,
-        beta=optim.kl_weight(
-            state.step, beta=hparams.beta, warmup=hparams.kl_warmup_steps
-        ),
-        noise_std=hparams.noise_std,
-        l1=hparams.l1,
-        auxk=hparams.auxk,
-    )
+    weights = _weights(state.step, hparams)
     key = jax.random.fold_in(state.key, state.step)
     dead = dead_latents(state.rows_since_fired, hparams.dead_after_tokens)
     any_dead = jnp.any(dead)
@@ -183,6 +175,18 @@ def train_step(
         totals=_add(state.totals, info, state.step),
     )
     return state, info
+
+
+def _weights(step: Int[Array, ""], hparams: Hparams) -> losses.Weights:
+    """The loss's numbers at this step: beta rises over its warm-up."""
+    beta = optim.kl_weight(step, beta=hparams.beta, warmup=hparams.kl_warmup_steps)
+    return losses.Weights(
+        k=hparams.k,
+        beta=beta,
+        noise_std=hparams.noise_std,
+        l1=hparams.l1,
+        auxk=hparams.auxk,
+    )
 
 
 def _in_parts(

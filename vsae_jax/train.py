@@ -148,6 +148,8 @@ def _loop(
                     groups = watch.log(groups, chunk.stop)
                     bar.show(watch.shown)
                 bar.update(chunk.stop - chunk.start)
+                if len(watch.diverged) == len(watch.jobs):
+                    break
                 if chunk.save or caught.signal:
                     watch.save(groups, chunk.stop)
                 if caught.signal:

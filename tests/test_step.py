@@ -160,7 +160,7 @@ def test_golden_step():
     assert got == pytest.approx(GOLDEN, rel=2e-5)
 
 
-GOLDEN = {"loss": 40.617653, "kl": 38.153133, "w_enc": 53.210064, "b_dec": 0.10179038}
+GOLDEN = {"loss": 43.283398, "kl": 38.302402, "w_enc": 53.505894, "b_dec": 0.13009179}
 
 
 @pytest.mark.parametrize("switches", [{}, {"variant": "topk", "auxk": 0.5}])
@@ -178,3 +178,32 @@ def test_a_batch_in_parts_is_the_batch(switches, monkeypatch):
     for name, array in whole.items():
         np.testing.assert_allclose(parts[name], array, rtol=0, atol=2e-6, err_msg=name)
     np.testing.assert_allclose(np.stack(totals), np.stack(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "d_model, d_sae, batch", [(8, 24, 16), (48, 40, 33), (64, 256, 128)]
+)
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"variant": "relu"},
+        {"variant": "vsae"},
+        {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 1},
+        {"variant": "vsae_topk", "variance": "learned"},
+        {"variant": "vsae_topk", "decoder_norm": "free", "subtract_b_dec": False},
+    ],
+)
+def test_every_shape_trains_in_bfloat16(d_model, d_sae, batch, switches):
+    """XLA on a CPU has products of bfloat16 that it compiles and cannot run."""
+    options = {"d_sae": d_sae, "k": 4, "steps": 3, "batch_size": batch} | switches
+    config = resolve_train(TrainConfig(**options), d_model=d_model)
+    static = sae_config(config, d_model=d_model, dtype="bfloat16")
+    weights, noise = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (3, batch, d_model))
+    done = step.compile_steps(static)(
+        step.init_state(sae.init(weights, static), noise, static),
+        x,
+        3,
+        step.hparams(config),
+    )
+    assert int(done.totals.steps) == 3 and int(done.totals.bad_step) == -1

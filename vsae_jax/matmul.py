@@ -77,10 +77,10 @@ def _forward(x: Array, w: Array, b: Array, dtype: Dtype) -> tuple[Array, Array]:
 def _backward(dtype: Dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array, ...]:
     x, w = (a.astype(dtype) for a in saved)
     g = g.astype(dtype)
+    # Behind the barrier, or XLA would turn the product around after all.
     if x.size <= g.size:
-        dw = _product(by_rows(x.T), g)
+        dw = lax.optimization_barrier(_product(by_rows(x.T), g))
     else:
-        # Behind the barrier, or XLA would turn the product around after all.
         dw = lax.optimization_barrier(_product(by_rows(g.T), x)).T
     return _product(g, w.T), dw, column_sums(g)
 

@@ -226,3 +226,15 @@ def test_a_moved_run_is_the_same_run(tiny_run, tmp_path):
     moved = shutil.copytree(tiny_run, tmp_path / "elsewhere")
     there, here = runs.open_run(moved), runs.open_run(tiny_run)
     assert (there.train, there.sae, there.data) == (here.train, here.sae, here.data)
+
+
+def test_a_run_of_before_a_runtime_flag_opens(tiny_run, tmp_path):
+    folder = copied(tiny_run, tmp_path / "run")
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["train"]["arms"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    assert runs.open_run(folder).train == runs.open_run(tiny_run).train
+    del stored["train"]["k"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="does not match this version at k"):
+        runs.open_run(folder)

@@ -32,13 +32,20 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_json(config_class: type, values: dict[str, Any], *, where: str) -> Any:
+def from_json(
+    config_class: type,
+    values: dict[str, Any],
+    *,
+    where: str,
+    may_lack: frozenset[str] = frozenset(),
+) -> Any:
     """A config from a JSON object; keys that are unknown or missing, and values of
-    another type, are refused by name."""
+    another type, are refused by name. `may_lack` are fields that an older version
+    did not have; they get their defaults."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: {config_class.__name__} is no JSON object there")
     hints = typing.get_type_hints(config_class)
-    wrong = sorted(hints.keys() ^ values.keys())
+    wrong = sorted((hints.keys() ^ values.keys()) - (may_lack - values.keys()))
     wrong += [n for n in values if n in hints and not _fits(values[n], hints[n])]
     if wrong:
         raise UserError(

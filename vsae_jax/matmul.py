@@ -6,7 +6,7 @@ in float32, five times slower; `by_rows` stores a matrix anew so that none is fo
 """
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ def plain_affine(
     return _product(x.astype(dtype), w.astype(dtype)) + b[None, :]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def affine(
     x: Float[Array, "n i"], w: Float[Array, "i o"], b: Float[Array, " o"], dtype: Dtype
 ) -> Float[Array, "n o"]:
@@ -35,6 +34,11 @@ def affine(
     Autodiff of a mixed product would instead multiply float32 by bfloat16. float32
     means float32: a GPU's default would be TF32, three digits.
     """
+    return cast(Array, _affine(x, w, b, dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _affine(x: Array, w: Array, b: Array, dtype: Dtype) -> Array:
     w = w.astype(dtype)
     # Training holds the decoder, which is tall, as the transposed of what is stored.
     product = _product(x.astype(dtype), by_rows(w) if w.shape[0] > w.shape[1] else w)
@@ -70,7 +74,7 @@ def _product(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _forward(x: Array, w: Array, b: Array, dtype: Dtype) -> tuple[Array, Array]:
+def _forward(x: Array, w: Array, b: Array, dtype: Dtype) -> tuple[Array, Any]:
     return affine(x, w, b, dtype), (x, w)
 
 
@@ -85,4 +89,4 @@ def _backward(dtype: Dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array
     return _product(g, w.T), dw, column_sums(g)
 
 
-affine.defvjp(_forward, _backward)
+_affine.defvjp(_forward, _backward)

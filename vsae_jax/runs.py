@@ -15,7 +15,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from vsae_jax.config import SAEConfig, TrainConfig
+from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.fields import difference, from_json
 from vsae_jax.npy import replace_file
@@ -70,7 +70,9 @@ def open_run(folder: str | Path) -> Run:
     _check_data(stored["data"], where)
     return Run(
         folder=folder,
-        train=from_json(TrainConfig, stored["train"], where=where),
+        train=from_json(
+            TrainConfig, stored["train"], where=where, may_lack=RUNTIME_FIELDS
+        ),
         sae=sae,
         data=stored["data"],
         variables=read_parameters(folder / PARAMETERS, sae),

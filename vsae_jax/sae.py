@@ -261,7 +261,7 @@ def _noise(
     first_row: int | Int[Array, ""],
 ) -> Array:
     """s * eps with eps ~ N(0, I) (paper 2.2.1); s = 1 without a learned variance."""
-    eps = noise.normal(key, mu.shape, first_row=first_row)
+    eps = noise.normal(key, (mu.shape[0], mu.shape[1]), first_row=first_row)
     return eps if log_var is None else jnp.exp(0.5 * log_var) * eps
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vsae_jax import interop, runs
-from vsae_jax.config import SAEConfig, TrainConfig
+from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.errors import UserError
 from vsae_jax.fields import from_json
 from vsae_jax.interop import check, hub, run_folder
@@ -92,7 +92,9 @@ def open_any(folder: Path) -> Run:
         return runs.open_run(folder)
     ae = interop.read(folder)
     where = str(folder / interop.note.NOTE)
-    train = None if ae.train is None else from_json(TrainConfig, ae.train, where=where)
+    train = ae.train
+    if train is not None:
+        train = from_json(TrainConfig, train, where=where, may_lack=RUNTIME_FIELDS)
     check.sane(ae, check.generated_rows(ae, count=_ROWS))
     return Run(
         folder=folder,

@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(small_disk, config):
     )
     lines = [line for line in done.stderr.splitlines() if not line[:1].isdigit()]
     assert done.returncode == 2
-    assert len(lines) == 1 and "No space left on device" in lines[0]
+    assert len(lines) == 1 and "No space left on device" in lines[0], done.stderr
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     train.run(replace(full, checkpoint_every=5))
     train.run(replace(full, out=str(small_disk / "whole")))

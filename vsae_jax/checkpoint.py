@@ -37,8 +37,10 @@ class Checkpoints:
         # Orbax takes most of a second to import; commands that never train skip it.
         import orbax.checkpoint as ocp
 
-        # What goes wrong is raised and said in one line; Orbax would log tracebacks.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # What goes wrong is raised and said in one line; Orbax would log tracebacks,
+        # and asyncio those of the other arrays, which nobody waits for any more.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         _quiet_closed_loops()
         self._args = ocp.args
         self._folder = folder.absolute()

@@ -62,6 +62,9 @@ def test_summary_has_each_arms_last_metrics(tiny_grid):
         lines = (tiny_grid / row["arm"] / "metrics.jsonl").read_text().splitlines()
         last = json.loads(lines[-1])
         assert row.keys() == {"arm", "variant", "beta", *last}
+        # beta is what was asked for, also where it changes nothing.
+        assert row["beta"] == row["arm"].rsplit("-", 1)[1]
+        last.pop("beta")
         assert {name: float(row[name]) for name in last} == last
         assert (last["step"], f"variant-{row['variant']}") == (
             TRAINING["steps"],

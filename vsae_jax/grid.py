@@ -36,11 +36,7 @@ def run(
         train(arms)
     finally:
         rows = [
-            {
-                "arm": job.folder.name,
-                **{name: getattr(arm, name) for name in swept},
-                **_last_metrics(job.folder),
-            }
+            _last_metrics(job.folder, swept=swept, arm=arm)
             for arm, job in zip(arms, jobs, strict=True)
             if (job.folder / runs.PARAMETERS).is_file()
         ]
@@ -85,9 +81,16 @@ def _write_grid(
     runs.write_json(path, grid)
 
 
-def _last_metrics(folder: Path) -> dict[str, Any]:
-    lines = (folder / runs.METRICS).read_text().splitlines()
-    return json.loads(lines[-1])
+def _last_metrics(
+    folder: Path, *, swept: Sequence[str], arm: TrainConfig
+) -> dict[str, Any]:
+    """A line of the summary: what the arm was asked for, and its last metrics but
+    those of that name (a swept learning rate has decayed by then)."""
+    last = json.loads((folder / runs.METRICS).read_text().splitlines()[-1])
+    asked = {name: getattr(arm, name) for name in swept}
+    return {"arm": folder.name, **asked} | {
+        name: value for name, value in last.items() if name not in asked
+    }
 
 
 def _write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ import functools
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,6 +29,8 @@ def _quiet_closed_loops() -> None:
             hook(unraisable)
 
     sys.unraisablehook = filtered
+    never_awaited = r"coroutine 'async_\w*serialize.*' was never awaited"
+    warnings.filterwarnings("ignore", message=never_awaited, category=RuntimeWarning)
 
 
 class Checkpoints:

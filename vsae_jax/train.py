@@ -100,11 +100,13 @@ def _train(jobs: Sequence[Job]) -> list[str]:
 
 
 def _one_pass(
-    started: Sequence[start.Started],
+    started: list[start.Started],
     saves: Mapping[Path, Checkpoints],
     feed: Feed,
 ) -> list[str]:
-    """Trains arms that are at the same step to the end, and writes what they became."""
+    """Trains arms that are at the same step to the end, and writes what they became.
+    Empties `started`."""
+    jobs = [s.job for s in started]
     config = started[0].job.train
     step = int(started[0].state.step)
     if step:
@@ -113,16 +115,19 @@ def _one_pass(
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
     compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
-    print(_describe(compiled, len(arms)))
+    # With vmap the states are copies; the first ones would keep their memory.
+    del arms
+    started.clear()
+    print(_describe(compiled, len(jobs)))
     stacks = feed.stacks(
         [chunk.stop - chunk.start for chunk in chunks],
         step * config.batch_size,
         n_max=n_max,
     )
-    watch = Watch([s.job for s in started], saves)
+    watch = Watch(jobs, saves, step=step)
     groups = _loop(compiled.groups, chunks, read_ahead(stacks), watch)
     for place, state in sweep.states(groups).items():
-        job = started[place].job
+        job = jobs[place]
         if job.folder.name not in watch.diverged:
             trained = jax.device_get(variables(state, job.sae))
             runs.write_parameters(job.folder / runs.PARAMETERS, trained)

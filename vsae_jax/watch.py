@@ -21,12 +21,14 @@ class Watch:
     `diverged` are names of those whose loss was not finite, no longer recorded;
     `shown` is the last interval's main numbers."""
 
-    def __init__(self, jobs: Sequence[Job], saves: Mapping[Path, Checkpoints]):
+    def __init__(
+        self, jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], *, step: int
+    ):
         self.jobs, self._saves = jobs, saves
         self.diverged: list[str] = []
         self.shown: dict[str, float] = {}
         self._loggers = [loggers.open_loggers(job.train, job.folder) for job in jobs]
-        self._last = time.monotonic()
+        self._last_step, self._last = step, time.monotonic()
 
     @property
     def folder(self) -> Path:
@@ -43,9 +45,8 @@ class Watch:
                 arm = sweep.member((totals, dead, numbers), i, len(group.arms))
                 if self._is_finite(place, arm[0]):
                     lines[place] = _metrics(*arm, step=step)
-        rate = self._rate(next(iter(lines.values()), {}).pop("steps", 0))
+        rate = self._rate(step)
         for place, line in lines.items():
-            line.pop("steps", None)
             line["rows_per_second"] = rate
             for log in self._loggers[place]:
                 log.write(step, line)
@@ -65,10 +66,11 @@ class Watch:
         for log in (log for logs in self._loggers for log in logs):
             log.close()
 
-    def _rate(self, steps: float) -> float:
-        """Rows per second of one arm; the first interval holds little else."""
+    def _rate(self, step: int) -> float:
+        """Rows per second, of one arm, since the last line."""
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
+        steps, self._last_step = step - self._last_step, step
         return steps * self.jobs[0].train.batch_size / seconds
 
     def _is_finite(self, place: int, totals: Any) -> bool:
@@ -118,7 +120,6 @@ def _metrics(
         "lr": float(lr),
         "beta": float(beta),
         "dead_fraction": float(dead),
-        "steps": n,
     }
 
 

@@ -13,13 +13,13 @@ Prints one Markdown row per grid and variant: mean and standard deviation over s
 What was found is in BUILD_NOTES.md, 3.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vsae_jax import cli, runs
 from vsae_jax.errors import UserError
+from vsae_jax.evals.summary import spread
 from vsae_jax.evaluate import COLUMNS
 from vsae_jax.fields import flag
 
@@ -44,7 +44,7 @@ def markdown(grids: Sequence[Path]) -> str:
     lines = [header, ["---"] * len(header)]
     for grid in grids:
         for variant, metrics in _by_variant(grid).items():
-            cells = [_spread([m[name] for m in metrics]) for name in COLUMNS]
+            cells = [spread([m[name] for m in metrics]) for name in COLUMNS]
             lines.append([grid.name, variant, str(len(metrics)), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -59,14 +59,6 @@ def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:
         result = runs.read_json(path)
         found.setdefault(result["config"]["variant"], []).append(result["metrics"])
     return found
-
-
-def _spread(values: Sequence[float]) -> str:
-    digits = 4 if max(map(abs, values)) < 10 else 1
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":

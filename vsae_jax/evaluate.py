@@ -1,28 +1,24 @@
 """`python -m vsae_jax.evaluate --run=RUN`: numbers that compare autoencoders.
 
 A run or a whole grid; one table, one row an arm; `evals/<name>.json` in every run
-folder. The language model and the held-out contexts come from the run's config.
+folder, `evals/summary.md` in the run's or the grid's. The language model and the
+held-out contexts come from the run's config, labelled texts from `--labelled`.
 """
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vsae_jax import cli, lm, runs, text
+from vsae_jax import cli, runs
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError
-from vsae_jax.evals import Subject, core
-from vsae_jax.interop.loading import open_any
-from vsae_jax.runs import Run
-from vsae_jax.shards import Activations
+from vsae_jax.evals import Subject, core, on_texts, summary
+from vsae_jax.evals.quirks import Quirks, read_quirks
+from vsae_jax.evals.subjects import open_subjects
 
-EVALS: dict[str, Callable[[Subject], dict[str, Any]]] = {"core": core.run}
+EVALS = ("core", *on_texts.EVALS)
 COLUMNS = {
     "ce_loss_score": "loss recovered",
     "kl_div_score": "KL score",
@@ -32,15 +28,10 @@ COLUMNS = {
     "frac_alive": "alive",
     "entropy_effective_latents": "effective",
 }
-
-_TEXTS = (".jsonl", ".txt", ".parquet")
-_OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
-# Of an autoencoder from elsewhere, where nothing says otherwise.
-_OF_CONTEXTS = {
-    "context_length": 128,
-    "bos": "keep",
-    "dropped_positions": 0,
-    "center_residual": False,
+_OF_TEXTS = {
+    "sae_top_1_test_accuracy": "top-1 probe",
+    "scr_metric_threshold_20": "SCR 20",
+    "tpp_threshold_20_total_metric": "TPP 20",
 }
 
 
@@ -50,34 +41,36 @@ def command(configs: Sequence[EvalConfig]) -> None:
 
 
 def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Writes `evals/<name>.json` for every arm; returns core's metrics by arm."""
+    """Writes `evals/<name>.json` for every arm; returns all metrics by arm."""
     names = _eval_names(eval_config)
-    folders = runs.run_folders(eval_config.run)
-    for folder in folders:
-        # Every arm is checked before the first is evaluated.
-        open_any(folder)
-    load = cache(lm.load_language_model)
-    results = {}
-    for folder in folders:
-        subject = _subject(open_any(folder), eval_config, load)
-        for name in names:
-            print(f"{folder}: {name} on {subject.config['n_tokens']:,} tokens")
-            result = EVALS[name](subject)
-            _check_finite(result["metrics"], folder)
-            path = folder / runs.EVALS / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            runs.write_json(path, result)
-            print(f"wrote {path}")
-            results[folder.resolve().name] = result["metrics"]
+    quirks = read_quirks(
+        eval_config.quirks, all_of_them=eval_config.saebench_compatible
+    )
+    of_texts = [name for name in names if name in on_texts.EVALS]
+    sets = on_texts.open_sets(of_texts, eval_config) if of_texts else []
+    results: dict[str, dict[str, Any]] = {}
+    for subjects in open_subjects(eval_config):
+        evaluated = itertools.chain(
+            _core(subjects, names, quirks),
+            on_texts.run(subjects, sets, of_texts, eval_config, quirks).items(),
+        )
+        for name, found in evaluated:
+            for subject, result in zip(subjects, found, strict=True):
+                _write(subject.run.folder, name, result)
+                arm = subject.run.folder.resolve().name
+                results.setdefault(arm, {}).update(result["metrics"])
     print(table(results))
+    print(f"wrote {summary.write(Path(eval_config.run))}")
     return results
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One row per arm under short names of the main metrics."""
-    rows = [["", *COLUMNS.values()]]
+    columns = COLUMNS | _OF_TEXTS
+    known = [c for c in columns if any(c in metrics for metrics in results.values())]
+    rows = [["", *(columns[column] for column in known)]]
     for name, metrics in results.items():
-        rows.append([name, *(_cell(metrics.get(column)) for column in COLUMNS)])
+        rows.append([name, *(_cell(metrics.get(column)) for column in known)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
@@ -92,13 +85,32 @@ def _cell(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _eval_names(eval_config: EvalConfig) -> list[str]:
-    names = [name.strip() for name in eval_config.evals.split(",")]
+def _eval_names(config: EvalConfig) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in config.evals.split(",")))
     for name in names:
         if name not in EVALS:
-            known = ", ".join(EVALS)
-            raise UserError(f"--evals={name} is not known; there is {known}")
+            raise UserError(f"--evals={name} is not known; there is {', '.join(EVALS)}")
+        if name in on_texts.EVALS and not config.labelled:
+            raise UserError(
+                f"--evals={name} needs labelled texts; name them with --labelled"
+            )
     return names
+
+
+def _core(
+    subjects: Sequence[Subject], names: Sequence[str], quirks: Quirks
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    if "core" in names:
+        print(f"core on {subjects[0].config['n_tokens']:,} tokens")
+        yield "core", core.run(subjects, quirks)
+
+
+def _write(folder: Path, name: str, result: dict[str, Any]) -> None:
+    _check_finite(result["metrics"], folder)
+    path = folder / runs.EVALS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    runs.write_json(path, result)
+    print(f"wrote {path}")
 
 
 def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:
@@ -108,136 +120,6 @@ def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:
                 f"{name} of {folder} is {value}: its parameters or the language "
                 "model's are not finite numbers"
             )
-
-
-def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
-    """A run with its language model and its tokens, checked against each other."""
-    run = _filled(run, c)
-    model = c.model or run.data["model"]
-    revision = c.revision or ("" if c.model else run.data["revision"])
-    language_model = load(model, revision=revision or None, backend=c.backend)
-    if language_model.d_model != run.sae.d_model:
-        raise UserError(
-            f"--model={model} has d_model={language_model.d_model} but {run.folder} "
-            f"was trained on {run.sae.d_model}; name the model it was trained on"
-        )
-    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
-    tokens, tokens_from = _tokens(run, c, language_model)
-    # Whatever it was trained in, it is evaluated in float32, as the config says.
-    run = run._replace(sae=dataclasses.replace(run.sae, dtype="float32"))
-    return Subject(
-        run=run,
-        lm=language_model,
-        tokens=tokens,
-        batch_size=min(c.batch_size, len(tokens)),
-        config={
-            "n_tokens": int(tokens.size),
-            "n_contexts": len(tokens),
-            "tokens_from": tokens_from,
-            "model": model,
-            "revision": language_model.revision or "",
-            "layer": run.data["layer"],
-            "bos": run.data["bos"],
-            "dropped_positions": run.data["dropped_positions"],
-            "center_residual": run.data["center_residual"],
-            "special_tokens": "excluded",
-            "dtype": run.sae.dtype,
-            **{name: getattr(run.train, name, None) for name in _OF_TRAINING},
-        },
-    )
-
-
-def _filled(run: Run, c: EvalConfig) -> Run:
-    """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
-    how contexts start from `--activations`, or as text usually is."""
-    data, unknown = run.data, {}
-    if data["layer"] is None and data["hook_name"] is not None:
-        raise UserError(
-            f"{run.folder} reads {data['hook_name']}; only the residual stream after a "
-            "block is evaluated"
-        )
-    if c.layer is not None and data["layer"] not in (None, c.layer):
-        raise UserError(
-            f"--layer={c.layer}, but {run.folder} is of layer {data['layer']}"
-        )
-    if data["layer"] is None and c.layer is None:
-        raise UserError(f"{run.folder} does not say its layer; name it with --layer")
-    if not c.model and not data["model"]:
-        raise UserError(f"{run.folder} names no language model; name it with --model")
-    if any(data[name] is None for name in _OF_CONTEXTS):
-        unknown = _OF_CONTEXTS
-        if c.activations:
-            m = Activations.open(Path(c.activations)).manifest
-            unknown = {name: getattr(m, name) for name in _OF_CONTEXTS}
-    unknown = unknown | {"layer": c.layer, "revision": ""}
-    filled = {n: unknown.get(n) if v is None else v for n, v in data.items()}
-    return run._replace(data=filled)
-
-
-def _tokens(
-    run: Run, c: EvalConfig, language_model: lm.LanguageModel
-) -> tuple[np.ndarray, str]:
-    """At most `--num_tokens` of held-out contexts, or of what the flags name; and
-    where they are from."""
-    if c.text:
-        return _tokens_of_text(run, c, language_model), c.text
-    activations = _open_activations(run, c)
-    m = activations.manifest
-    if m.tokenizer_hash != language_model.tokenizer_hash:
-        raise UserError(
-            f"the tokens in {activations.folder} were made with another tokenizer than "
-            f"that of --model={language_model.name}; name the model they were "
-            "extracted from"
-        )
-    start, stop, where = 0, activations.n_contexts, str(activations.folder)
-    if m.hash == run.data["manifest"]:
-        (start, stop), where = run.data["held_out_contexts"], "held-out contexts"
-    elif m.dataset == run.data["dataset"]:
-        print(
-            f"note: {where} is from the data set that {run.folder} was trained on: "
-            "some of its text may have been seen in training"
-        )
-    count = max(c.num_tokens // m.context_length, 1)
-    return activations.tokens(start, min(stop, start + count)), where
-
-
-def _tokens_of_text(
-    run: Run, c: EvalConfig, language_model: lm.LanguageModel
-) -> np.ndarray:
-    path = Path(c.text).expanduser()
-    if path.suffix.lower() not in _TEXTS or not path.is_file():
-        raise UserError(f"--text={c.text} is not a {', '.join(_TEXTS)} file")
-    length = run.data["context_length"]
-    contexts = text.contexts(
-        text.documents(c.text, split="train", text_column=c.text_column),
-        lm.load_tokenizer(language_model.name, revision=language_model.revision),
-        context_length=length,
-        bos_id=language_model.bos_id,
-        bos=run.data["bos"],
-    )
-    count = max(c.num_tokens // length, 1)
-    return np.stack(list(itertools.islice(contexts, count)))
-
-
-def _open_activations(run: Run, c: EvalConfig) -> Activations:
-    """The run's activations, or others whose contexts start as the run's do."""
-    other = "name activations to evaluate on with --activations, or text with --text"
-    own = run.train.activations if run.train else ""
-    if not c.activations and not own:
-        raise UserError(f"{run.folder} was not trained here; {other}")
-    folder = Path(c.activations or own)
-    if not c.activations and not folder.is_dir():
-        raise UserError(f"{folder}, which {run.folder} names, is not here; {other}")
-    activations = Activations.open(folder)
-    m = activations.manifest
-    if not c.activations and m.hash != run.data["manifest"]:
-        raise UserError(f"{folder} is not what {run.folder} was trained on; {other}")
-    if (m.bos == "none") != (run.data["bos"] == "none"):
-        raise UserError(
-            f"--activations={folder} has bos={m.bos} but {run.folder} was trained with "
-            f"bos={run.data['bos']}: one has BOS before every context and one has not"
-        )
-    return activations
 
 
 if __name__ == "__main__":

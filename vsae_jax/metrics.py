@@ -3,7 +3,7 @@
 Sums are float32 within a batch, float64 across batches, and carry a mask, so that a
 result does not depend on the batch size. Two do, because SAEBench 0.6 averages over
 batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` and `l1`
-are not SAEBench's: theirs are divided by the batch's tokens, and signed.
+are SAEBench's only on demand: theirs are divided by the batch's tokens, and signed.
 """
 
 from typing import Any, NamedTuple
@@ -37,6 +37,9 @@ class BatchSums(NamedTuple):
     norm_ratio: Float[Array, ""]
     l0: Float[Array, ""]
     l1: Float[Array, ""]
+    signed_l1: Float[Array, ""]
+    dot: Float[Array, ""]
+    squared_out: Float[Array, ""]
     legacy: Float[Array, ""]
     fired: Float[Array, " d_sae"]
 
@@ -73,6 +76,9 @@ def batch_sums(
         norm_ratio=total(norm_out / jnp.where(norm_in < 1e-4, 1.0, norm_in)),
         l0=total(jnp.sum(f != 0, axis=-1)),
         l1=total(jnp.sum(jnp.abs(f), axis=-1)),
+        signed_l1=total(jnp.sum(f, axis=-1)),
+        dot=total(dot),
+        squared_out=total(jnp.square(norm_out)),
         legacy=total(1 - error / jnp.maximum(spread, 1e-12)),
         fired=total(f > 0),
     )
@@ -83,7 +89,7 @@ class Reconstruction:
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
-        self._batch_means: list[tuple[float, float]] = []
+        self._batch_means: list[tuple[float, float, float]] = []
 
     def add(self, sums: BatchSums) -> None:
         """Adds one batch; a batch without kept tokens changes nothing."""
@@ -91,8 +97,9 @@ class Reconstruction:
         n = float(host["tokens"])
         if n == 0:
             return
-        means = float(host["error"]) / n, float(host["squared_norm"]) / n
-        self._batch_means.append(means)
+        error, squares = float(host["error"]), float(host["squared_norm"])
+        bias = ratio(float(host["squared_out"]), float(host["dot"]))
+        self._batch_means.append((error / n, squares / n, bias or 0.0))
         self._sums = {k: self._sums.get(k, 0.0) + v for k, v in host.items()}
 
     @property
@@ -100,30 +107,50 @@ class Reconstruction:
         """The share of tokens on which each latent is above 0."""
         return self._sums["fired"] / self._sums["tokens"]
 
-    def metrics(self) -> dict[str, float | None]:
-        """Every number of SAEBENCH.md 1.4 that is a mean over tokens; None for a share
-        of nothing, such as the explained variance of rows that are all the same."""
+    @property
+    def fired(self) -> Float[np.ndarray, " d_sae"]:
+        """The number of tokens on which each latent is above 0."""
+        return self._sums["fired"]
+
+    def metrics(
+        self, *, mean_in_variance: bool = False, batch_sums: bool = False
+    ) -> dict[str, float | None]:
+        """Every number of SAEBENCH.md 1.4; None for a share of nothing, such as the
+        explained variance of rows that are all the same.
+
+        Args:
+          mean_in_variance: `explained_variance` is SAEBench's, which keeps the mean.
+          batch_sums: `mse`, `l1` and the bias are SAEBench's: by batches, signed.
+        """
         if not self._sums:
             raise UserError("every token is special or has no row: nothing to measure")
         s, n = self._sums, float(self._sums["tokens"])
         d_model = len(s["x"])
-        r, m = (float(mean) for mean in np.mean(self._batch_means, axis=0))
+        r, m, bias = (float(mean) for mean in np.mean(self._batch_means, axis=0))
         squares = float(s["squared_norm"])
         variance = squares - float(np.sum(np.square(s["x"]))) / n
         # Equal rows leave a variance of float32's rounding, not of 0.
         variance = 0.0 if variance < 1e-6 * squares else variance
+        explained = _explained(float(s["error"]), variance)
+        # The mean is not removed: a bug of theirs (SAEBENCH.md 1.4).
+        saebench = _explained(r, m - (m / d_model) ** 2)
+        mse = float(s["error"]) / n / d_model
+        if batch_sums:
+            mse = r * len(self._batch_means) / n
+        else:
+            bias = ratio(float(s["squared_out"]), float(s["dot"]))
         return {
-            "explained_variance": _explained(float(s["error"]), variance),
-            # The mean is not removed: a bug of theirs (SAEBENCH.md 1.4).
-            "explained_variance_saebench": _explained(r, m - (m / d_model) ** 2),
+            "explained_variance": saebench if mean_in_variance else explained,
+            "explained_variance_saebench": saebench,
             "explained_variance_legacy": float(s["legacy"]) / n,
-            "mse": float(s["error"]) / n / d_model,
+            "mse": mse,
+            "relative_reconstruction_bias": bias,
             "cossim": float(s["cosine"]) / n,
             "l2_norm_in": float(s["norm_in"]) / n,
             "l2_norm_out": float(s["norm_out"]) / n,
             "l2_ratio": float(s["norm_ratio"]) / n,
             "l0": float(s["l0"]) / n,
-            "l1": float(s["l1"]) / n,
+            "l1": float(s["signed_l1" if batch_sums else "l1"]) / n,
         } | density_metrics(self.density)
 
 

@@ -240,18 +240,19 @@ def contexts(
 def _token_ids(
     documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Int[np.ndarray, " tokens"]]:
-    # Said outright, so that the tokenizers library does not warn after a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     documents = iter(documents)
     while batch := list(itertools.islice(documents, DOCUMENTS_AT_ONCE)):
-        for ids in _encode(batch, tokenizer):
+        for ids in encode(batch, tokenizer):
             if ids:
                 yield np.array(ids, np.int32)
 
 
-def _encode(
+def encode(
     documents: list[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> list[list[int]]:
+    """The ids of each document, without special tokens."""
+    # Said outright, so that the tokenizers library does not warn after a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # The tokenizers library without offsets, which transformers always asks for.
     encoder = getattr(tokenizer, "backend_tokenizer", None)
     if encoder is not None:

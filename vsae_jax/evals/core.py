@@ -6,10 +6,11 @@ SAEBench's `core` (SAEBENCH.md 1) on one set of tokens:
     kl_div_score  = (KL_ablated - KL_sae) / KL_ablated
 
 A token counts where it is not special (BOS, EOS, padding) and has an activation row;
-elsewhere the residual stays as it is. The ablation sets every position to 0.
+elsewhere the residual stays as it is. The ablation sets every position to 0. The
+language model's clean and ablated passes serve all autoencoders of a grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from vsae_jax import progress, sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.errors import UserError
-from vsae_jax.evals import Subject
-from vsae_jax.layer_norm import normalise_rows
+from vsae_jax.evals import Subject, latent_statistics
+from vsae_jax.evals.encoding import encode_rows, rows_of
+from vsae_jax.evals.quirks import Quirks
 from vsae_jax.lm import LanguageModel, identity, next_token_loss
 from vsae_jax.metrics import (
     BatchSums,
@@ -34,47 +36,101 @@ from vsae_jax.metrics import (
 from vsae_jax.sae import Variables
 
 
-class LossSums(NamedTuple):
-    """Sums over a batch: cross-entropy in nats for (clean, SAE, ablated) and the number
-    of predictions; KL from clean for (SAE, ablated) and the number of positions."""
+class Losses(NamedTuple):
+    """Sums over a batch, of one way to run the model: cross-entropy in nats over
+    `predictions`, KL from the clean model over `positions`."""
 
-    ce: Float[Array, " 3"]
+    ce: Float[Array, ""]
+    kl: Float[Array, ""]
     predictions: Float[Array, ""]
-    kl: Float[Array, " 2"]
     positions: Float[Array, ""]
 
 
-def run(subject: Subject) -> dict[str, Any]:
-    """`{"metrics", "density_histogram", "config"}` of a run."""
+class Base(NamedTuple):
+    """What a batch is without an autoencoder: the residual, the clean model's
+    log-probabilities, and the losses of the clean and the ablated model."""
+
+    residual: Float[Array, "batch time d_model"]
+    log_p: Float[Array, "batch time vocab"]
+    clean: Losses
+    ablated: Losses
+
+
+class Tally:
+    """One autoencoder's sums over all batches."""
+
+    def __init__(self) -> None:
+        self.reconstruction = Reconstruction()
+        self.losses: list[Losses] = []
+        self.contexts_fired: Any = 0.0
+
+    def add(self, sums: BatchSums, losses: Losses, contexts_fired: Array) -> None:
+        """Adds a batch."""
+        self.reconstruction.add(jax.device_get(sums))
+        self.losses.append(jax.device_get(losses))
+        self.contexts_fired += np.asarray(contexts_fired, np.float64)
+
+
+def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
+    """`{"metrics", "density_histogram", "per_latent", "config"}` of each. The subjects
+    share their language model, layer and tokens."""
+    first = subjects[0]
     # A JAX model is a pytree of arrays; any other is one leaf, which jit cannot trace.
-    traced = isinstance(jax.tree.leaves(subject.lm)[0], jax.Array)
-    measure = _measure_jit if traced else _measure
-    data, reconstruction, losses = subject.run.data, Reconstruction(), []
-    with progress.bar(len(subject.tokens), unit="context") as bar:
-        for tokens, keep, count in _batches(subject):
-            sums, loss = measure(
-                subject.lm,
-                subject.run.variables,
-                tokens,
-                keep,
-                config=subject.run.sae,
-                layer=data["layer"],
-                center=data["center_residual"],
-                layer_norm=data.get("layer_norm", False),
-            )
-            reconstruction.add(jax.device_get(sums))
-            losses.append(jax.device_get(loss))
+    traced = isinstance(jax.tree.leaves(first.lm)[0], jax.Array)
+    measure_base, measure = (_base_jit, _measure_jit) if traced else (_base, _measure)
+    layer, center = first.run.data["layer"], first.run.data["center_residual"]
+    options = {"layer": layer, "underflow": quirks.kl_underflow}
+    base: list[tuple[Losses, Losses]] = []
+    tallies = [Tally() for _ in subjects]
+    with progress.bar(len(first.tokens), unit="context") as bar:
+        for tokens, keep, count in _batches(first):
+            batch = measure_base(first.lm, tokens, keep, **options)
+            base.append(jax.device_get((batch.clean, batch.ablated)))
+            for subject, tally in zip(subjects, tallies, strict=True):
+                sums, losses, fired = measure(
+                    subject.lm,
+                    subject.run.variables,
+                    batch.residual,
+                    batch.log_p,
+                    tokens,
+                    keep,
+                    config=subject.run.sae,
+                    center=center,
+                    layer_norm=subject.run.data.get("layer_norm", False),
+                    **options,
+                )
+                tally.add(sums, losses, fired)
             bar.update(count)
-    return {
-        "metrics": _loss_metrics(losses) | reconstruction.metrics(),
-        "density_histogram": density_histogram(reconstruction.density),
-        "config": subject.config,
-    }
+    return [
+        _result(subject, tally, base, quirks)
+        for subject, tally in zip(subjects, tallies, strict=True)
+    ]
+
+
+def _base(
+    lm: LanguageModel,
+    tokens: Int[Array | np.ndarray, "batch time"],
+    keep: Bool[Array | np.ndarray, "batch time"],
+    *,
+    layer: int,
+    underflow: bool,
+) -> Base:
+    residual = jnp.asarray(lm.residual(tokens, layer))
+    splices = (identity, jnp.zeros_like)
+    clean, ablated = lm.logits(tokens, layer=layer, splices=splices)
+    log_p = jax.nn.log_softmax(jnp.asarray(clean))
+    sums = partial(_losses, log_p, tokens=tokens, keep=keep, underflow=underflow)
+    return Base(residual, log_p, sums(clean), sums(ablated))
+
+
+_base_jit = jax.jit(_base, static_argnames=("layer", "underflow"))
 
 
 def _measure(
     lm: LanguageModel,
     variables: Variables,
+    residual: Float[Array, "batch time d_model"],
+    log_p: Float[Array, "batch time vocab"],
     tokens: Int[Array | np.ndarray, "batch time"],
     keep: Bool[Array | np.ndarray, "batch time"],
     *,
@@ -82,23 +138,24 @@ def _measure(
     layer: int,
     center: bool,
     layer_norm: bool,
-) -> tuple[BatchSums, LossSums]:
-    residual = jnp.asarray(lm.residual(tokens, layer))
+    underflow: bool,
+) -> tuple[BatchSums, Losses, Float[Array, " d_sae"]]:
     x, x_hat, f = _reconstruct(
         variables, residual, config=config, center=center, layer_norm=layer_norm
     )
     shift = residual.reshape(x.shape) - x
     spliced = (x_hat + shift).reshape(residual.shape)
     spliced = jnp.where(keep[..., None], spliced, residual)
-    splices = (identity, lambda _: spliced, jnp.zeros_like)
-    logits = lm.logits(tokens, layer=layer, splices=splices)
-    return batch_sums(x, x_hat, f, keep.reshape(-1)), _loss_sums(
-        *logits, tokens=tokens, keep=keep
-    )
+    # Under jit the blocks below the splice are not run again: nothing needs them.
+    (logits,) = lm.logits(tokens, layer=layer, splices=(lambda _: spliced,))
+    losses = _losses(log_p, logits, tokens=tokens, keep=keep, underflow=underflow)
+    fired = (f > 0).reshape(*keep.shape, -1) & keep[..., None]
+    contexts_fired = jnp.sum(jnp.any(fired, axis=1), axis=0)
+    return batch_sums(x, x_hat, f, keep.reshape(-1)), losses, contexts_fired
 
 
 _measure_jit = jax.jit(
-    _measure, static_argnames=("config", "layer", "center", "layer_norm")
+    _measure, static_argnames=("config", "layer", "center", "layer_norm", "underflow")
 )
 
 
@@ -112,59 +169,84 @@ def _reconstruct(
     layer_norm: bool,
 ) -> tuple[Array, Array, Array]:
     """x, x_hat and f of every position, `[batch * time, ...]`, as trained on."""
-    x = residual.reshape(-1, residual.shape[-1])
-    if center:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-    if not layer_norm:
-        f = sae.encode(variables, x, config=config)
-        return x, sae.decode(variables, f, config=config), f
-    x_in, mean, std = normalise_rows(x)
-    f = sae.encode(variables, x_in, config=config)
-    return x, sae.decode(variables, f, config=config) * std + mean, f
+    x = rows_of(residual, center=center)
+    f, mean, std = encode_rows(variables, x, config=config, layer_norm=layer_norm)
+    x_hat = sae.decode(variables, f, config=config)
+    if mean is not None and std is not None:
+        x_hat = x_hat * std + mean
+    return x, x_hat, f
 
 
-@jax.jit
-def _loss_sums(
-    clean: Float[Array, "batch time vocab"],
-    spliced: Float[Array, "batch time vocab"],
-    ablated: Float[Array, "batch time vocab"],
+@partial(jax.jit, static_argnames=("underflow",))
+def _losses(
+    log_p: Float[Array, "batch time vocab"],
+    logits: Float[Array, "batch time vocab"],
     *,
     tokens: Int[Array | np.ndarray, "batch time"],
     keep: Bool[Array | np.ndarray, "batch time"],
-) -> LossSums:
+    underflow: bool,
+) -> Losses:
+    """Of logits against the clean model's. SAEBench takes the log of a softmax, which
+    underflows."""
     w = keep.astype(jnp.float32)
-    log_p = jax.nn.log_softmax(clean)
-    ce = [next_token_loss(logits, tokens) for logits in (clean, spliced, ablated)]
-    # From log-probabilities: SAEBench takes the log of a softmax, which underflows.
-    kl = [
-        jnp.sum(jnp.exp(log_p) * (log_p - jax.nn.log_softmax(logits)), axis=-1)
-        for logits in (spliced, ablated)
-    ]
-    return LossSums(
-        ce=jnp.stack([jnp.sum(loss * w[:, :-1]) for loss in ce]),
+    ce = next_token_loss(logits, tokens)
+    log_q = jnp.log(jax.nn.softmax(logits)) if underflow else jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    kl = jnp.sum(p * ((jnp.log(p) if underflow else log_p) - log_q), axis=-1)
+    return Losses(
+        ce=jnp.sum(ce * w[:, :-1]),
+        kl=jnp.sum(kl, where=keep),
         predictions=jnp.sum(w[:, :-1]),
-        kl=jnp.stack([jnp.sum(divergence * w) for divergence in kl]),
         positions=jnp.sum(w),
     )
 
 
-def _loss_metrics(batches: list[LossSums]) -> dict[str, float | None]:
-    total = [np.sum(np.asarray(part, np.float64), axis=0) for part in zip(*batches)]
-    if not total[1]:
+def _result(
+    subject: Subject, tally: Tally, base: list[tuple[Losses, Losses]], quirks: Quirks
+) -> dict[str, Any]:
+    clean, ablated = zip(*base, strict=True)
+    density = tally.reconstruction.density
+    per_latent = latent_statistics.per_latent(
+        subject.run.variables["params"],
+        density,
+        fired=tally.reconstruction.fired,
+        contexts_fired=tally.contexts_fired,
+    )
+    return {
+        "metrics": _loss_metrics(clean, tally.losses, ablated)
+        | tally.reconstruction.metrics(
+            mean_in_variance=quirks.mean_in_variance, batch_sums=quirks.batch_sums
+        )
+        | latent_statistics.averages(per_latent),
+        "density_histogram": density_histogram(density),
+        "per_latent": latent_statistics.rounded(per_latent),
+        "config": subject.config | {"quirks": quirks.names},
+    }
+
+
+def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
+    """Of the clean, the spliced and the ablated model."""
+    totals = [
+        Losses(*np.sum(np.asarray(batches, np.float64), axis=0)) for batches in each
+    ]
+    if not totals[0].predictions:
         raise UserError(
             "nothing to predict: every token is special, without an activation row, or "
             "the last of its context; evaluate on more or other text"
         )
-    clean, spliced, ablated = (float(ce) for ce in total[0] / total[1])
-    kl, kl_ablated = (float(kl) for kl in total[2] / total[3])
+    clean, spliced, ablated = (float(t.ce / t.predictions) for t in totals)
+    _, kl, kl_ablated = (float(t.kl / t.positions) for t in totals)
+    kl_score = ratio(kl_ablated - kl, kl_ablated)
+    # Only with the quirk; SAEBench writes -1 for what is not a number.
+    unknown = not np.isfinite([kl, kl_ablated]).all()
     return {
         "ce_loss_score": ratio(ablated - spliced, ablated - clean),
         "ce_loss_without_sae": clean,
         "ce_loss_with_sae": spliced,
         "ce_loss_with_ablation": ablated,
-        "kl_div_score": ratio(kl_ablated - kl, kl_ablated),
-        "kl_div_with_sae": kl,
-        "kl_div_with_ablation": kl_ablated,
+        "kl_div_score": -1.0 if unknown else kl_score,
+        "kl_div_with_sae": -1.0 if unknown else kl,
+        "kl_div_with_ablation": -1.0 if unknown else kl_ablated,
     }
 
 

@@ -1,0 +1,83 @@
+"""What a probe says of a text when latents are taken out of it (SAEBENCH.md 4 and 5).
+
+Ablating latents changes a token's x by -f[chosen] @ directions[chosen], so the pooled
+vector by the mean of that: each text is encoded once.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vsae_jax.evals import probes
+from vsae_jax.evals.encoding import CONTEXT, Latents, Pooled
+from vsae_jax.evals.sampling import Sample
+from vsae_jax.evals.tasks import Fitted, Task
+
+NS = (2, 5, 10, 20, 50, 100, 500)
+
+
+def effects(
+    latents: Latents,
+    sample: Sample,
+    w: Float[np.ndarray, " d_model"],
+    *,
+    positive_only: bool,
+) -> Float[np.ndarray, " d_sae"]:
+    """(mean over positives - mean over negatives) times (w . direction) of each latent;
+    `positive_only` puts 0 where the difference is below 0 (TPP)."""
+    f, yes = latents.pooled[sample.rows], sample.labels > 0.5
+    difference = f[yes].mean(axis=0) - f[~yes].mean(axis=0)
+    if positive_only:
+        difference = np.maximum(difference, 0)
+    return difference * (latents.directions @ w)
+
+
+def ranked(
+    effects: Float[np.ndarray, " d_sae"], *, surplus: bool
+) -> Int[np.ndarray, " chosen"]:
+    """Latents by effect, the largest first: those above 0, or with `surplus` as many as
+    are not 0."""
+    order = np.argsort(-effects, kind="stable")
+    return order[: np.sum(effects != 0 if surplus else effects > 0)]
+
+
+def ablated_pooled(
+    latents: Latents,
+    pooled: Pooled,
+    rows: Int[np.ndarray, " rows"],
+    chosen: Int[np.ndarray, " chosen"],
+    *,
+    padding_leak: bool,
+) -> Float[np.ndarray, "rows d_model"]:
+    """The language model's pooled vectors without the chosen latents. With the leak
+    they lose what the latents are at x = 0 too, once for each of the context's other
+    positions."""
+    f = latents.pooled[np.ix_(rows, chosen)]
+    if padding_leak:
+        n = pooled.n_valid[rows]
+        share = ((CONTEXT - n) / np.maximum(n, 1)).astype(np.float32)
+        f = f + share[:, None] * latents.at_zero[chosen][None, :]
+    return pooled.x[rows] - f @ latents.directions[chosen]
+
+
+def accuracy_after(
+    task: Task,
+    fitted: Fitted,
+    name: str,
+    sample: Sample,
+    latents: Latents,
+    chosen: Int[np.ndarray, " chosen"],
+) -> float:
+    """The accuracy of the probe `name` on a sample whose chosen latents are ablated."""
+    x = ablated_pooled(
+        latents,
+        task.pooled,
+        sample.rows,
+        chosen,
+        padding_leak=task.quirks.padding_leak,
+    )
+    return probes.accuracy(fitted.logits(name, x), sample)
+
+
+def usable(d_sae: int) -> list[int]:
+    """The numbers of ablated latents that an autoencoder has latents for."""
+    return [n for n in NS if n <= d_sae]

@@ -26,6 +26,7 @@ from tiny_runs import (
 from vsae_jax import evaluate, runs
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, core
+from vsae_jax.evals.quirks import Quirks
 from vsae_jax.lm import load_language_model
 from vsae_jax.shards import Activations
 
@@ -60,7 +61,7 @@ def measured(folder, lm, tokens, *, batch_size=16, **data) -> dict:
     """Core's metrics of a run on these tokens; `data` replaces what it was made of."""
     run = runs.open_run(folder)
     run = run._replace(data=run.data | data)
-    result = core.run(Subject(run, lm, tokens, batch_size, config={}))
+    result = core.run([Subject(run, lm, tokens, batch_size, config={})], Quirks())[0]
     return result["metrics"]
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from vsae_jax import cli, runs
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError
-from vsae_jax.evals import Subject, core, on_texts, summary
+from vsae_jax.evals import Subject, absorption, core, on_texts, saebench_json, summary
 from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
 
-EVALS = ("core", *on_texts.EVALS)
+EVALS = ("core", *on_texts.EVALS, "absorption")
 COLUMNS = {
     "ce_loss_score": "loss recovered",
     "kl_div_score": "KL score",
@@ -53,14 +53,15 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
         evaluated = itertools.chain(
             _core(subjects, names, quirks),
             on_texts.run(subjects, sets, of_texts, eval_config, quirks).items(),
+            _absorption(subjects, names, eval_config, quirks),
         )
         for name, found in evaluated:
             for subject, result in zip(subjects, found, strict=True):
-                _write(subject.run.folder, name, result)
+                _write(subject, name, result, saebench=eval_config.saebench_json)
                 arm = subject.run.folder.resolve().name
                 results.setdefault(arm, {}).update(result["metrics"])
-    print(table(results))
     print(f"wrote {summary.write(Path(eval_config.run))}")
+    print(table(results))
     return results
 
 
@@ -105,12 +106,31 @@ def _core(
         yield "core", core.run(subjects, quirks)
 
 
-def _write(folder: Path, name: str, result: dict[str, Any]) -> None:
-    _check_finite(result["metrics"], folder)
-    path = folder / runs.EVALS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    runs.write_json(path, result)
-    print(f"wrote {path}")
+def _absorption(
+    subjects: Sequence[Subject],
+    names: Sequence[str],
+    config: EvalConfig,
+    quirks: Quirks,
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    if "absorption" in names:
+        results = absorption.run(subjects, config, quirks)
+        if reason := results[0].get("reason"):
+            print(f"absorption is refused: {reason}")
+        yield "absorption", results
+
+
+def _write(
+    subject: Subject, name: str, result: dict[str, Any], *, saebench: bool
+) -> None:
+    folder = subject.run.folder / runs.EVALS
+    _check_finite(result["metrics"], subject.run.folder)
+    files = {folder / f"{name}.json": result}
+    if saebench and (theirs := saebench_json.in_their_schema(subject, name, result)):
+        files[saebench_json.path_of(folder, name)] = theirs
+    for path, value in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, value)
+        print(f"wrote {path}")
 
 
 def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:

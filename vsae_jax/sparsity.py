@@ -62,6 +62,14 @@ def top_k_count(
     return (z > kth[:, None]) | tied
 
 
+def compiler_options() -> dict[str, str] | None:
+    """For what is compiled around `keep_top_k`: on a CPU XLA would store each
+    comparison of a counting pass before it adds."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+
+
 def dead_latents(
     rows_since_fired: Int[Array, " d_sae"], dead_after: Int[Array, ""]
 ) -> Bool[Array, " d_sae"]:

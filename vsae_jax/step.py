@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from vsae_jax import losses, optim, sae
 from vsae_jax.config import SAEConfig, TrainConfig
-from vsae_jax.sparsity import dead_latents
+from vsae_jax.sparsity import compiler_options, dead_latents
 
 
 class Hparams(NamedTuple):
@@ -227,14 +227,7 @@ def compile_steps(config: SAEConfig, *, arms: int = 1) -> Any:
     def steps(state: TrainState, rows: Array, n: Array, hparams: Hparams) -> TrainState:
         return lax.fori_loop(0, n, lambda i, s: step(s, rows[i], hparams)[0], state)
 
-    return jax.jit(steps, donate_argnums=0, compiler_options=_compiler_options())
-
-
-def _compiler_options() -> dict[str, str] | None:
-    """On a CPU XLA would store each comparison of a counting pass before it adds."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+    return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options())
 
 
 def _optimizer(step: Array, hparams: Hparams, config: SAEConfig):

@@ -10,8 +10,8 @@ elsewhere the residual stays as it is. The ablation sets every position to 0. Th
 language model's clean and ablated passes serve all autoencoders of a grid.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from vsae_jax.metrics import (
     ratio,
 )
 from vsae_jax.sae import Variables
+from vsae_jax.sparsity import compiler_options
 
 
 class Losses(NamedTuple):
@@ -77,7 +78,7 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     first = subjects[0]
     # A JAX model is a pytree of arrays; any other is one leaf, which jit cannot trace.
     traced = isinstance(jax.tree.leaves(first.lm)[0], jax.Array)
-    measure_base, measure = (_base_jit, _measure_jit) if traced else (_base, _measure)
+    measure_base, measure = _compiled() if traced else (_base, _measure)
     layer, center = first.run.data["layer"], first.run.data["center_residual"]
     options = {"layer": layer, "underflow": quirks.kl_underflow}
     base: list[tuple[Losses, Losses]] = []
@@ -123,9 +124,6 @@ def _base(
     return Base(residual, log_p, sums(clean), sums(ablated))
 
 
-_base_jit = jax.jit(_base, static_argnames=("layer", "underflow"))
-
-
 def _measure(
     lm: LanguageModel,
     variables: Variables,
@@ -154,9 +152,16 @@ def _measure(
     return batch_sums(x, x_hat, f, keep.reshape(-1)), losses, contexts_fired
 
 
-_measure_jit = jax.jit(
-    _measure, static_argnames=("config", "layer", "center", "layer_norm", "underflow")
-)
+@cache
+def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`_base` and `_measure` under jit."""
+    of_base = ("layer", "underflow")
+    static = (*of_base, "config", "center", "layer_norm")
+    options = compiler_options()
+    return (
+        jax.jit(_base, static_argnames=of_base),
+        jax.jit(_measure, static_argnames=static, compiler_options=options),
+    )
 
 
 @partial(jax.jit, static_argnames=("config", "center", "layer_norm"))

@@ -5,8 +5,8 @@ text's vector is the mean over its other tokens of x, or of the latents of each 
 One pass of the language model serves all autoencoders of a grid.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from vsae_jax.config import SAEConfig
 from vsae_jax.evals import Subject
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.sae import Variables
+from vsae_jax.sparsity import compiler_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,16 +84,39 @@ def encode_texts(
             n = len(rows)
             x[rows], n_valid[rows] = mean[:n], batch.keep[:n].sum(axis=1)
             for subject, out in zip(subjects, pooled, strict=True):
-                out[rows] = _pool(
-                    subject.run.variables,
-                    masked,
-                    batch.keep,
-                    config=subject.run.sae,
-                    layer_norm=subject.run.data.get("layer_norm", False),
-                )[:n]
+                out[rows] = _pooled(subject, masked, batch.keep)[:n]
             bar.update(n)
     each = zip(subjects, pooled, strict=True)
     return Pooled(x, n_valid), [_latents(s, p, stored_norms) for s, p in each]
+
+
+def residuals_at(
+    subject: Subject,
+    tokens: Sequence[Int[np.ndarray, " tokens"]],
+    places: Int[np.ndarray, " texts"],
+) -> Float[np.ndarray, "texts d_model"]:
+    """One position's row of each text, as the subject was trained on."""
+    language_model, data = subject.lm, subject.run.data
+    found = np.zeros((len(tokens), language_model.d_model), np.float32)
+    with progress.bar(len(tokens), unit="text") as bar:
+        for rows, batch in _batches(tokens, subject.batch_size, []):
+            residual = jnp.asarray(language_model.residual(batch.tokens, data["layer"]))
+            own = residual[np.arange(len(rows)), places[rows]][:, None]
+            found[rows] = rows_of(own, center=data["center_residual"])
+            bar.update(len(rows))
+    return found
+
+
+def encode_residuals(
+    subject: Subject, x: Float[np.ndarray, "rows d_model"], *, stored_norms: bool
+) -> tuple[Float[np.ndarray, "rows d_sae"], Float[np.ndarray, "d_sae d_model"]]:
+    """Latents of single rows, and their directions, in the units of `Latents`."""
+    size = subject.batch_size * CONTEXT
+    padded = np.pad(x, ((0, -len(x) % size), (0, 0))).reshape(-1, size, 1, x.shape[1])
+    keep = np.ones((size, 1), bool)
+    f = [_pooled(subject, jnp.asarray(part), keep) for part in padded]
+    latents = _latents(subject, np.concatenate(f)[: len(x)], stored_norms)
+    return latents.pooled, latents.directions
 
 
 def rows_of(
@@ -156,7 +180,23 @@ def _masked(
     return x, _mean(x, keep)
 
 
-@partial(jax.jit, static_argnames=("config", "layer_norm"))
+def _pooled(
+    subject: Subject,
+    x: Float[Array, "batch time d_model"],
+    keep: Bool[np.ndarray, "batch time"],
+) -> Float[np.ndarray, "batch d_sae"]:
+    run = subject.run
+    layer_norm = run.data.get("layer_norm", False)
+    pooled = _pool_jit()(run.variables, x, keep, config=run.sae, layer_norm=layer_norm)
+    return np.asarray(pooled)
+
+
+@cache
+def _pool_jit() -> Callable[..., Array]:
+    static, options = ("config", "layer_norm"), compiler_options()
+    return jax.jit(_pool, static_argnames=static, compiler_options=options)
+
+
 def _pool(
     variables: Variables,
     x: Float[Array, "batch time d_model"],
@@ -191,5 +231,5 @@ def _latents(subject: Subject, pooled: np.ndarray, stored_norms: bool) -> Latent
         return Latents(pooled, np.asarray(at_zero[0]), directions)
     norms = np.linalg.norm(directions, axis=1)
     directions = directions / np.maximum(norms, 1e-30)[:, None]
-    pooled *= norms
+    pooled = pooled * norms
     return Latents(pooled, np.asarray(at_zero[0]) * norms, directions)

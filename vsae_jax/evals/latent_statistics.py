@@ -25,7 +25,7 @@ def per_latent(
     """Each `[d_sae]`; NaN for what a latent that never fires has none of.
 
     Args:
-      params: w_enc `[d_model, d_sae]` and w_dec `[d_sae, d_model]`.
+      params: w_enc `[d_model, d_sae]`, b_enc, and w_dec `[d_sae, d_model]`.
       density: the share of tokens on which a latent is above 0.
       fired: the number of these tokens.
       contexts_fired: the number of contexts with one.
@@ -38,6 +38,7 @@ def per_latent(
         "consistent_activation_heuristic": np.where(
             never, np.nan, fired / np.maximum(contexts_fired, 1)
         ),
+        "encoder_bias": np.asarray(params["b_enc"]),
         "encoder_norm": np.linalg.norm(np.asarray(w_enc), axis=1),
         "encoder_decoder_cosine_sim": np.asarray(jnp.sum(unit_enc * unit_dec, axis=1)),
         "max_encoder_cosine_sim": nearest(unit_enc),

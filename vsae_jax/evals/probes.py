@@ -46,8 +46,8 @@ SHORTCUT = Recipe(lr=1e-3, batch_size=16, epochs=20, patience=20, l1=1e-3)
 class Probe(NamedTuple):
     """w `[..., d, outputs]`, b `[..., outputs]`; a logit above 0 says yes."""
 
-    w: Float[Array, "*probes d outputs"]
-    b: Float[Array, "*probes outputs"]
+    w: Float[Array | np.ndarray, "*probes d outputs"]
+    b: Float[Array | np.ndarray, "*probes outputs"]
 
 
 class _State(NamedTuple):

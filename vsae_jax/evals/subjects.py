@@ -84,6 +84,8 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
         config={
             "n_tokens": int(tokens.size),
             "n_contexts": len(tokens),
+            "context_length": tokens.shape[1],
+            "batch_size": c.batch_size,
             "tokens_from": tokens_from,
             "model": model,
             "revision": language_model.revision or "",

@@ -47,11 +47,11 @@ def prepare(task: Task) -> Prepared:
     """What all autoencoders share, by pair of labels."""
     prepared = Prepared({}, {}, {})
     for pair, split in task.quadrants.items():
-        train = _samples(task, pair, split, "train", "scr probe")
-        test = _samples(task, pair, split, "test", "scr probe")
+        train = samples(task, pair, split, "train", "scr probe")
+        test = samples(task, pair, split, "test", "scr probe")
         x = task.pooled.x
         fitted = fit_probes(task, x, train, test, probes.SHORTCUT, "scr", pair)
-        tests = _samples(task, pair, split, "test", "scr clean")
+        tests = samples(task, pair, split, "test", "scr clean")
         prepared.fitted[pair] = fitted
         prepared.clean[pair] = _tested(task, fitted, tests, None)
         prepared.before[pair] = _tested(task, fitted, tests, "biased")
@@ -66,9 +66,10 @@ def score(task: Task, prepared: Prepared, latents: Latents) -> dict[str, Metrics
     }
 
 
-def _samples(
+def samples(
     task: Task, pair: str, split: Split, part: str, call: str
 ) -> dict[str, Sample]:
+    """The three tasks' balanced samples of the split's part `train` or `test`."""
     rows = getattr(split, part)
     q = len(rows["P-"])
     found = {}
@@ -107,7 +108,7 @@ def _of_pair(
         metrics[f"scr_biased_on_{name}_accuracy"] = before[name]
     for n in ablation.usable(latents.pooled.shape[1]):
         scores: dict[int, float | None] = {}
-        tests = _samples(task, pair, split, "test", f"scr {n}")
+        tests = samples(task, pair, split, "test", f"scr {n}")
         for direction, (ablated, on) in DIRECTIONS.items():
             after = ablation.accuracy_after(
                 task, fitted, "biased", tests[on], latents, chosen[ablated][:n]
@@ -126,7 +127,7 @@ def _chosen(
     task: Task, fitted: Fitted, latents: Latents, pair: str, split: Split, name: str
 ) -> np.ndarray:
     w, _ = fitted.weights(name)
-    sample = _samples(task, pair, split, "train", "scr effects")[name]
+    sample = samples(task, pair, split, "train", "scr effects")[name]
     effects = np.abs(ablation.effects(latents, sample, w, positive_only=False))
     return ablation.ranked(effects, surplus=task.quirks.surplus_latents)
 

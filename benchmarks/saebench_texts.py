@@ -184,7 +184,10 @@ def there(folder: Path, model: str) -> None:
     special = shared["special"].tolist()
     ids = (special * 3)[:3]
     language_model.tokenizer = SimpleNamespace(
-        pad_token_id=ids[0], eos_token_id=ids[1], bos_token_id=ids[2]
+        pad_token_id=ids[0],
+        eos_token_id=ids[1],
+        bos_token_id=ids[2],
+        padding_side="right",
     )
     # Their tokenizer is replaced by one that only knows its special tokens.
     hook = sae.cfg.metadata.hook_name

@@ -6,6 +6,7 @@ first epoch with the best accuracy on a validation sample. Theirs validates on t
 sample; ours on a part of the training sample unless the caller says otherwise.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,6 +37,14 @@ class Recipe:
     weight_decay: float = 0.01
     coupled: bool = False
     end_lr: float | None = None
+
+    def with_steps_of(self, rows: int, *, n: int) -> "Recipe":
+        """For `n` rows, as many steps as an epoch of `rows` rows has in as many epochs
+        as this has; the patience grows likewise."""
+        more = max(rows / n, 1.0)
+        return dataclasses.replace(
+            self, epochs=round(self.epochs * more), patience=round(self.patience * more)
+        )
 
 
 # Sparse probing; SCR and TPP (whose batch size says how strong a shortcut is learned).

@@ -22,6 +22,8 @@ class Quirks:
       log-probabilities].
     validate_on_test: 2.3, a probe's epoch is chosen by its test accuracy [by that of a
       fifth of the training sample].
+    fixed_epochs: 2.3, as many epochs however few texts there are, which leaves a probe
+      of few texts untrained [as many steps as with 4,000 texts].
     resample: 2.2, a new sample at every call [one per class for all that is compared].
     padding_leak: 4.5, an ablated latent that is active at x = 0 is taken away once for
       each masked position [at the tokens].
@@ -38,6 +40,7 @@ class Quirks:
     batch_sums: bool = False
     kl_underflow: bool = False
     validate_on_test: bool = False
+    fixed_epochs: bool = False
     resample: bool = False
     padding_leak: bool = False
     surplus_latents: bool = False

@@ -14,6 +14,8 @@ from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Sample, Split
 
 Metrics = dict[str, float | None]
+# What SAEBench trains a probe on, and its numbers of epochs are made for.
+_USUAL_ROWS = 4000
 
 
 class Task(NamedTuple):
@@ -80,6 +82,8 @@ def fit_probes(
     else:
         parts = [sampling.validation(train[name]) for name in train]
     fitted, validation = (list(part) for part in zip(*parts, strict=True))
+    if not task.quirks.fixed_epochs:
+        recipe = recipe.with_steps_of(_USUAL_ROWS, n=len(fitted[0].rows))
     probes = fit(x, fitted, validation, recipe=recipe, key=task.key("probe", *names))
     return Fitted(probes, train)
 

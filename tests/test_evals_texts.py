@@ -1,0 +1,474 @@
+"""Labelled texts from file to table: reading, sampling, encoding, the real command."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import make_stories
+from tiny_runs import call, copied
+
+from vsae_jax import lm, runs, sae
+from vsae_jax.config import EvalConfig
+from vsae_jax.errors import UserError
+from vsae_jax.evals import Subject, encoding, first_letter, hub_sets, labelled, sampling
+from vsae_jax.evals import on_texts as texts
+from vsae_jax.evals.probes import Recipe, _optimizer, fit, fit_outputs
+from vsae_jax.evals.sampling import Sample
+
+pytest.importorskip("sklearn")
+
+LABELS, SIGNS = ("cat", "dog", "owl"), (1, 5)
+SIZES = {"train_size": 40, "test_size": 16}
+
+
+def rows(count: int = 120) -> list[dict]:
+    """Stories that begin with their label and end with their attribute."""
+    made = []
+    for i, story in enumerate(make_stories(count)):
+        label, sign = LABELS[i % 3], SIGNS[i // 3 % 2]
+        mood = "sad" if sign == 1 else "happy"
+        text = f"{label} {label} {story} {mood} {mood}"
+        made.append({"story": text, "animal": label, "stars": sign})
+    return made
+
+
+def write(path, lines: list) -> str:
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("labelled") / "animals.jsonl", rows())
+
+
+@pytest.fixture(scope="module")
+def flags(stories) -> dict:
+    columns = {"text_column": "story", "label_column": "animal"}
+    return {"labelled": stories, "attribute_column": "stars", **columns, **SIZES}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_grid, flags, tmp_path_factory):
+    """A grid after all evaluations."""
+    folder = copied(tiny_grid, tmp_path_factory.mktemp("evaluated") / "grid")
+    evals = "core,sparse_probing,scr,tpp,absorption"
+    assert call("evaluate", run=folder, evals=evals, saebench_json=True, **flags) == 0
+    return folder
+
+
+def results(folder, name: str) -> dict:
+    return json.loads((folder / "evals" / f"{name}.json").read_text())
+
+
+def test_every_evaluation_writes_its_file_in_every_arm(evaluated):
+    for arm in runs.run_folders(evaluated):
+        for name in ("core", "sparse_probing", "scr", "tpp", "absorption"):
+            result = results(arm, name)
+            detail = {"core": "per_latent", "absorption": "per_letter"}
+            assert {"metrics", "config"} <= result.keys()
+            assert detail.get(name, "per_class") in result
+            assert (result["metrics"] == {}) is (name == "absorption")
+        assert "need" in results(arm, "absorption")["reason"]
+
+
+def test_metrics_have_saebenchs_names(evaluated):
+    arm = runs.run_folders(evaluated)[0]
+    probing = results(arm, "sparse_probing")
+    assert {"sae_top_1_test_accuracy", "llm_top_5_test_accuracy"} <= probing[
+        "metrics"
+    ].keys()
+    assert set(probing["per_class"]["animals"]) == set(LABELS)
+    assert {"scr_metric_threshold_2", "scr_dir2_threshold_20"} <= results(arm, "scr")[
+        "metrics"
+    ].keys()
+    # Three labels are three pairs; d_sae is 32, so that 50 latents cannot be ablated.
+    assert len(results(arm, "scr")["per_class"]["animals"]) == 3
+    tpp = results(arm, "tpp")["metrics"]
+    assert "tpp_threshold_20_total_metric" in tpp
+    assert "tpp_threshold_50_total_metric" not in tpp
+
+
+def test_the_output_says_how_much_there_was(evaluated):
+    sizes = results(runs.run_folders(evaluated)[0], "scr")["config"]["sets"]["animals"]
+    assert sizes["texts"] == 120
+    # 40 texts a class: 20 an attribute, 4 of which test.
+    assert sizes["per_class"]["cat"] == {"train": 20, "test": 8}
+    assert sizes["per_quadrant"]["cat / dog"] == {"train": 8, "test": 2}
+
+
+def test_a_summary_puts_arms_side_by_side(evaluated):
+    text = (evaluated / "evals/summary.md").read_text()
+    assert "variant topk, beta 0.0 (n=1)" in text
+    assert "| sae_top_1_test_accuracy |" in text
+    assert "Not evaluated: 0 letters" in text
+
+
+def test_saebenchs_files_are_there_for_what_was_not_refused(evaluated):
+    arm = runs.run_folders(evaluated)[0]
+    found = {path.name for path in (arm / "evals/saebench").iterdir()}
+    names = ("core", "sparse_probing", "scr", "tpp")
+    assert found == {f"{name}_eval_results.json" for name in names}
+    value = json.loads((arm / "evals/saebench/tpp_eval_results.json").read_text())
+    ours = results(arm, "tpp")["metrics"]["tpp_threshold_2_total_metric"]
+    assert (
+        value["eval_result_metrics"]["tpp_metrics"]["tpp_threshold_2_total_metric"]
+        == ours
+    )
+
+
+def test_a_run_alone_has_the_grids_scores(evaluated, flags, tmp_path):
+    arm = runs.run_folders(evaluated)[-1]
+    alone = copied(arm, tmp_path / "alone")
+    shutil.rmtree(alone / "evals")
+    assert call("evaluate", run=alone, evals="tpp,sparse_probing", **flags) == 0
+    for name in ("tpp", "sparse_probing"):
+        assert results(alone, name)["metrics"] == results(arm, name)["metrics"]
+
+
+def test_scores_do_not_depend_on_the_batch_size(tiny_run, flags, tmp_path):
+    found = []
+    for size in (3, 16):
+        folder = copied(tiny_run, tmp_path / str(size))
+        flags = flags | {"batch_size": size}
+        assert call("evaluate", run=folder, evals="sparse_probing,scr", **flags) == 0
+        found.append([results(folder, n)["metrics"] for n in ("sparse_probing", "scr")])
+    assert found[0] == found[1]
+
+
+def test_moving_the_decoders_norms_changes_nothing_but_with_the_quirk(
+    tiny_run, flags, tmp_path
+):
+    """Rows twice as long and an encoder half as large are the same autoencoder; with
+    stored norms the latents are others."""
+    trained = runs.open_run(tiny_run)
+    scale = 2.0 ** (np.arange(trained.sae.d_sae) % 2)
+    moved = copied(tiny_run, tmp_path / "moved")
+    config = runs.read_json(moved / runs.CONFIG)
+    config["sae"] |= {"sparsity": "none", "relu": True}
+    config["train"]["variant"] = "relu"
+    arrays = {n: np.asarray(a) for n, a in trained.variables["params"].items()}
+    folders = {}
+    for name, factor in (("as it was", np.ones_like(scale)), ("moved", scale)):
+        folder = copied(moved, tmp_path / name.replace(" ", "-") / "run")
+        params = arrays | {
+            "w_enc": arrays["w_enc"] / factor,
+            "b_enc": arrays["b_enc"] / factor,
+            "w_dec": arrays["w_dec"] * factor[:, None],
+        }
+        runs.write_json(folder / runs.CONFIG, config)
+        norm = trained.variables["norm"]
+        runs.write_parameters(
+            folder / runs.PARAMETERS, {"params": params, "norm": norm}
+        )
+        folders[name] = folder
+    found = {}
+    for quirks in ("", "stored_norms"):
+        for name, folder in folders.items():
+            options = flags | {"evals": "sparse_probing,tpp", "quirks": quirks}
+            assert call("evaluate", run=folder, **options) == 0
+            metrics = [results(folder, n)["metrics"] for n in ("sparse_probing", "tpp")]
+            found[name, quirks] = metrics
+            norms = results(folder, "tpp")["config"]["decoder_norms"]
+            assert (norms == "1") is (name == "as it was")
+    assert found["moved", ""] == found["as it was", ""]
+    assert found["moved", "stored_norms"] != found["as it was", "stored_norms"]
+
+
+def test_pooled_vectors_are_means_over_the_tokens_that_count(tiny_run, tiny_model):
+    language_model = lm.load_language_model(str(tiny_model))
+    trained = runs.open_run(tiny_run)
+    trained = trained._replace(data=trained.data | {"center_residual": True})
+    subject = Subject(trained, language_model, np.zeros((1, 1), int), 2, {})
+    tokens = [np.array(ids, np.int32) for ids in ([0, 5, 6, 7], [0, 9], [0] + [8] * 40)]
+    pooled, (latents,) = encoding.encode_texts([subject], tokens, stored_norms=True)
+    assert pooled.n_valid.tolist() == [3, 1, 40]
+    for i, ids in enumerate(tokens):
+        x = np.asarray(language_model.residual(ids[None], trained.data["layer"]))[0, 1:]
+        x = x - x.mean(axis=1, keepdims=True)
+        f = sae.encode(trained.variables, jnp.asarray(x), config=trained.sae)
+        np.testing.assert_allclose(pooled.x[i], x.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(latents.pooled[i], f.mean(axis=0), atol=1e-4)
+
+
+def test_a_text_is_cut_at_the_context_and_starts_with_bos(tiny_model):
+    tokenizer = lm.load_tokenizer(str(tiny_model))
+    long, short = encoding.tokenise(["cat " * 300, "cat"], tokenizer, bos=[0])
+    assert len(long) == encoding.CONTEXT
+    assert long[0] == short[0] == 0
+    assert len(short) < 4
+
+
+# Sampling
+
+
+def text_set(**changes) -> labelled.TextSet:
+    n = 90
+    values = {
+        "name": "set",
+        "texts": [f"text {i}" for i in range(n)],
+        "labels": np.array([LABELS[i % 3] for i in range(n)]),
+        "attributes": None,
+        "classes": LABELS,
+        "in_test": None,
+    }
+    return labelled.TextSet(**values | changes)
+
+
+def test_train_and_test_rows_are_apart_and_balanced():
+    split = sampling.by_class(text_set(), train_size=4000, test_size=1000, seed=0)
+    for name in LABELS:
+        assert len(split.train[name]) == 24
+        assert len(split.test[name]) == 6
+        assert not set(split.train[name]) & set(split.test[name])
+        assert {int(row) % 3 for row in split.train[name]} == {LABELS.index(name)}
+
+
+def test_a_sets_own_test_split_is_kept():
+    in_test = np.arange(90) >= 60
+    split = sampling.by_class(
+        text_set(in_test=in_test), train_size=4000, test_size=1000, seed=0
+    )
+    assert all(in_test[rows].all() for rows in split.test.values())
+    assert not any(in_test[rows].any() for rows in split.train.values())
+
+
+def test_a_class_that_is_too_small_is_left_out():
+    labels = np.array(["cat"] * 45 + ["dog"] * 40 + ["owl"] * 5)
+    split = sampling.by_class(
+        text_set(labels=labels), train_size=4000, test_size=1000, seed=0
+    )
+    assert set(split.train) == {"cat", "dog"}
+
+
+def test_one_against_the_rest_is_half_and_half():
+    split = sampling.by_class(text_set(), train_size=40, test_size=10, seed=0)
+    rng = sampling.generator(0, "x")
+    sample = sampling.one_vs_rest(split.train, "cat", rng)
+    yes = sample.rows[sample.labels == 1]
+    no = sample.rows[sample.labels == 0]
+    assert sorted(yes) == sorted(split.train["cat"])
+    assert len(no) == len(yes) == 20
+    counts = [int(np.isin(no, split.train[name]).sum()) for name in ("dog", "owl")]
+    assert sorted(counts) == [10, 10]
+
+
+def test_quadrants_have_q_rows_and_the_biased_ones_twice_as_many():
+    attributes = np.array([str(SIGNS[i // 3 % 2]) for i in range(90)])
+    split = sampling.by_quadrant(
+        text_set(attributes=attributes),
+        ("cat", "owl"),
+        train_size=4000,
+        test_size=1000,
+        seed=0,
+    )
+    sizes = {name: len(rows) for name, rows in split.train.items()}
+    assert sizes == {"P+": 12, "P-": 6, "N+": 6, "N-": 12}
+    assert {name: len(r) for name, r in split.test.items()}["P+"] == 2
+    assert set(attributes[split.train["P+"]]) == {"1"}
+
+
+def test_a_draw_depends_on_the_names_of_what_it_is_for():
+    draws = [sampling.generator(0, *names).random() for names in ("ab", "ba", "ab")]
+    assert draws[0] == draws[2] != draws[1]
+
+
+# Probes
+
+
+def test_the_optimizers_are_torchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal((5, 3)), rng.standard_normal((6, 5, 3))
+    for coupled, kind in ((False, torch.optim.AdamW), (True, torch.optim.Adam)):
+        recipe = Recipe(
+            lr=0.1, batch_size=1, epochs=1, weight_decay=0.3, coupled=coupled
+        )
+        optimizer = _optimizer(recipe)
+        w = jnp.asarray(start, jnp.float32)
+        state = optimizer.init(w)
+        other = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+        theirs = kind([other], lr=0.1, weight_decay=0.3)
+        for grad in grads:
+            update, state = optimizer.update(jnp.asarray(grad, jnp.float32), state, w)
+            w = w + 0.1 * update
+            other.grad = torch.tensor(grad, dtype=torch.float32)
+            theirs.step()
+        np.testing.assert_allclose(w, other.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_epoch_on_the_validation_sample_is_kept(key):
+    """Validated on wrong labels, the best probe is the first, not the last."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((200, 4)).astype(np.float32)
+    right = Sample(np.arange(200), (x[:, 0] > 0).astype(np.float32))
+    wrong = Sample(right.rows, 1 - right.labels)
+    recipe = Recipe(lr=0.05, batch_size=50, epochs=30)
+    good, bad = (
+        fit(x, [right], [validation], recipe=recipe, key=key)
+        for validation in (right, wrong)
+    )
+    accuracy = [
+        float(np.mean((x @ p.w[0] + p.b[0] > 0) == (x[:, 0] > 0))) for p in (good, bad)
+    ]
+    assert accuracy[0] > 0.97
+    assert accuracy[1] < accuracy[0]
+
+
+def test_many_outputs_find_their_directions(key):
+    rng = np.random.default_rng(0)
+    labels = np.eye(6, dtype=np.float32)[rng.integers(0, 6, 400)]
+    x = (labels @ rng.standard_normal((6, 12)) * 3).astype(np.float32)
+    recipe = Recipe(lr=0.05, batch_size=64, epochs=30, coupled=True, end_lr=1e-3)
+    probe = fit_outputs(x, labels, recipe=recipe, key=key)
+    assert np.mean((x @ probe.w + probe.b > 0) == (labels > 0)) > 0.99
+
+
+# First letters
+
+
+def test_words_are_read_where_they_stand(tiny_model):
+    tokenizer = lm.load_tokenizer(str(tiny_model))
+    words = first_letter.alphabetic_words(tokenizer)
+    assert all(w.removeprefix(" ").isalpha() for w in words)
+    assert words == sorted(words)
+    rng = np.random.default_rng(0)
+    vocabulary = tokenizer.get_vocab()
+    inverse = {i: t for t, i in vocabulary.items()}
+    suffix = len(tokenizer(first_letter._SUFFIX)["input_ids"])
+    for word, prompt in zip(
+        words, first_letter.prompts(words, words, rng), strict=True
+    ):
+        lines = prompt.split("\n")[1:]
+        assert len(lines) == first_letter.EXAMPLES + 1
+        assert lines[-1] == f"{word}{first_letter._SUFFIX}"
+        assert not any(line.startswith(f"{word} has") for line in lines[:-1])
+        ids = tokenizer(prompt)["input_ids"]
+        read = tokenizer.convert_tokens_to_string([inverse[ids[len(ids) - suffix - 1]]])
+        assert read == word
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"labelled": ""}, "needs labelled texts"),
+        ({"labelled": "nowhere.jsonl"}, "is no .jsonl file here"),
+        ({"label_column": "plant"}, "no --label_column=plant; there is: animal"),
+        ({"text_column": "stars"}, "--text_column=stars is of type int, not text"),
+        ({"attribute_column": ""}, "--evals=scr needs a set of --labelled with"),
+        ({"attribute_column": "animal"}, "has 3 values (cat, dog, owl, ...); scr"),
+        ({"label_column": "story"}, "120 different labels"),
+        ({"label_column": "a,b,c"}, "has 3 names for 1 sets"),
+        ({"quirks": "leak"}, "--quirks=leak is not known; there is mean_in_variance"),
+        ({"train_size": 3}, "--train_size=3 must be at least 8"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tiny_run, flags, change, says, capsys):
+    options = flags | change
+    assert call("evaluate", run=tiny_run, evals="sparse_probing,scr", **options) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert says in message
+    assert not (tiny_run / "evals/scr.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["not json"], "is not a JSON object"),
+        ([{"text": "a", "label": ["x"]}], "of type list, not a label"),
+        ([{"text": "a", "label": None}], "holds no labelled text"),
+        ([{"text": "a", "label": "x"}], "has one label, 'x'"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, lines, says):
+    path = write(tmp_path / "bad.jsonl", lines)
+    with pytest.raises(UserError, match=says):
+        labelled.read_sets(EvalConfig(run="r", labelled=path))
+
+
+def test_labels_may_be_numbers_and_null_rows_are_left_out(tmp_path):
+    lines = [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]
+    lines += [{"text": "c", "label": None}, {"text": " ", "label": 1}]
+    (s,) = labelled.read_sets(
+        EvalConfig(run="r", labelled=write(tmp_path / "x.jsonl", lines))
+    )
+    assert s.labels.tolist() == ["1", "2.5"]
+
+
+def test_too_few_texts_are_refused(tmp_path):
+    lines = [{"text": f"{i}", "label": i % 2} for i in range(12)]
+    config = EvalConfig(run="r", labelled=write(tmp_path / "x.jsonl", lines))
+    (s,) = labelled.read_sets(config)
+    with pytest.raises(UserError, match="fewer than two labels have 10 texts"):
+        texts.plan(s, ["tpp"], config)
+
+
+# SAEBench's sets by name, the hub replaced
+
+
+def test_saebenchs_sets_have_their_classes_pairs_and_splits(monkeypatch):
+    import datasets
+
+    def load(path, *arguments, **options):
+        assert path == "LabHC/bias_in_bios"
+        rows = [
+            {"hard_text": f"t{i}", "profession": i % 28, "gender": i % 2}
+            for i in range(56)
+        ]
+        return {"train": rows, "test": rows[:28]}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sets = labelled.read_sets(EvalConfig(run="r", labelled="bias_in_bios"))
+    assert [s.name[-4:] for s in sets] == ["set1", "set2", "set3"]
+    assert sets[0].classes == ("0", "1", "2", "6", "9")
+    assert sets[0].in_test is not None
+    assert int(sets[0].in_test.sum()) == 28
+    assert [texts._takes("tpp", s) for s in sets] == [True, False, False]
+    assert hub_sets.SCR_PAIRS[sets[0].name][0] == ("21", "13")
+
+
+def test_code_is_told_by_its_extension_and_loses_its_head(monkeypatch):
+    import datasets
+
+    files = [("a.py", 600), ("b.c", 600), ("c.py", 100), ("d.rs", 900), ("e.py", 700)]
+    stream = [{"path": path, "content": "x" * size} for path, size in files]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: stream)
+    ((_, found, classes, _),) = hub_sets.read("github-code", rows=5)
+    assert [(row.label, len(row.text)) for row in found] == [
+        ("Python", 450),
+        ("C", 450),
+        ("Python", 550),
+    ]
+    assert classes[0] == "C"
+
+
+def test_europarl_takes_each_language_from_its_pair(monkeypatch):
+    import datasets
+
+    def load(path, pair, **options):
+        languages = pair.split("-")
+        return (
+            {"translation": dict.fromkeys(languages, f"{pair} {i}")} for i in range(9)
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    ((_, found, classes, _),) = hub_sets.read("europarl", rows=4)
+    assert classes == ("en", "fr", "de", "es", "nl")
+    assert len(found) == 20
+    assert found[4] == hub_sets.Row("fr-it 0", "fr")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    import datasets
+
+    def load(*arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(UserError, match="cannot be reached .no route.; name a local"):
+        labelled.read_sets(EvalConfig(run="r", labelled="ag_news"))

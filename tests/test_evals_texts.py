@@ -198,7 +198,7 @@ def test_a_text_is_cut_at_the_context_and_starts_with_bos(tiny_model):
     long, short = encoding.tokenise(["cat " * 300, "cat"], tokenizer, bos=[0])
     assert len(long) == encoding.CONTEXT
     assert long[0] == short[0] == 0
-    assert len(short) < 4
+    assert len(short) == 4
 
 
 # Sampling
@@ -296,7 +296,7 @@ def test_the_optimizers_are_torchs():
             w = w + 0.1 * update
             other.grad = torch.tensor(grad, dtype=torch.float32)
             theirs.step()
-        np.testing.assert_allclose(w, other.detach().numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(w, other.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_epoch_on_the_validation_sample_is_kept(key):
@@ -323,7 +323,8 @@ def test_many_outputs_find_their_directions(key):
     x = (labels @ rng.standard_normal((6, 12)) * 3).astype(np.float32)
     recipe = Recipe(lr=0.05, batch_size=64, epochs=30, coupled=True, end_lr=1e-3)
     probe = fit_outputs(x, labels, recipe=recipe, key=key)
-    assert np.mean((x @ probe.w + probe.b > 0) == (labels > 0)) > 0.99
+    logits = x @ np.asarray(probe.w) + np.asarray(probe.b)
+    assert np.mean((logits > 0) == (labels > 0)) > 0.99
 
 
 # First letters

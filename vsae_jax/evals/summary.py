@@ -8,8 +8,6 @@ from typing import Any
 from vsae_jax import runs
 from vsae_jax.npy import replace_file
 
-# Not part of an arm's name: what differs between repetitions, and places.
-_REPEATED = ("seed", "out")
 _CORE = (
     "ce_loss_score",
     "kl_div_score",
@@ -50,18 +48,10 @@ def markdown(folder: Path) -> str:
 
 def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each run's evaluations wrote, by name, under the arm without its seed."""
-    folders = runs.run_folders(folder)
-    configs = [_config(each) for each in folders]
-    fields = dict.fromkeys(name for config in configs for name in config)
-    swept = [
-        name
-        for name in fields
-        if name not in _REPEATED and len({str(c.get(name)) for c in configs}) > 1
-    ]
     arms: dict[str, list[dict[str, Any]]] = {}
-    for each, config in zip(folders, configs, strict=True):
-        label = ", ".join(f"{name} {config.get(name)}" for name in swept)
-        name = label or each.resolve().name
+    labels = _labels(folder)
+    for each in runs.run_folders(folder):
+        name = labels.get(each.name) or each.resolve().name
         arms.setdefault(name, []).append(_results(each))
     return arms
 
@@ -78,12 +68,17 @@ def spread(values: Sequence[float | None]) -> str:
     return f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / runs.CONFIG
-    train = runs.read_json(path).get("train") if path.is_file() else None
-    if not isinstance(train, dict):
-        return {"folder": folder.name}
-    return {name: v for name, v in train.items() if name not in runs.RUNTIME_FIELDS}
+def _labels(folder: Path) -> dict[str, str]:
+    """What a grid's arms differ in, but for the seed, by folder."""
+    if not (folder / runs.GRID).is_file():
+        return {}
+    grid = runs.read_json(folder / runs.GRID)
+    names = [name for name in grid.get("swept", []) if name != "seed"]
+    return {
+        str(arm.get("folder")): ", ".join(f"{name} {arm.get(name)}" for name in names)
+        for arm in grid.get("arms", [])
+        if isinstance(arm, dict)
+    }
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ SCR_NAMES = {
 
 def main() -> None:
     """Runs both sides on every run and prints the tables."""
-    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    flags = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     for name in ("runs", "model", "labelled", "out", "saebench"):
         flags.add_argument(f"--{name}", required=True)
     flags.add_argument("--label_column", default="label")
@@ -74,7 +74,7 @@ def ours(run: str, folder: Path, a: argparse.Namespace) -> None:
         found, arrays, times = measure(subject, s.name, planned, names, switches)
         seconds.append(times)
     found["seconds"] = {"first": seconds[0], "second": seconds[1]}
-    np.savez(folder / "shared.npz", **arrays)
+    np.savez(folder / "shared.npz", allow_pickle=False, **arrays)
     (folder / "ours.json").write_text(json.dumps(found))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +154,7 @@ def test_moving_the_decoders_norms_changes_nothing_but_with_the_quirk(
     folders = {}
     for name, factor in (("as it was", np.ones_like(scale)), ("moved", scale)):
         folder = copied(moved, tmp_path / name.replace(" ", "-") / "run")
-        params = arrays | {
+        params: dict[str, Any] = arrays | {
             "w_enc": arrays["w_enc"] / factor,
             "b_enc": arrays["b_enc"] / factor,
             "w_dec": arrays["w_dec"] * factor[:, None],
@@ -292,6 +293,7 @@ def test_the_optimizers_are_torchs():
         other = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
         theirs = kind([other], lr=0.1, weight_decay=0.3)
         for grad in grads:
+            update: Any
             update, state = optimizer.update(jnp.asarray(grad, jnp.float32), state, w)
             w = w + 0.1 * update
             other.grad = torch.tensor(grad, dtype=torch.float32)

@@ -5,7 +5,6 @@ folder, `evals/summary.md` in the run's or the grid's. The language model and th
 held-out contexts come from the run's config, labelled texts from `--labelled`.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from vsae_jax import cli, runs
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, absorption, core, on_texts, saebench_json, summary
+from vsae_jax.evals.labelled import TextSet
 from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
 
@@ -50,11 +50,7 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     sets = on_texts.open_sets(of_texts, eval_config) if of_texts else []
     results: dict[str, dict[str, Any]] = {}
     for subjects in open_subjects(eval_config):
-        evaluated = itertools.chain(
-            _core(subjects, names, quirks),
-            on_texts.run(subjects, sets, of_texts, eval_config, quirks).items(),
-            _absorption(subjects, names, eval_config, quirks),
-        )
+        evaluated = _evaluated(subjects, sets, names, eval_config, quirks)
         for name, found in evaluated:
             for subject, result in zip(subjects, found, strict=True):
                 _write(subject, name, result, saebench=eval_config.saebench_json)
@@ -98,20 +94,19 @@ def _eval_names(config: EvalConfig) -> list[str]:
     return names
 
 
-def _core(
-    subjects: Sequence[Subject], names: Sequence[str], quirks: Quirks
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    if "core" in names:
-        print(f"core on {subjects[0].config['n_tokens']:,} tokens")
-        yield "core", core.run(subjects, quirks)
-
-
-def _absorption(
+def _evaluated(
     subjects: Sequence[Subject],
+    sets: Sequence[TextSet],
     names: Sequence[str],
     config: EvalConfig,
     quirks: Quirks,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each evaluation by name as soon as it is done, a result for each subject."""
+    if "core" in names:
+        print(f"core on {subjects[0].config['n_tokens']:,} tokens")
+        yield "core", core.run(subjects, quirks)
+    of_texts = [name for name in names if name in on_texts.EVALS]
+    yield from on_texts.run(subjects, sets, of_texts, config, quirks).items()
     if "absorption" in names:
         results = absorption.run(subjects, config, quirks)
         if reason := results[0].get("reason"):

@@ -23,6 +23,10 @@ from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
 Backend = Literal["transformers", "jax", "auto"]
+_COORDINATOR = (
+    "several processes: HOST:PORT of the first one, the same for all; auto: from the "
+    "cluster's environment (SLURM, Open MPI, ...)"
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,14 @@ class TrainConfig:
         "a GPU with room",
         "auto",
     )
+    mesh: str = flag(
+        "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
+        "data, the latents over latents; unset: all devices on data",
+        "",
+    )
+    coordinator: str = flag(_COORDINATOR, "")
+    num_processes: int | None = flag("of the run, with --coordinator=HOST:PORT")
+    process_id: int | None = flag("of this process, from 0")
     checkpoint_every: int = flag("steps between checkpoints", 1000)
     log_every: int = flag("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = flag("steps in one call to the device", 10)
@@ -231,9 +243,11 @@ class TrainConfig:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")
 
 
+# Which process this is: not written into the run's record.
+PROCESS_FIELDS = frozenset("coordinator num_processes process_id".split())
 # Changing one of these leaves the result of a run unchanged, so a resumed run may.
-RUNTIME_FIELDS = frozenset(
-    "activations out arms feed checkpoint_every log_every steps_per_dispatch "
+RUNTIME_FIELDS = PROCESS_FIELDS | frozenset(
+    "activations out arms feed mesh checkpoint_every log_every steps_per_dispatch "
     "tensorboard wandb".split()
 )
 

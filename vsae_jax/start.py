@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vsae_jax import runs
+from vsae_jax import mesh, runs
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.feed import Feed
 from vsae_jax.job import Job, first_b_dec, first_state
@@ -63,4 +63,5 @@ def _fresh(job: Job, feed: Feed, b_decs: dict[Any, jax.Array | None]) -> Started
     kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
     if kind not in b_decs:
         b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
-    return Started(job, first_state(job, b_decs[kind]))
+    state = mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
+    return Started(job, state)

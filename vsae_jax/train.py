@@ -83,11 +83,15 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     with contextlib.ExitStack() as stack:
         feed = stack.enter_context(Feed(jobs[0]))
         saves = {
-            job.folder: stack.enter_context(Checkpoints(job.folder / runs.CHECKPOINTS))
+            job.folder: stack.enter_context(
+                Checkpoints(job.folder / runs.CHECKPOINTS, mesh=job.mesh)
+            )
             for job in jobs
         }
+        batch_size, mesh = jobs[0].train.batch_size, jobs[0].mesh
         one = max(
-            sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size) for job in jobs
+            sweep.bytes_of_one(job.sae, batch_size=batch_size, mesh=mesh)
+            for job in jobs
         )
         waiting = sweep.split(jobs, one)
         if len(waiting) > 1:
@@ -114,7 +118,8 @@ def _one_pass(
     chunks = list(_chunks(step, config))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
-    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
+    mesh = jobs[0].mesh
+    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
     del arms
     started.clear()

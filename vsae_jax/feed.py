@@ -117,7 +117,9 @@ class Feed:
 
     def _put(self) -> Array:
         """All rows, written into one array a piece at a time."""
-        rows = jnp.zeros((self._n_rows, self._d_model), self.dtype, device=whole(self._mesh))
+        rows = jnp.zeros(
+            (self._n_rows, self._d_model), self.dtype, device=whole(self._mesh)
+        )
         write = jax.jit(
             lambda rows, piece, start: jax.lax.dynamic_update_slice_in_dim(
                 rows, piece, start, 0

@@ -12,7 +12,7 @@ lie and adds the collectives.
 import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +28,16 @@ _OVER_LATENTS = frozenset("w_enc b_enc w_dec_t w_var b_var rows_since_fired".spl
 
 def open_mesh(text: str) -> Mesh | None:
     """The mesh that `--mesh` asks for, of all devices of all processes; None for one
-    device. Neighbours on the axis `latents`, which talk most, are of one process."""
+    device."""
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    mesh = of_devices(devices, text)
+    return None if mesh.size == 1 else mesh
+
+
+def of_devices(devices: Sequence[Any], text: str) -> Mesh:
+    """`devices` as a mesh. Neighbours on the axis `latents`, which wait for one another
+    within a step, are neighbours in the list: of one process where that is possible."""
     shape = sizes(text, n_devices=len(devices))
-    if len(devices) == 1:
-        return None
     return Mesh(np.array(devices).reshape(*shape.values()), AXES)
 
 

@@ -166,7 +166,9 @@ def _cut_ties(
         tied = (z == -negative[:, None]).reshape(rows, mesh.shards("latents"), -1)
         place = jnp.cumsum(tied, axis=2, dtype=jnp.int32)
         before = jnp.cumsum(place[:, :, -1], axis=1) - place[:, :, -1]
-        enough = (place + before[:, :, None]).reshape(rows, width) >= (k - above)[:, None]
+        enough = (place + before[:, :, None]).reshape(rows, width) >= (k - above)[
+            :, None
+        ]
         index = jnp.arange(width, dtype=jnp.int32)[None, :]
         last = jnp.min(jnp.where(enough, index, width), axis=1)
         return jnp.bool_(False), -negative, jnp.where(count > k, last, none)

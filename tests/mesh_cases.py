@@ -1,0 +1,108 @@
+"""Training on eight devices beside training on one: run by test_mesh.py in a process
+of its own, since XLA counts its devices when JAX starts.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_cases.py \
+        data:4,latents:2 topk vsae_topk
+
+prints JSON: of each case the largest difference of a parameter, as a share of that
+array's largest entry, and what else the test looks at.
+"""
+
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from vsae_jax import mesh as meshes
+from vsae_jax import sae, step, sweep
+from vsae_jax.config import TrainConfig, resolve_train, sae_config
+
+D, D_SAE, B, STEPS = 16, 64, 32, 20
+DEAD: dict[str, Any] = {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 40}
+CASES: dict[str, dict[str, Any]] = {
+    "relu": {"variant": "relu"},
+    "topk": DEAD,
+    "vsae": {"variant": "vsae"},
+    "vsae_topk": {},
+    "learned": {"variance": "learned"},
+    "free": {"decoder_norm": "free", "subtract_b_dec": False},
+    "magnitude": {"selection": "magnitude", "kl_over": "selected"},
+    "relu on mu": {"relu": True},
+    "auxk by variance": DEAD | {"auxk_units": "variance"},
+    "lax": {"top_k": "lax"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "clipped": {"clip_norm": 1e-3},
+}
+
+
+def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> sweep.Arm:
+    """A run's first state and numbers."""
+    options = {"d_sae": D_SAE, "k": 4, "steps": 40, "batch_size": B, "lr": 2e-3}
+    config = resolve_train(TrainConfig(**options | fields), d_model=D)
+    dtype = "bfloat16" if config.dtype == "bfloat16" else "float32"
+    static = sae_config(config, d_model=D, dtype=dtype)
+
+    def state() -> step.TrainState:
+        weights, noise = jax.random.split(jax.random.key(seed))
+        return step.init_state(sae.init(weights, static), noise, static)
+
+    return sweep.Arm(static, step.hparams(config), meshes.make(state, mesh=mesh))
+
+
+def trained(arms: list[sweep.Arm], *, mesh: Any, how: str = "loop") -> list[Any]:
+    """The states after 20 steps, as NumPy arrays."""
+    x = 10 * np.random.default_rng(3).normal(size=(STEPS, B, D)).astype(np.float32)
+    rows = jax.device_put(x, meshes.over_data(mesh, before=1))
+    shape = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)
+    plan = sweep.compile_pass(
+        arms, shape if mesh else jax.typeof(rows), how=how, mesh=mesh
+    )
+    states = sweep.states(sweep.advance(plan.groups, rows, STEPS))
+    return [
+        jax.device_get(states[place]._replace(key=None)) for place in sorted(states)
+    ]
+
+
+def difference(one: Any, many: Any) -> dict[str, float]:
+    """Between two states: parameters, and the counters and sums that follow them."""
+    return {
+        "parameters": max(
+            float(np.abs(a - many.params[name]).max() / np.abs(a).max())
+            for name, a in one.params.items()
+        ),
+        "silence": float(np.abs(one.rows_since_fired - many.rows_since_fired).max()),
+        "loss": float(abs(one.totals.loss / many.totals.loss - 1)),
+        "auxk": float(one.totals.auxk),
+        "steps": int(many.totals.steps),
+    }
+
+
+def case(name: str, mesh: Any) -> dict[str, float]:
+    """One variant, on one device and on all."""
+    fields = CASES[name]
+    (one,) = trained([arm(**fields)], mesh=None)
+    (many,) = trained([arm(mesh=mesh, **fields)], mesh=mesh)
+    return difference(one, many)
+
+
+def grid(mesh: Any) -> dict[str, float]:
+    """Three arms at once and one after another, on all devices."""
+    numbers = [{"beta": 0.0}, {"beta": 0.5, "seed": 1}, {"k": 8}]
+    arms = [arm(mesh=mesh, **fields) for fields in numbers]
+    together = trained(arms, mesh=mesh, how="vmap")
+    ones = [trained([arm(**fields)], mesh=None)[0] for fields in numbers]
+    worst = [difference(*pair) for pair in zip(ones, together, strict=True)]
+    return max(worst, key=lambda found: found["parameters"])
+
+
+def main(text: str, *names: str) -> None:
+    """Prints the cases' results."""
+    mesh = meshes.open_mesh(text)
+    found = {n: grid(mesh) if n == "grid" else case(n, mesh) for n in names}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

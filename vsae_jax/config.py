@@ -18,6 +18,7 @@ from vsae_jax.fields import (
     flag,
     preset_flag,
 )
+from vsae_jax.processes import check_flags as check_processes
 from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
 
 Preset = Literal["paper", "released", "baseline"]
@@ -238,6 +239,7 @@ class TrainConfig:
         both = self.k is not None and self.d_sae is not None
         if self.variant.endswith("topk") and both and self.k > self.d_sae:
             raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
+        check_processes(self)
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 2**32:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")

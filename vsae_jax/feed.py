@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vsae_jax import processes
 from vsae_jax.batches import Part, ShuffledRows
+from vsae_jax.errors import UserError
 from vsae_jax.job import Job
 from vsae_jax.mesh import over_data, own_rows, whole
 from vsae_jax.shards import READ
@@ -42,6 +44,11 @@ class Feed:
         }
         # The same stream, of the rows' numbers.
         self._numbers = ShuffledRows(_numbers, **order)
+        if job.train.feed == "device" and processes.count() > 1:
+            raise UserError(
+                "--feed=device would put every row on every device; of several "
+                "processes each reads only its own: --feed=stream"
+            )
         self._resident: Array | None = None
         if _on_device(job.train.feed, self._n_rows * row_bytes):
             self._resident, self._rows = self._put(), self._numbers
@@ -139,4 +146,6 @@ def _numbers(start: int, stop: int) -> np.ndarray:
 def _on_device(feed: str, data_bytes: int) -> bool:
     if feed != "auto":
         return feed == "device"
-    return jax.default_backend() == "gpu" and data_bytes < _SHARE * free_bytes()
+    alone = processes.count() == 1
+    on_gpu = alone and jax.default_backend() == "gpu"
+    return on_gpu and data_bytes < _SHARE * free_bytes()

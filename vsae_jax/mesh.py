@@ -156,6 +156,18 @@ def make(build: Callable[..., Any], *arguments: Any, mesh: Mesh | None) -> Any:
     return jax.jit(build, out_shardings=places)(*arguments)
 
 
+def filled(tree: Any, values: Any) -> Any:
+    """Arrays of the shapes and in the places of `tree`'s, each full of its value."""
+
+    def fill(old: jax.Array, value: Any) -> jax.Array:
+        new = np.full(old.shape, value, old.dtype)
+        return jax.make_array_from_callback(
+            old.shape, old.sharding, lambda index: new[index]
+        )
+
+    return jax.tree.map(fill, tree, values)
+
+
 def bytes_each(tree: Any) -> int:
     """Bytes of the arrays on one device."""
     return sum(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from vsae_jax import cli, grid, progress, runs, signals, start, sweep
+from vsae_jax import cli, grid, processes, progress, runs, signals, start, sweep
 from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
@@ -34,10 +34,11 @@ class Chunk(NamedTuple):
 
 def command(configs: Sequence[TrainConfig]) -> None:
     """One run, or a grid where flags held comma lists."""
-    if len(configs) == 1:
-        run(configs[0])
-    else:
-        grid.run(configs, train=run_arms)
+    with processes.joined(configs[0]):
+        if len(configs) == 1:
+            run(configs[0])
+        else:
+            grid.run(configs, train=run_arms)
 
 
 def run(config: TrainConfig) -> Path:
@@ -61,7 +62,7 @@ def run_arms(configs: Sequence[TrainConfig]) -> None:
         explain(job, asked=config)
         if (job.folder / runs.DIVERGED).is_file():
             diverged.append(job.folder.name)
-        elif not open_folder(job):
+        elif not processes.in_turn(open_folder, job):
             print(f"{job.folder} is finished; nothing to do")
         else:
             key = job.train.steps, job.train.batch_size
@@ -134,8 +135,9 @@ def _one_pass(
     for place, state in sweep.states(groups).items():
         job = jobs[place]
         if job.folder.name not in watch.diverged:
-            trained = jax.device_get(variables(state, job.sae))
-            runs.write_parameters(job.folder / runs.PARAMETERS, trained)
+            trained = processes.gathered(variables(state, job.sae))
+            if processes.first():
+                runs.write_parameters(job.folder / runs.PARAMETERS, trained)
             print(f"wrote {job.folder / runs.PARAMETERS}")
     return watch.diverged
 
@@ -148,8 +150,12 @@ def _loop(
 ) -> Sequence[sweep.Group]:
     config = watch.jobs[0].train
     bar = progress.bar(
-        config.steps, unit="step", start=chunks[0].start if chunks else config.steps
+        config.steps,
+        unit="step",
+        start=chunks[0].start if chunks else config.steps,
+        stream=processes.progress_stream(),
     )
+    stop = 0
     try:
         with bar, signals.caught() as caught:
             for chunk, rows in zip(chunks, batches, strict=True):
@@ -160,13 +166,15 @@ def _loop(
                 bar.update(chunk.stop - chunk.start)
                 if len(watch.diverged) == len(watch.jobs):
                     break
-                if chunk.save or caught.signal:
+                if chunk.log or processes.count() == 1:
+                    stop = processes.agreed(caught.signal)
+                if chunk.save or stop:
                     watch.save(groups, chunk.stop)
-                if caught.signal:
+                if stop:
                     raise Interrupted(
                         f"stopped by a signal; step {chunk.stop} is saved in "
                         f"{watch.folder}: run the same command to go on",
-                        signal_number=caught.signal,
+                        signal_number=stop,
                     )
     finally:
         batches.close()

@@ -18,8 +18,8 @@ from vsae_jax.fields import (
     flag,
     preset_flag,
 )
-from vsae_jax.processes import check_flags as check_processes
 from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
+from vsae_jax.processes import check_flags as check_processes
 
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
@@ -28,6 +28,8 @@ _COORDINATOR = (
     "several processes: HOST:PORT of the first one, the same for all; auto: from the "
     "cluster's environment (SLURM, Open MPI, ...)"
 )
+_NUM_PROCESSES = "processes of the run, with --coordinator=HOST:PORT"
+_PROCESS_ID = "which of them this is, from 0"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class ExtractConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
         "of the rows on disk", "bfloat16"
     )
+    coordinator: str = flag(_COORDINATOR, "")
+    num_processes: int | None = flag(_NUM_PROCESSES)
+    process_id: int | None = flag(_PROCESS_ID)
     batch_size: int = flag("contexts in a forward pass", 32)
     shard_contexts: int = flag("contexts in a shard", 2048)
     out: str = flag(
@@ -82,6 +87,7 @@ class ExtractConfig:
             self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
         )
         check_at_least(self, 0, "layer", "skip_positions")
+        check_processes(self)
         if self.dropped_positions >= self.context_length:
             raise UserError(
                 f"--context_length={self.context_length} leaves no row after dropping "
@@ -214,8 +220,8 @@ class TrainConfig:
         "",
     )
     coordinator: str = flag(_COORDINATOR, "")
-    num_processes: int | None = flag("of the run, with --coordinator=HOST:PORT")
-    process_id: int | None = flag("of this process, from 0")
+    num_processes: int | None = flag(_NUM_PROCESSES)
+    process_id: int | None = flag(_PROCESS_ID)
     checkpoint_every: int = flag("steps between checkpoints", 1000)
     log_every: int = flag("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = flag("steps in one call to the device", 10)

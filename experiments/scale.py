@@ -86,8 +86,8 @@ def command(configs: Sequence[ScaleConfig]) -> None:
     jax.config.update("jax_num_cpu_devices", max(_size(case.mesh) for case in cases))
     head = (
         "d_model, d_sae, batch | mesh | state GB | a step GB | of 80 GB | collectives "
-        "over latents MB | over data MB | over both MB | products ms | memory ms | collectives ms | "
-        "rows/s | compile s"
+        "over latents MB | over data MB | over both MB | products ms | memory ms | "
+        "collectives ms | rows/s | compile s"
     )
     print(f"| {head} |\n|{'---|' * (head.count('|') + 1)}", flush=True)
     for case in cases:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from vsae_jax import cli, grid, processes, progress, runs, signals, start, sweep
 from vsae_jax.batches import read_ahead
@@ -19,6 +20,7 @@ from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
 from vsae_jax.feed import Feed
 from vsae_jax.job import Job, explain, open_folder, plan
+from vsae_jax.mesh import name
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
 
@@ -89,11 +91,11 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             )
             for job in jobs
         }
-        batch_size, mesh = jobs[0].train.batch_size, jobs[0].mesh
-        one = max(
-            sweep.bytes_of_one(job.sae, batch_size=batch_size, mesh=mesh)
-            for job in jobs
-        )
+        largest = max(jobs, key=_bytes_of_one)
+        one, mesh = _bytes_of_one(largest), largest.mesh
+        batch_size = largest.train.batch_size
+        if short := sweep.shortage(largest.sae, batch_size=batch_size, mesh=mesh):
+            print(f"note: {short}")
         waiting = sweep.split(jobs, one)
         if len(waiting) > 1:
             print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
@@ -102,6 +104,10 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             waiting[:0] = later
             diverged += _one_pass(together, saves, feed)
     return diverged
+
+
+def _bytes_of_one(job: Job) -> int:
+    return sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size, mesh=job.mesh)
 
 
 def _one_pass(
@@ -124,7 +130,7 @@ def _one_pass(
     # With vmap the states are copies; the first ones would keep their memory.
     del arms
     started.clear()
-    print(_describe(compiled, len(jobs)))
+    print(_describe(compiled, len(jobs), mesh))
     stacks = feed.stacks(
         [chunk.stop - chunk.start for chunk in chunks],
         step * config.batch_size,
@@ -201,14 +207,15 @@ def _next(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _describe(compiled: sweep.Plan, arms: int) -> str:
+def _describe(compiled: sweep.Plan, arms: int, mesh: Mesh | None) -> str:
     free = sweep.free_bytes()
+    where = "" if mesh is None else f" of each device ({name(mesh)})"
     many = f"{arms} arms, " if arms > 1 else ""
     programs = (
         "1 program" if compiled.functions == 1 else f"{compiled.functions} programs"
     )
     return (
-        f"{many}{programs} compiled in {compiled.seconds:.1f} s; memory: states "
+        f"{many}{programs} compiled in {compiled.seconds:.1f} s; memory{where}: states "
         f"{compiled.state_bytes / 1e9:.2f} GB, a step {compiled.work_bytes / 1e9:.2f} "
         f"GB, {free / 1e9:.1f} GB free"
     )

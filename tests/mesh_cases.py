@@ -11,12 +11,13 @@ array's largest entry, and what else the test looks at.
 import json
 import sys
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 
 from vsae_jax import mesh as meshes
-from vsae_jax import sae, step, sweep
+from vsae_jax import sae, sparsity, step, sweep
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 
 D, D_SAE, B, STEPS = 16, 64, 32, 20
@@ -97,10 +98,36 @@ def grid(mesh: Any) -> dict[str, float]:
     return max(worst, key=lambda found: found["parameters"])
 
 
+def top_k(mesh: Any) -> dict[str, int]:
+    """Rows in which the selection over split latents is not jax.lax.top_k's, of random,
+    tied and equal values, in the way of a CPU and in that of a GPU."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(64, D_SAE)).astype(np.float32)
+    kinds = [z, np.round(z), np.maximum(z, 0), np.zeros_like(z), -np.abs(z)]
+    rows = np.concatenate([*kinds, np.where(z > 0.5, 1, z)])
+    place = jax.NamedSharding(mesh, jax.P("data", "latents"))
+    wrong, seen = 0, 0
+    for backend in ("cpu", "gpu"):
+        with (
+            mock.patch.object(jax, "default_backend", lambda way=backend: way),
+            meshes.tracing(mesh),
+        ):
+            select = jax.jit(sparsity.top_k_count, in_shardings=(place, None))
+            masks = {k: np.asarray(select(rows, k)) for k in (1, 5, 33, 63, 64)}
+        for k, mask in masks.items():
+            expected = np.asarray(
+                sparsity.top_k_lax(jax.numpy.asarray(rows), k, k_max=k)
+            )
+            wrong += int((mask != expected).any(axis=1).sum())
+            seen += len(rows)
+    return {"rows": seen, "different": wrong}
+
+
 def main(text: str, *names: str) -> None:
     """Prints the cases' results."""
     mesh = meshes.open_mesh(text)
-    found = {n: grid(mesh) if n == "grid" else case(n, mesh) for n in names}
+    others = {"grid": grid, "top_k": top_k}
+    found = {n: others[n](mesh) if n in others else case(n, mesh) for n in names}
     print(json.dumps(found))
 
 

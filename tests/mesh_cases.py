@@ -5,19 +5,22 @@ of its own, since XLA counts its devices when JAX starts.
         data:4,latents:2 topk vsae_topk
 
 prints JSON: of each case the largest difference of a parameter, as a share of that
-array's largest entry, and what else the test looks at.
+array's largest entry, and what else the test looks at. With PROCESS=host:port,2,0 and
+PROCESS=host:port,2,1 in the environment of two processes the devices are of both.
 """
 
 import json
+import os
 import sys
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vsae_jax import mesh as meshes
-from vsae_jax import sae, sparsity, step, sweep
+from vsae_jax import processes, sae, sparsity, step, sweep
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 
 D, D_SAE, B, STEPS = 16, 64, 32, 20
@@ -49,21 +52,21 @@ def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> sweep.Arm:
         weights, noise = jax.random.split(jax.random.key(seed))
         return step.init_state(sae.init(weights, static), noise, static)
 
-    return sweep.Arm(static, step.hparams(config), meshes.make(state, mesh=mesh))
+    numbers = meshes.make(lambda: step.hparams(config), mesh=mesh)
+    return sweep.Arm(static, numbers, meshes.make(state, mesh=mesh))
 
 
 def trained(arms: list[sweep.Arm], *, mesh: Any, how: str = "loop") -> list[Any]:
     """The states after 20 steps, as NumPy arrays."""
     x = 10 * np.random.default_rng(3).normal(size=(STEPS, B, D)).astype(np.float32)
-    rows = jax.device_put(x, meshes.over_data(mesh, before=1))
-    shape = jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)
-    plan = sweep.compile_pass(
-        arms, shape if mesh else jax.typeof(rows), how=how, mesh=mesh
-    )
-    states = sweep.states(sweep.advance(plan.groups, rows, STEPS))
-    return [
-        jax.device_get(states[place]._replace(key=None)) for place in sorted(states)
-    ]
+    place = meshes.over_data(mesh, before=1)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    plan = sweep.compile_pass(arms, shape, how=how, mesh=mesh)
+    if mesh is not None:
+        x = jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+    states = sweep.states(sweep.advance(plan.groups, x, STEPS))
+    gather = jax.device_get if mesh is None else processes.gathered
+    return [gather(states[i]._replace(key=None)) for i in sorted(states)]
 
 
 def difference(one: Any, many: Any) -> dict[str, float]:
@@ -105,7 +108,7 @@ def top_k(mesh: Any) -> dict[str, int]:
     z = rng.normal(size=(64, D_SAE)).astype(np.float32)
     kinds = [z, np.round(z), np.maximum(z, 0), np.zeros_like(z), -np.abs(z)]
     rows = np.concatenate([*kinds, np.where(z > 0.5, 1, z)])
-    place = jax.NamedSharding(mesh, jax.P("data", "latents"))
+    place = NamedSharding(mesh, PartitionSpec("data", "latents"))
     wrong, seen = 0, 0
     for backend in ("cpu", "gpu"):
         with (
@@ -113,7 +116,10 @@ def top_k(mesh: Any) -> dict[str, int]:
             meshes.tracing(mesh),
         ):
             select = jax.jit(sparsity.top_k_count, in_shardings=(place, None))
-            masks = {k: np.asarray(select(rows, k)) for k in (1, 5, 33, 63, 64)}
+            masks = {
+                k: processes.gathered(select(rows, np.int32(k)))
+                for k in (1, 5, 33, 63, 64)
+            }
         for k, mask in masks.items():
             expected = np.asarray(
                 sparsity.top_k_lax(jax.numpy.asarray(rows), k, k_max=k)
@@ -125,10 +131,20 @@ def top_k(mesh: Any) -> dict[str, int]:
 
 def main(text: str, *names: str) -> None:
     """Prints the cases' results."""
-    mesh = meshes.open_mesh(text)
-    others = {"grid": grid, "top_k": top_k}
-    found = {n: others[n](mesh) if n in others else case(n, mesh) for n in names}
-    print(json.dumps(found))
+    with processes.joined(flags()):
+        mesh = meshes.open_mesh(text)
+        others = {"grid": grid, "top_k": top_k}
+        found = {n: others[n](mesh) if n in others else case(n, mesh) for n in names}
+        print(json.dumps(found), flush=True)
+
+
+def flags() -> TrainConfig:
+    """Of a process among several: PROCESS=host:port,count,id in the environment."""
+    coordinator, _, numbers = os.environ.get("PROCESS", "").partition(",")
+    if not coordinator:
+        return TrainConfig()
+    count, i = map(int, numbers.split(","))
+    return TrainConfig(coordinator=coordinator, num_processes=count, process_id=i)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,11 @@ CLOSE = 1e-5
 FAST = ["topk", "learned", "grid"]
 
 
-def started(*argv: object, devices: int) -> subprocess.Popen:
+def started(*argv: object, devices: int, **variables: str) -> subprocess.Popen[str]:
     """A Python process that sees this many CPU devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
     environment = {**os.environ, "XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"}
+    environment |= variables
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
         stdout=subprocess.PIPE,
@@ -57,12 +58,15 @@ def flags(command: str, **values: object) -> list[str]:
     return ["-m", f"vsae_jax.{command}", *given]
 
 
-def two_processes(command: str, devices: int = 1, **values: object) -> list[str]:
-    """What two processes of one run print."""
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    together = {"coordinator": address, "num_processes": 2}
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def two_processes(command: str, devices: int = 1, **values: object) -> list[str]:
+    """What two processes of one run print."""
+    together = {"coordinator": free_address(), "num_processes": 2}
     return said(
         *(
             started(
@@ -194,6 +198,18 @@ def test_variants_on_eight_devices():
     assert selected["rows"] > 3000 and selected["different"] == 0
     assert list(found) == FAST
     check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["data:2", "latents:2"])
+def test_every_variant_by_two_processes(shape):
+    script, address = ROOT / "tests" / "mesh_cases.py", free_address()
+    argv = script, shape, *CASES, "grid"
+    text, silent = said(
+        *(started(*argv, devices=1, PROCESS=f"{address},2,{i}") for i in range(2))
+    )
+    assert "{" not in silent
+    check(json.loads(text[text.index("{") :]))
 
 
 @pytest.mark.slow

@@ -17,7 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 
 from vsae_jax.errors import UserError
 
@@ -38,7 +44,8 @@ def of_devices(devices: Sequence[Any], text: str) -> Mesh:
     """`devices` as a mesh. Neighbours on the axis `latents`, which wait for one another
     within a step, are neighbours in the list: of one process where that is possible."""
     shape = sizes(text, n_devices=len(devices))
-    return Mesh(np.array(devices).reshape(*shape.values()), AXES)
+    grid = np.array(devices).reshape(*shape.values())
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def sizes(text: str, *, n_devices: int) -> dict[str, int]:

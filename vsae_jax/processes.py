@@ -67,7 +67,22 @@ def joined(config: Any) -> Iterator[None]:
         if not first():
             silent = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silent))
+        with _naming_the_lost():
+            yield
+
+
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """One line for what XLA says at length when another process is gone."""
+    try:
         yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise UserError(
+            "another process of this run has ended or cannot be reached: start all of "
+            f"them again with the same flags, and they go on ({one_line(error)})"
+        ) from error
 
 
 def count() -> int:

@@ -63,7 +63,7 @@ def compile_pass(
     mesh: Mesh | None = None,
 ) -> Plan:
     """Compiles what trains `arms` on `rows [n_max, batch, d_model]` a dispatch; `how`
-    is vmap, loop or auto (vmap on a GPU). States lie on `mesh` already."""
+    is vmap, loop or auto (vmap on a GPU). Arms lie on `mesh` already."""
     if how == "auto":
         how = "vmap" if jax.default_backend() == "gpu" else "loop"
     start, compiled = time.monotonic(), {}
@@ -174,7 +174,7 @@ def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
 
 def _stack(trees: Sequence[Any], mesh: Mesh | None) -> Any:
     if len(trees) == 1:
-        return make(lambda tree: tree, trees[0], mesh=mesh)
+        return trees[0]
     return make(
         lambda *each: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),
         *trees,

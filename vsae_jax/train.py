@@ -7,6 +7,7 @@ interval, and what is started again goes on.
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
 from vsae_jax.feed import Feed
 from vsae_jax.job import Job, explain, open_folder, plan
-from vsae_jax.mesh import name
+from vsae_jax.mesh import make, name
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
 
@@ -124,8 +125,11 @@ def _one_pass(
         print(f"going on from step {step}")
     chunks = list(_chunks(step, config))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
-    arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
     mesh = jobs[0].mesh
+    arms = [
+        sweep.Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
+        for s in started
+    ]
     compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
     del arms

@@ -102,7 +102,7 @@ def row(case: ScaleConfig) -> str:
     memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
     state, work = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     data, latents = (_size(case.mesh, axis) for axis in ("data", "latents"))
-    over = dict.fromkeys(("latents", "data", "both"), 0)
+    over = {"latents": 0, "data": 0, "both": 0}
     for collective in found:
         over[_axis(collective, latents)] += collective.bytes
     flops = 10 * case.batch_size * case.d_model * case.d_sae / (data * latents)
@@ -184,7 +184,7 @@ def _size(mesh: str, axis: str = "") -> int:
     return math.prod(int(size) for _, size in sizes)
 
 
-def _axis(c: Collective, latents: int) -> str:
+def _axis(c: Collective, latents: int) -> Literal["latents", "data", "both"]:
     """Which axis of the mesh a group lies along; devices are in the mesh's order."""
     if len(c.group) > 1 and c.group[1] - c.group[0] == latents:
         return "data"

@@ -115,8 +115,11 @@ def top_k(mesh: Any) -> dict[str, int]:
             mock.patch.object(jax, "default_backend", lambda way=backend: way),
             meshes.tracing(mesh),
         ):
+
+            def count(z: Any, k: Any) -> Any:
+                return sparsity.top_k_count(z, k)
+
             # A function of its own, or JAX would reuse the other way's trace.
-            count = lambda z, k: sparsity.top_k_count(z, k)  # noqa: E731
             select = jax.jit(count, in_shardings=(place, None))
             masks = {
                 k: processes.gathered(select(rows, np.int32(k)))

@@ -19,10 +19,11 @@ from mesh_cases import CASES
 from safetensors.numpy import load_file
 from tiny_runs import LENGTH, TRAINING, call
 
-from vsae_jax import job, mesh, runs, sweep
+from vsae_jax import job, mesh, processes, runs, sweep
 from vsae_jax.batches import Part, ShuffledRows
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.errors import UserError
+from vsae_jax.shared_shards import SharedShardWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 # Float32 sums of other orders; measured below 1e-6 (BUILD_NOTES.md, 3).
@@ -241,6 +242,30 @@ def test_two_processes_extract_the_same_bytes(tiny_model, tiny_corpus, tmp_path)
     assert call("extract", **extraction(tiny_model, tiny_corpus, one)) == 0
     two_processes("extract", **extraction(tiny_model, tiny_corpus, two))
     assert contents(one) == contents(two) and len(contents(one)) == 11
+
+
+def test_one_process_goes_on_where_one_of_two_was_stopped(
+    tiny_model, tiny_corpus, tmp_path, monkeypatch
+):
+    """The first of two has written its shards, the second none."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert call("extract", **extraction(tiny_model, tiny_corpus, one)) == 0
+
+    def stopped(self):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "count", lambda: 2)
+        patch.setattr(processes, "wait", lambda where: None)
+        patch.setattr(processes, "agreed", lambda number: number)
+        patch.setattr(SharedShardWriter, "finish", stopped)
+        assert call("extract", **extraction(tiny_model, tiny_corpus, two)) == 2
+    there = {path.name: path.stat().st_mtime_ns for path in two.glob("*.npy")}
+    assert "tokens-00002.npy" in there and "tokens-00001.npy" not in there
+    assert call("extract", **extraction(tiny_model, tiny_corpus, two)) == 0
+    assert contents(one) == contents(two)
+    for name, time in there.items():
+        assert (two / name).stat().st_mtime_ns == time
 
 
 SHAPES = [

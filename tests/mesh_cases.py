@@ -4,7 +4,7 @@ of its own, since XLA counts its devices when JAX starts.
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/mesh_cases.py \
         data:4,latents:2 topk vsae_topk
 
-prints JSON: of each case the largest difference of a parameter, as a share of that
+prints a line of JSON a case: the largest difference of a parameter, as a share of that
 array's largest entry, and what else the test looks at. With PROCESS=host:port,2,0 and
 PROCESS=host:port,2,1 in the environment of two processes the devices are of both.
 """
@@ -139,8 +139,9 @@ def main(text: str, *names: str) -> None:
     with processes.joined(flags()):
         mesh = meshes.open_mesh(text)
         others = {"grid": grid, "top_k": top_k}
-        found = {n: others[n](mesh) if n in others else case(n, mesh) for n in names}
-        print(json.dumps(found), flush=True)
+        for n in names:
+            found = others[n](mesh) if n in others else case(n, mesh)
+            print(json.dumps({n: found}), flush=True)
 
 
 def flags() -> TrainConfig:

@@ -51,6 +51,8 @@ def joined(config: Any) -> Iterator[None]:
         yield
         return
     address = None if c.coordinator == "auto" else c.coordinator
+    # It would take SIGTERM for itself; `signals` has it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             address,

@@ -9,6 +9,7 @@ import pytest
 
 from vsae_jax import fields
 from vsae_jax.config import (
+    PROCESS_FIELDS,
     EvalConfig,
     ExtractConfig,
     SAEConfig,
@@ -36,7 +37,8 @@ def chosen(config, names) -> dict:
 )
 def test_every_preset_and_variant_resolves_to_a_whole_config(preset, variant):
     config = resolved(preset=preset, variant=variant)
-    assert [n for n, v in fields.to_json(config).items() if v is None] == []
+    unset = {n for n, v in fields.to_json(config).items() if v is None}
+    assert unset == PROCESS_FIELDS - {"coordinator"}
     static = sae_config(config, d_model=D_MODEL, dtype="float32")
     assert static.sparsity == ("topk" if "topk" in variant else "none")
     assert (static.d_model, static.d_sae) == (D_MODEL, config.d_sae)

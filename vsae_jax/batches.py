@@ -16,10 +16,18 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt8
+from jaxtyping import Bool, Int, Shaped, UInt8
 
 _BLOCK_BYTES = 2**26
 _BLOCKS_IN_GROUP = 8
+
+
+class Part(NamedTuple):
+    """Of every `batch` rows of a stream the rows `start` to `stop`."""
+
+    batch: int
+    start: int
+    stop: int
 
 
 class ShuffledRows:
@@ -31,6 +39,8 @@ class ShuffledRows:
       n_rows: in an epoch.
       row_bytes: sets the rows of a block (64 MiB, eight of them mixed).
       seed: of the order.
+      part: the rows of the stream that `take` gives; only those are read. Positions and
+        counts are still those of the whole stream.
       prefetch: a thread loads the next group while the present one is taken from.
         It ends with `close`, with the `with` block, or with the object.
     """
@@ -42,11 +52,13 @@ class ShuffledRows:
         n_rows: int,
         row_bytes: int,
         seed: int,
+        part: Part | None = None,
         prefetch: bool = False,
     ):
         self._read = read
         self._n_rows = n_rows
         self._seed = seed
+        self._part = None if part and part.stop - part.start == part.batch else part
         self._block = max(_BLOCK_BYTES // row_bytes, 1)
         self._present: _Group | None = None
         self._next: tuple[_Key, futures.Future[_Group]] | None = None
@@ -57,15 +69,18 @@ class ShuffledRows:
         """A copy of the rows `position` to `position + count` of the stream."""
         group, _ = self._at(position)
         taken = np.empty((count, group.rows.shape[1]), np.uint8)
-        filled = 0
-        while filled < count:
-            group, offset = self._at(position + filled)
-            index = group.order[offset:][: count - filled]
+        seen = filled = 0
+        while seen < count:
+            group, offset = self._at(position + seen)
+            index = group.order[offset:][: count - seen]
+            seen += len(index)
+            if self._part is not None:
+                index = index[index >= 0]
             into = taken[filled : filled + len(index)]
             # In the mode "raise" NumPy would copy `out` first; no index is outside.
             np.take(group.rows, index, axis=0, out=into, mode="clip")
             filled += len(index)
-        return taken.view(group.dtype)
+        return taken[:filled].view(group.dtype)
 
     def close(self) -> None:
         """Ends the thread, after the read that it is in, and lets the rows go."""
@@ -109,23 +124,46 @@ class ShuffledRows:
     def _load(self, key: "_Key") -> "_Group":
         """Reads a group's blocks one after another into a buffer that is free."""
         epoch, number = key
-        buffer, filled = np.empty((0, 0), np.uint8), 0
-        for start, stop in self._plan(epoch).groups[number]:
+        blocks = self._plan(epoch).groups[number]
+        n_rows = sum(stop - start for start, stop in blocks)
+        order = np.random.default_rng([self._seed, epoch, number]).permutation(n_rows)
+        order, wanted = self._own(order, key)
+        buffer, seen, filled = np.empty((0, 0), np.uint8), 0, 0
+        for start, stop in blocks:
             rows = self._read(start, stop)
             # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
             raw = np.ascontiguousarray(rows).view(np.uint8)
-            if not filled:
+            if not seen:
                 buffer = self._buffer(raw.shape[1])
+            if wanted is not None:
+                raw = raw[wanted[seen : seen + len(rows)]]
+            seen += len(rows)
             buffer[filled : filled + len(raw)] = raw
             filled += len(raw)
-        order = np.random.default_rng([self._seed, epoch, number]).permutation(filled)
         return _Group(key, buffer, buffer[:filled], order, rows.dtype)
+
+    def _own(
+        self, order: Int[np.ndarray, " rows"], key: "_Key"
+    ) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"] | None]:
+        """A group's order in which rows that are not of our part are -1 and the others
+        counted among themselves; and which of the rows are of our part."""
+        if self._part is None:
+            return order, None
+        first = key[0] * self._n_rows + self._plan(key[0]).starts[key[1]]
+        place = (first + np.arange(len(order))) % self._part.batch
+        ours = (place >= self._part.start) & (place < self._part.stop)
+        wanted = np.zeros(len(order), bool)
+        wanted[order[ours]] = True
+        return np.where(ours, (np.cumsum(wanted) - 1)[order], -1), wanted
 
     def _buffer(self, row_bytes: int) -> UInt8[np.ndarray, "most row_bytes"]:
         """Memory for a group: used again, as fresh pages cost more than reading."""
         if self._free:
             return self._free.pop()
         most = min(_BLOCKS_IN_GROUP * self._block, self._n_rows)
+        if self._part is not None:
+            batch, start, stop = self._part
+            most = (most // batch + 2) * (stop - start)
         return np.empty((most, row_bytes), np.uint8)
 
     def _after(self, key: "_Key") -> "_Key":
@@ -141,12 +179,13 @@ _Key = tuple[int, int]  # epoch, and group within it
 
 
 class _Group(NamedTuple):
-    """Some blocks in memory: row i of the stream is `rows[order[i]]`."""
+    """Some blocks in memory: row i of the stream is `rows[order[i]]`, or where that is
+    -1 not of our part."""
 
     key: _Key
     buffer: UInt8[np.ndarray, "most row_bytes"]
     rows: UInt8[np.ndarray, "rows row_bytes"]
-    order: Int[np.ndarray, " rows"]
+    order: Int[np.ndarray, " stream"]
     dtype: np.dtype
 
 

@@ -11,8 +11,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+from jax.sharding import Mesh
 
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.mesh import shaped
 from vsae_jax.step import TrainState
 
 _KEPT = 2
@@ -34,9 +36,13 @@ def _quiet_closed_loops() -> None:
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, below `folder`. A context manager."""
+    """The last two checkpoints of a run, below `folder`. A context manager.
 
-    def __init__(self, folder: Path):
+    Each device writes its part of a state, and what is restored lies on `mesh`, however
+    many devices wrote it.
+    """
+
+    def __init__(self, folder: Path, *, mesh: Mesh | None = None):
         # Orbax takes most of a second to import; commands that never train skip it.
         import orbax.checkpoint as ocp
 
@@ -45,7 +51,7 @@ class Checkpoints:
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         _quiet_closed_loops()
-        self._args = ocp.args
+        self._args, self._mesh = ocp.args, mesh
         self._folder = folder.absolute()
         self._metadata: Any = ocp.StandardCheckpointHandler().metadata
         policy = ocp.checkpoint_managers.LatestN(_KEPT)
@@ -119,7 +125,7 @@ class Checkpoints:
         if _shapes(stored) != _shapes(shape):
             raise ValueError("its arrays are not those of this run")
         parts = self._args.Composite(
-            state=self._args.StandardRestore(shape),
+            state=self._args.StandardRestore(shaped(shape, self._mesh)),
             progress=self._args.JsonRestore(),
         )
         read = self._manager.restore(step, args=parts)

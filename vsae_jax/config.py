@@ -19,10 +19,17 @@ from vsae_jax.fields import (
     preset_flag,
 )
 from vsae_jax.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
+from vsae_jax.processes import check_flags as check_processes
 
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
 Backend = Literal["transformers", "jax", "auto"]
+_COORDINATOR = (
+    "several processes: HOST:PORT of the first one, the same for all; auto: from the "
+    "cluster's environment (SLURM, Open MPI, ...)"
+)
+_NUM_PROCESSES = "processes of the run, with --coordinator=HOST:PORT"
+_PROCESS_ID = "which of them this is, from 0"
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class ExtractConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
         "of the rows on disk", "bfloat16"
     )
+    coordinator: str = flag(_COORDINATOR, "")
+    num_processes: int | None = flag(_NUM_PROCESSES)
+    process_id: int | None = flag(_PROCESS_ID)
     batch_size: int = flag("contexts in a forward pass", 32)
     shard_contexts: int = flag("contexts in a shard", 2048)
     out: str = flag(
@@ -77,6 +87,7 @@ class ExtractConfig:
             self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
         )
         check_at_least(self, 0, "layer", "skip_positions")
+        check_processes(self)
         if self.dropped_positions >= self.context_length:
             raise UserError(
                 f"--context_length={self.context_length} leaves no row after dropping "
@@ -203,6 +214,14 @@ class TrainConfig:
         "a GPU with room",
         "auto",
     )
+    mesh: str = flag(
+        "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
+        "data, the latents over latents; unset: all devices on data",
+        "",
+    )
+    coordinator: str = flag(_COORDINATOR, "")
+    num_processes: int | None = flag(_NUM_PROCESSES)
+    process_id: int | None = flag(_PROCESS_ID)
     checkpoint_every: int = flag("steps between checkpoints", 1000)
     log_every: int = flag("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = flag("steps in one call to the device", 10)
@@ -226,14 +245,17 @@ class TrainConfig:
         both = self.k is not None and self.d_sae is not None
         if self.variant.endswith("topk") and both and self.k > self.d_sae:
             raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
+        check_processes(self)
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 2**32:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")
 
 
+# Which process this is: not written into the run's record.
+PROCESS_FIELDS = frozenset("coordinator num_processes process_id".split())
 # Changing one of these leaves the result of a run unchanged, so a resumed run may.
-RUNTIME_FIELDS = frozenset(
-    "activations out arms feed checkpoint_every log_every steps_per_dispatch "
+RUNTIME_FIELDS = PROCESS_FIELDS | frozenset(
+    "activations out arms feed mesh checkpoint_every log_every steps_per_dispatch "
     "tensorboard wandb".split()
 )
 

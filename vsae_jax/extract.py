@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax import cli, progress, residuals, signals, text
+from vsae_jax import cli, processes, progress, residuals, signals, text
 from vsae_jax.batches import read_ahead
 from vsae_jax.config import ExtractConfig, hook_name, resolve_extract
 from vsae_jax.errors import UserError
@@ -32,6 +32,7 @@ from vsae_jax.lm import (
 from vsae_jax.lm.files import locate
 from vsae_jax.manifest import Manifest, read_manifest
 from vsae_jax.shards import Activations, ShardWriter, is_missing
+from vsae_jax.shared_shards import open_writer
 
 # Settings that a manifest can be compared in before any model is loaded.
 _ASKED = (
@@ -42,8 +43,9 @@ _ASKED = (
 
 def command(configs: Sequence[ExtractConfig]) -> None:
     """Runs the command line's config."""
-    for config in configs:
-        run(config)
+    with processes.joined(configs[0]):
+        for config in configs:
+            run(config)
 
 
 def run(config: ExtractConfig) -> Activations:
@@ -227,7 +229,7 @@ def write_shards(
     first = next(blocks)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder), signals.caught() as caught:
-        writer = ShardWriter(folder, manifest)
+        writer = open_writer(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
         pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
         try:
@@ -241,11 +243,16 @@ def write_shards(
 
 
 def _bar(folder: Path, manifest: Manifest) -> progress.Bar | progress.Lines:
-    """Counts tokens, from those whose shards are there."""
-    m = manifest
+    """Counts tokens, of this process, from those whose shards are there."""
+    m, n = manifest, processes.count()
     there = m.n_contexts - sum(m.shards[i].contexts for i in _missing(folder, m))
     total = _most_contexts(m) * m.context_length
-    return progress.bar(total, unit="tokens", start=there * m.context_length)
+    return progress.bar(
+        total // n,
+        unit="tokens",
+        start=there * m.context_length // n,
+        stream=processes.progress_stream(),
+    )
 
 
 def _more_room(error: OSError, writer: ShardWriter) -> Exception:
@@ -261,7 +268,11 @@ def _more_room(error: OSError, writer: ShardWriter) -> Exception:
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process is writing; a kill ends the lock."""
+    """Refuses a folder that another process is writing; a kill ends the lock. Of the
+    processes of one run the first has the lock."""
+    if not processes.first():
+        yield
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import runs
+from vsae_jax import processes, runs
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import UserError
 from vsae_jax.fields import to_json
@@ -30,7 +30,7 @@ def run(
     ]
     # Every arm is checked before the first is trained.
     jobs = [plan(arm) for arm in arms]
-    _write_grid(folder, swept, arms)
+    processes.in_turn(_write_grid, folder, swept, arms)
     print(f"grid of {len(arms)} arms over {', '.join(swept)}, to {folder}")
     try:
         train(arms)
@@ -38,7 +38,7 @@ def run(
         rows = [
             _last_metrics(job.folder, swept=swept, arm=arm)
             for arm, job in zip(arms, jobs, strict=True)
-            if (job.folder / runs.PARAMETERS).is_file()
+            if processes.first() and (job.folder / runs.PARAMETERS).is_file()
         ]
         if rows:
             _write_summary(folder / runs.SUMMARY, rows)

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from vsae_jax import mesh as meshes
 from vsae_jax import presets, runs, sae
 from vsae_jax.config import (
+    PROCESS_FIELDS,
     RUNTIME_FIELDS,
     ExtractConfig,
     SAEConfig,
@@ -25,13 +28,15 @@ from vsae_jax.step import TrainState, init_state
 
 
 class Job(NamedTuple):
-    """A run, resolved: what to train, on what, and where it goes."""
+    """A run, resolved: what to train, on what, where it goes, and on which devices
+    (None: on one)."""
 
     train: TrainConfig
     sae: SAEConfig
     data: dict[str, Any]
     activations: Activations
     folder: Path
+    mesh: Mesh | None = None
 
 
 def plan(config: TrainConfig) -> Job:
@@ -46,12 +51,15 @@ def plan(config: TrainConfig) -> Job:
     dtype = resolved.dtype
     if dtype == "auto":
         dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    mesh = meshes.open_mesh(resolved.mesh)
+    meshes.check(mesh, d_sae=resolved.d_sae, batch_size=resolved.batch_size)
     return Job(
         train=resolved,
         sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
         data=_data(activations, resolved),
         activations=activations,
         folder=folder,
+        mesh=mesh,
     )
 
 
@@ -109,7 +117,7 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
         f"{c.variant} (preset {c.preset}): d_model {job.sae.d_model}, d_sae {c.d_sae}, "
         f"{k}{c.steps} steps of {c.batch_size} rows "
         f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
-        f"{jax.devices()[0].device_kind}, to {job.folder}"
+        f"{_devices(job.mesh)}, to {job.folder}"
     )
     if asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
@@ -120,9 +128,15 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
         )
 
 
+def _devices(mesh: Mesh | None) -> str:
+    kind = jax.devices()[0].device_kind
+    return kind if mesh is None else f"{mesh.size} x {kind} ({meshes.name(mesh)})"
+
+
 def open_folder(job: Job) -> bool:
     """Makes or checks the run folder; False when the run is already finished."""
-    stated = {"train": to_json(job.train), "sae": to_json(job.sae), "data": job.data}
+    train = {n: v for n, v in to_json(job.train).items() if n not in PROCESS_FIELDS}
+    stated = {"train": train, "sae": to_json(job.sae), "data": job.data}
     path = job.folder / runs.CONFIG
     if not path.is_file():
         if job.folder.is_dir() and any(job.folder.iterdir()):

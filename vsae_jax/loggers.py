@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from vsae_jax import runs
+from vsae_jax import processes, runs
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import missing_extra
 from vsae_jax.fields import to_json
@@ -24,7 +24,10 @@ class Logger(Protocol):
 
 
 def open_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    """The loggers that the config asks for; a missing package is said in one line."""
+    """The loggers that the config asks for; a missing package is said in one line.
+    None but in the first of several processes."""
+    if not processes.first():
+        return []
     loggers: list[Logger] = [JsonLines(folder / runs.METRICS)]
     if config.tensorboard:
         loggers.append(TensorBoard(folder))

@@ -212,20 +212,22 @@ class ShardWriter:
         m, files = self.manifest, self._files
         tokens_sha256, activations_sha256 = (file.close() for file in files)
         entry = Shard(self._contexts, self._rows, activations_sha256, tokens_sha256)
-        if self._index < len(m.shards):
-            if entry != m.shards[self._index]:
-                raise UserError(
-                    f"shard {self._index} came out different from what {MANIFEST} in "
-                    f"{self.folder} records (another machine, version or model?); "
-                    "extract anew into another --out"
-                )
-        else:
-            m = self._with(entry)
+        listed = self._index < len(m.shards)
+        if listed and entry != m.shards[self._index]:
+            raise UserError(
+                f"shard {self._index} came out different from what {MANIFEST} in "
+                f"{self.folder} records (another machine, version or model?); "
+                "extract anew into another --out"
+            )
         for file in files:
             file.publish()
         self._files = ()
         sync_folder(self.folder)
-        self._save(m)
+        if not listed:
+            self._list(entry)
+
+    def _list(self, entry: Shard) -> None:
+        self._save(self._with(entry))
 
     def _with(self, entry: Shard) -> Manifest:
         """The manifest with one more shard. The statistics follow from the old ones

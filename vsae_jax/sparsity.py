@@ -14,6 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from vsae_jax import mesh
+
 # A block of rows is counted in a core's cache; blocks of several rows waste less time
 # between the passes, and each of at most this many loops over blocks has a core.
 _CPU_BLOCK_BYTES, _CPU_LOOPS = 2**19, 8
@@ -80,11 +82,11 @@ def dead_latents(
 def _by_blocks(
     z: Float[Array, "batch d_sae"], k: Int[Array, ""]
 ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-    """`_kth_value`; on a CPU a block of rows at a time, in loops that run side by side
-    since no one needs another's result."""
+    """`_kth_value`; on one CPU device a block of rows at a time, in loops that run side
+    by side since no one needs another's result."""
     n, width = z.shape
     rows = math.gcd(n, max(2 ** round(math.log2(_CPU_BLOCK_BYTES / 4 / width)), 1))
-    if jax.default_backend() != "cpu" or rows < 8:
+    if jax.default_backend() != "cpu" or mesh.is_split() or rows < 8:
         return _kth_value(z, k)
     loops = min(os.cpu_count() or 1, _CPU_LOOPS, n // rows)
     parts = [
@@ -158,18 +160,25 @@ def _cut_ties(
     k: Int[Array, ""],
 ) -> Int[Array, " rows"]:
     """The last index that stays among values equal to the k-th; the last of all in
-    rows of which exactly k reach it.
+    rows of which exactly k reach it. Latents on several devices: each counts its own.
 
     At most one round of a loop: vmap would make a cond run its branch every time. The
     sign changes so that XLA does not move the round out of the loop.
     """
-    none = jnp.full(len(z), z.shape[1], jnp.int32)
+    rows, width = z.shape
+    none = jnp.full(rows, width, jnp.int32)
 
     def cut(carry):
         _, negative, _ = carry
         above = jnp.sum(z > -negative[:, None], axis=1, dtype=jnp.int32)
-        place = jnp.cumsum(z == -negative[:, None], axis=1, dtype=jnp.int32)
-        last = jnp.argmax(place >= (k - above)[:, None], axis=1).astype(jnp.int32)
+        tied = (z == -negative[:, None]).reshape(rows, mesh.shards("latents"), -1)
+        place = jnp.cumsum(tied, axis=2, dtype=jnp.int32)
+        before = jnp.cumsum(place[:, :, -1], axis=1) - place[:, :, -1]
+        enough = (place + before[:, :, None]).reshape(rows, width) >= (k - above)[
+            :, None
+        ]
+        index = jnp.arange(width, dtype=jnp.int32)[None, :]
+        last = jnp.min(jnp.where(enough, index, width), axis=1)
         return jnp.bool_(False), -negative, jnp.where(count > k, last, none)
 
     return lax.while_loop(lambda c: c[0], cut, (jnp.any(count > k), -kth, none))[2]

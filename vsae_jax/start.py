@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vsae_jax import runs
+from vsae_jax import mesh, processes, runs
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.feed import Feed
 from vsae_jax.job import Job, first_b_dec, first_state
@@ -54,13 +54,16 @@ def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainSta
     like = jax.eval_shape(partial(first_state, job, None))
     found = checkpoints.restore(like, up_to=up_to) or checkpoints.restore(like)
     assert found is not None  # an unreadable folder is refused by `restore`
-    runs.keep_metrics_up_to(job.folder / runs.METRICS, int(found[0].step))
+    if processes.first():
+        runs.keep_metrics_up_to(job.folder / runs.METRICS, int(found[0].step))
     return found[0]
 
 
 def _fresh(job: Job, feed: Feed, b_decs: dict[Any, jax.Array | None]) -> Started:
-    (job.folder / runs.METRICS).unlink(missing_ok=True)
+    if processes.first():
+        (job.folder / runs.METRICS).unlink(missing_ok=True)
     kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
     if kind not in b_decs:
         b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
-    return Started(job, first_state(job, b_decs[kind]))
+    state = mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
+    return Started(job, state)

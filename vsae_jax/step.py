@@ -11,7 +11,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from vsae_jax import losses, optim, sae
+from vsae_jax import losses, mesh, optim, sae
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.sparsity import compiler_options, dead_latents
 
@@ -194,11 +194,12 @@ def _in_parts(
     x: Float[Array, "batch d_model"],
     config: SAEConfig,
 ) -> tuple[Any, losses.Info]:
-    """The mean of `gradient(rows, first_row)` over equal parts of the batch: on a CPU
-    as many rows as have their latents in cache, else all of them."""
+    """The mean of `gradient(rows, first_row)` over equal parts of the batch: on one CPU
+    device as many rows as have their latents in cache, else all of them."""
     rows = math.gcd(len(x), max(_CPU_PART_BYTES // (4 * config.d_sae), 1))
     by_batch = config.auxk and config.auxk_units == "variance"
-    if jax.default_backend() != "cpu" or by_batch or rows < 128 or rows == len(x):
+    whole = by_batch or mesh.is_split() or rows < 128 or rows == len(x)
+    if jax.default_backend() != "cpu" or whole:
         return gradient(x, 0)
     parts = len(x) // rows
 
@@ -215,10 +216,11 @@ def _in_parts(
     return grads, info._replace(variance=losses.row_variance(x))
 
 
-def compile_steps(config: SAEConfig, *, arms: int = 1) -> Any:
+def compile_steps(config: SAEConfig, *, arms: int = 1, places: Any = None) -> Any:
     """`steps(state, rows [n_max, batch, d_model], n, hparams) -> state`, jitted, the
     state donated: runs the first `n` (traced) batches, so a run has one trace. With
-    several arms, `state` and `hparams` have a leading axis over them."""
+    several arms, `state` and `hparams` have a leading axis over them. `places` are the
+    shardings of the state that is returned; None on one device."""
     step = partial(train_step, config=config)
     if arms > 1:
         together = partial(train_step, config=config, axis="arms")
@@ -227,7 +229,9 @@ def compile_steps(config: SAEConfig, *, arms: int = 1) -> Any:
     def steps(state: TrainState, rows: Array, n: Array, hparams: Hparams) -> TrainState:
         return lax.fori_loop(0, n, lambda i, s: step(s, rows[i], hparams)[0], state)
 
-    return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options())
+    kept = {} if places is None else {"out_shardings": places}
+    options = compiler_options()
+    return jax.jit(steps, donate_argnums=0, compiler_options=options, **kept)
 
 
 def _optimizer(step: Array, hparams: Hparams, config: SAEConfig):

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from vsae_jax.config import SAEConfig
+from vsae_jax.mesh import bytes_each, make, name, shardings, tracing
 from vsae_jax.step import Hparams, TrainState, compile_steps
 
 # Of the memory that is free, what a pass may take.
@@ -43,7 +45,8 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A compiled pass: its groups, bytes of states and of work, seconds to compile."""
+    """A compiled pass: its groups, bytes of states and of work on one device, seconds
+    to compile."""
 
     groups: list[Group]
     state_bytes: int
@@ -52,9 +55,15 @@ class Plan(NamedTuple):
     seconds: float
 
 
-def compile_pass(arms: Sequence[Arm], rows: jax.ShapeDtypeStruct, *, how: str) -> Plan:
+def compile_pass(
+    arms: Sequence[Arm],
+    rows: jax.ShapeDtypeStruct,
+    *,
+    how: str,
+    mesh: Mesh | None = None,
+) -> Plan:
     """Compiles what trains `arms` on `rows [n_max, batch, d_model]` a dispatch; `how`
-    is vmap, loop or auto (vmap on a GPU)."""
+    is vmap, loop or auto (vmap on a GPU). Arms lie on `mesh` already."""
     if how == "auto":
         how = "vmap" if jax.default_backend() == "gpu" else "loop"
     start, compiled = time.monotonic(), {}
@@ -62,17 +71,19 @@ def compile_pass(arms: Sequence[Arm], rows: jax.ShapeDtypeStruct, *, how: str) -
     for config, members in _same_switches(arms).items():
         sets = [members] if how == "vmap" else [(place,) for place in members]
         for places in sets:
-            state = _stack([arms[place].state for place in places])
-            numbers = _stack([arms[place].numbers for place in places])
+            state = _stack([arms[place].state for place in places], mesh)
+            numbers = _stack([arms[place].numbers for place in places], mesh)
             kind = config, len(places)
             if kind not in compiled:
-                steps = compile_steps(config, arms=len(places))
-                compiled[kind] = steps.lower(state, rows, 1, numbers).compile()
+                lie = None if mesh is None else shardings(state, mesh)
+                steps = compile_steps(config, arms=len(places), places=lie)
+                with tracing(mesh):
+                    compiled[kind] = steps.lower(state, rows, 1, numbers).compile()
                 work = max(work, _work_bytes(compiled[kind]))
             groups.append(Group(places, numbers, state, compiled[kind]))
     return Plan(
         groups=groups,
-        state_bytes=sum(_bytes(group.state) for group in groups),
+        state_bytes=sum(bytes_each(group.state) for group in groups),
         work_bytes=work,
         functions=len(compiled),
         seconds=time.monotonic() - start,
@@ -105,24 +116,48 @@ def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
 
 
 def free_bytes() -> int:
-    """Of the device's memory, what is free."""
-    stats = jax.devices()[0].memory_stats()
+    """Of a device's memory, what is free; CPU devices share the machine's."""
+    device, n_devices = jax.local_devices()[0], jax.local_device_count()
+    stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
         if found:
-            return int(found[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+            return int(found[1]) * 1024 // n_devices
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // 2 // n_devices
 
 
-def bytes_of_one(config: SAEConfig, *, batch_size: int) -> int:
-    """About what one more arm takes at once: float32 parameters, Adam's moments and
-    gradients, and of each latent in a batch what a step keeps."""
+def bytes_of_one(
+    config: SAEConfig, *, batch_size: int, mesh: Mesh | None = None
+) -> int:
+    """About what one more arm takes at once on a device: float32 parameters, Adam's
+    moments and gradients, and of each row in a batch what a step keeps."""
+    shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
+    d_sae = config.d_sae // shape["latents"]
     heads = 3 if config.variance == "learned" else 2
-    parameters = 4 * heads * config.d_model * config.d_sae
-    return 5 * parameters + 16 * batch_size * config.d_sae
+    parameters = 4 * heads * config.d_model * d_sae
+    rows = batch_size // shape["data"]
+    return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
+
+
+def shortage(config: SAEConfig, *, batch_size: int, mesh: Mesh | None = None) -> str:
+    """What will not fit on a device, before anything is there, and which flag helps;
+    or an empty string."""
+    takes = bytes_of_one(config, batch_size=batch_size, mesh=mesh)
+    free = free_bytes()
+    if takes <= free:
+        return ""
+    no_rows = bytes_of_one(config, batch_size=0, mesh=mesh)
+    flag = "--d_sae" if no_rows > takes / 2 else "--batch_size"
+    axis = "latents" if no_rows > takes / 2 else "data"
+    return (
+        f"a run takes about {takes / 1e9:.2f} GB on a device ({name(mesh)}) and "
+        f"{free / 1e9:.2f} GB are free: lower {flag}, or give --mesh more devices on "
+        f"the axis {axis}"
+    )
 
 
 def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
@@ -137,19 +172,19 @@ def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
     }
 
 
-def _stack(trees: Sequence[Any]) -> Any:
+def _stack(trees: Sequence[Any], mesh: Mesh | None) -> Any:
     if len(trees) == 1:
         return trees[0]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    return make(
+        lambda *each: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),
+        *trees,
+        mesh=mesh,
+    )
 
 
 def member(tree: Any, i: int, n: int) -> Any:
     """The i-th of the n arms whose arrays are stacked in `tree`; one is not stacked."""
     return tree if n == 1 else jax.tree.map(lambda leaf: leaf[i], tree)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _work_bytes(compiled: Any) -> int:

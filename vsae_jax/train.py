@@ -7,18 +7,21 @@ interval, and what is started again goes on.
 
 import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
-from vsae_jax import cli, grid, progress, runs, signals, start, sweep
+from vsae_jax import cli, grid, processes, progress, runs, signals, start, sweep
 from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
 from vsae_jax.feed import Feed
 from vsae_jax.job import Job, explain, open_folder, plan
+from vsae_jax.mesh import make, name
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
 
@@ -34,10 +37,11 @@ class Chunk(NamedTuple):
 
 def command(configs: Sequence[TrainConfig]) -> None:
     """One run, or a grid where flags held comma lists."""
-    if len(configs) == 1:
-        run(configs[0])
-    else:
-        grid.run(configs, train=run_arms)
+    with processes.joined(configs[0]):
+        if len(configs) == 1:
+            run(configs[0])
+        else:
+            grid.run(configs, train=run_arms)
 
 
 def run(config: TrainConfig) -> Path:
@@ -61,7 +65,7 @@ def run_arms(configs: Sequence[TrainConfig]) -> None:
         explain(job, asked=config)
         if (job.folder / runs.DIVERGED).is_file():
             diverged.append(job.folder.name)
-        elif not open_folder(job):
+        elif not processes.in_turn(open_folder, job):
             print(f"{job.folder} is finished; nothing to do")
         else:
             key = job.train.steps, job.train.batch_size
@@ -83,12 +87,16 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     with contextlib.ExitStack() as stack:
         feed = stack.enter_context(Feed(jobs[0]))
         saves = {
-            job.folder: stack.enter_context(Checkpoints(job.folder / runs.CHECKPOINTS))
+            job.folder: stack.enter_context(
+                Checkpoints(job.folder / runs.CHECKPOINTS, mesh=job.mesh)
+            )
             for job in jobs
         }
-        one = max(
-            sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size) for job in jobs
-        )
+        largest = max(jobs, key=_bytes_of_one)
+        one, mesh = _bytes_of_one(largest), largest.mesh
+        batch_size = largest.train.batch_size
+        if short := sweep.shortage(largest.sae, batch_size=batch_size, mesh=mesh):
+            print(f"note: {short}")
         waiting = sweep.split(jobs, one)
         if len(waiting) > 1:
             print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
@@ -97,6 +105,10 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             waiting[:0] = later
             diverged += _one_pass(together, saves, feed)
     return diverged
+
+
+def _bytes_of_one(job: Job) -> int:
+    return sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size, mesh=job.mesh)
 
 
 def _one_pass(
@@ -113,12 +125,16 @@ def _one_pass(
         print(f"going on from step {step}")
     chunks = list(_chunks(step, config))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
-    arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
-    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
+    mesh = jobs[0].mesh
+    arms = [
+        sweep.Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
+        for s in started
+    ]
+    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
     del arms
     started.clear()
-    print(_describe(compiled, len(jobs)))
+    print(_describe(compiled, len(jobs), mesh))
     stacks = feed.stacks(
         [chunk.stop - chunk.start for chunk in chunks],
         step * config.batch_size,
@@ -129,8 +145,9 @@ def _one_pass(
     for place, state in sweep.states(groups).items():
         job = jobs[place]
         if job.folder.name not in watch.diverged:
-            trained = jax.device_get(variables(state, job.sae))
-            runs.write_parameters(job.folder / runs.PARAMETERS, trained)
+            trained = processes.gathered(variables(state, job.sae))
+            if processes.first():
+                runs.write_parameters(job.folder / runs.PARAMETERS, trained)
             print(f"wrote {job.folder / runs.PARAMETERS}")
     return watch.diverged
 
@@ -143,8 +160,12 @@ def _loop(
 ) -> Sequence[sweep.Group]:
     config = watch.jobs[0].train
     bar = progress.bar(
-        config.steps, unit="step", start=chunks[0].start if chunks else config.steps
+        config.steps,
+        unit="step",
+        start=chunks[0].start if chunks else config.steps,
+        stream=processes.progress_stream(),
     )
+    stop = 0
     try:
         with bar, signals.caught() as caught:
             for chunk, rows in zip(chunks, batches, strict=True):
@@ -155,13 +176,15 @@ def _loop(
                 bar.update(chunk.stop - chunk.start)
                 if len(watch.diverged) == len(watch.jobs):
                     break
-                if chunk.save or caught.signal:
+                if chunk.log or processes.count() == 1:
+                    stop = processes.agreed(caught.signal)
+                if chunk.save or stop:
                     watch.save(groups, chunk.stop)
-                if caught.signal:
+                if stop:
                     raise Interrupted(
                         f"stopped by a signal; step {chunk.stop} is saved in "
                         f"{watch.folder}: run the same command to go on",
-                        signal_number=caught.signal,
+                        signal_number=stop,
                     )
     finally:
         batches.close()
@@ -188,14 +211,15 @@ def _next(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _describe(compiled: sweep.Plan, arms: int) -> str:
+def _describe(compiled: sweep.Plan, arms: int, mesh: Mesh | None) -> str:
     free = sweep.free_bytes()
+    where = "" if mesh is None else f" of each device ({name(mesh)})"
     many = f"{arms} arms, " if arms > 1 else ""
     programs = (
         "1 program" if compiled.functions == 1 else f"{compiled.functions} programs"
     )
     return (
-        f"{many}{programs} compiled in {compiled.seconds:.1f} s; memory: states "
+        f"{many}{programs} compiled in {compiled.seconds:.1f} s; memory{where}: states "
         f"{compiled.state_bytes / 1e9:.2f} GB, a step {compiled.work_bytes / 1e9:.2f} "
         f"GB, {free / 1e9:.1f} GB free"
     )

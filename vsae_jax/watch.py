@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vsae_jax import loggers, optim, runs, sweep
+from vsae_jax import loggers, mesh, optim, processes, runs, sweep
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.errors import UserError
 from vsae_jax.job import Job
@@ -87,7 +87,8 @@ class Watch:
             )
         if job.folder.name not in self.diverged:
             self.diverged.append(job.folder.name)
-            runs.write_json(job.folder / runs.DIVERGED, {"step": bad})
+            if processes.first():
+                runs.write_json(job.folder / runs.DIVERGED, {"step": bad})
             print(f"{job.folder.name}: the loss is not finite at step {bad}; left out")
         return False
 
@@ -124,12 +125,7 @@ def _metrics(
 
 
 def _without_totals(state: TrainState) -> TrainState:
-    zeros = jax.tree.map(
-        lambda total, zero: jnp.broadcast_to(zero, total.shape),
-        state.totals,
-        zero_totals(),
-    )
-    return state._replace(totals=zeros)
+    return state._replace(totals=mesh.filled(state.totals, zero_totals()))
 
 
 def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:

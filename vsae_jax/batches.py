@@ -11,12 +11,14 @@ import bisect
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt8
+
+from vsae_jax.errors import UserError
 
 _BLOCK_BYTES = 2**26
 _BLOCKS_IN_GROUP = 8
@@ -31,6 +33,8 @@ class ShuffledRows:
       n_rows: in an epoch.
       row_bytes: sets the rows of a block (64 MiB, eight of them mixed).
       seed: of the order.
+      left_out: numbers of rows, ascending, whose places are taken by other rows of
+        their group, in turn.
       prefetch: a thread loads the next group while the present one is taken from.
         It ends with `close`, with the `with` block, or with the object.
     """
@@ -42,11 +46,13 @@ class ShuffledRows:
         n_rows: int,
         row_bytes: int,
         seed: int,
+        left_out: Sequence[int] | Int[np.ndarray, " bad"] = (),
         prefetch: bool = False,
     ):
         self._read = read
         self._n_rows = n_rows
         self._seed = seed
+        self._left_out = np.asarray(left_out, np.int64)
         self._block = max(_BLOCK_BYTES // row_bytes, 1)
         self._present: _Group | None = None
         self._next: tuple[_Key, futures.Future[_Group]] | None = None
@@ -110,6 +116,7 @@ class ShuffledRows:
         """Reads a group's blocks one after another into a buffer that is free."""
         epoch, number = key
         buffer, filled = np.empty((0, 0), np.uint8), 0
+        bad: list[np.ndarray] = []
         for start, stop in self._plan(epoch).groups[number]:
             rows = self._read(start, stop)
             # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
@@ -117,8 +124,11 @@ class ShuffledRows:
             if not filled:
                 buffer = self._buffer(raw.shape[1])
             buffer[filled : filled + len(raw)] = raw
+            first, last = np.searchsorted(self._left_out, (start, stop))
+            bad.append(self._left_out[first:last] - start + filled)
             filled += len(raw)
         order = np.random.default_rng([self._seed, epoch, number]).permutation(filled)
+        order = _without(order, np.concatenate(bad))
         return _Group(key, buffer, buffer[:filled], order, rows.dtype)
 
     def _buffer(self, row_bytes: int) -> UInt8[np.ndarray, "most row_bytes"]:
@@ -135,6 +145,19 @@ class ShuffledRows:
 
     def _plan(self, epoch: int) -> "_Plan":
         return _plan(epoch, n_rows=self._n_rows, block=self._block, seed=self._seed)
+
+
+def _without(order: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """The order with the rows `bad` replaced by the others, in their order."""
+    if not len(bad):
+        return order
+    is_bad = np.isin(order, bad)
+    others = order[~is_bad]
+    if not len(others):
+        raise UserError("a whole block of rows is bad: nothing can take its place")
+    replaced = order.copy()
+    replaced[is_bad] = np.resize(others, len(bad))
+    return replaced
 
 
 _Key = tuple[int, int]  # epoch, and group within it

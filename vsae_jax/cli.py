@@ -6,6 +6,7 @@ flags, and two commands never collide.
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import os
@@ -52,7 +53,9 @@ def run(
         return 141
     except OSError as error:
         where = f" at {error.filename!r}" if error.filename else ""
-        return _say(f"error: {error.strerror or one_line(error)}{where}", 2)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        go_on = "; make room and run the same command again" if full else ""
+        return _say(f"error: {error.strerror or one_line(error)}{where}{go_on}", 2)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
             raise

@@ -6,7 +6,6 @@ Killed and started again it goes on; see `residuals` for how the shards are made
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax import cli, progress, residuals, signals, text
+from vsae_jax import cli, lock, progress, residuals, signals, text
 from vsae_jax.batches import read_ahead
 from vsae_jax.config import ExtractConfig, hook_name, resolve_extract
 from vsae_jax.errors import UserError
@@ -53,12 +52,22 @@ def run(config: ExtractConfig) -> Activations:
     found = read_manifest(folder)
     if found is not None:
         _refuse_other(folder, found, asked(config))
+        if config.verify:
+            Activations(folder, found).verify()
         if found.complete and not _missing(folder, found):
             print(
                 f"{folder} is finished already: {found.n_contexts:,} contexts, "
                 f"{found.n_rows:,} rows; nothing to do"
             )
             return Activations.open(folder)
+    with lock.held(folder, doing="extract"):
+        _extract(config, folder)
+    return Activations.open(folder)
+
+
+def _extract(config: ExtractConfig, folder: Path) -> None:
+    """Computes what is missing in a folder that no other process writes."""
+    found = read_manifest(folder)
     revision = config.revision or None
     locate(config.model, revision=revision)
     corpus = text.documents(
@@ -84,7 +93,6 @@ def run(config: ExtractConfig) -> Activations:
         folder, manifest, model, contexts, batch_size=config.batch_size
     )
     _conclude(folder, manifest, time.monotonic() - began)
-    return Activations.open(folder)
 
 
 def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
@@ -225,8 +233,7 @@ def write_shards(
     total = m.n_contexts if m.complete else m.num_tokens // m.context_length
     blocks = residuals.blocks(contexts, total=total, size=m.shard_contexts)
     first = next(blocks)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), signals.caught() as caught:
+    with signals.caught() as caught:
         writer = ShardWriter(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
         pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
@@ -257,22 +264,6 @@ def _more_room(error: OSError, writer: ShardWriter) -> Exception:
         f"{len(writer.manifest.shards)} shards are safe in {writer.folder}: make room "
         "and run the same command to go on"
     )
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process is writing; a kill ends the lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another extract is writing {folder}") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

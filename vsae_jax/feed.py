@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vsae_jax.bad_rows import Check
 from vsae_jax.batches import ShuffledRows
 from vsae_jax.job import Job
 from vsae_jax.shards import READ
@@ -28,6 +29,8 @@ class Feed:
 
     def __init__(self, job: Job):
         self._read, self._n_rows = job.activations.view, job.data["train_rows"]
+        if job.train.bad_rows == "stop":
+            self._read = Check(job.activations, giant=job.train.giant).rows
         self._batch = job.train.batch_size
         self.dtype = np.dtype(READ[job.data["dtype"]])
         row_bytes = job.sae.d_model * self.dtype.itemsize
@@ -36,6 +39,7 @@ class Feed:
             "n_rows": self._n_rows,
             "row_bytes": row_bytes,
             "seed": job.train.data_seed,
+            "left_out": job.left_out.rows if job.left_out else (),
         }
         self._resident: Array | None = None
         if _on_device(job.train.feed, self._n_rows * row_bytes):

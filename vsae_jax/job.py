@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vsae_jax import presets, runs, sae
+from vsae_jax.bad_rows import LeftOut, left_out
 from vsae_jax.config import (
     RUNTIME_FIELDS,
     ExtractConfig,
@@ -25,13 +26,15 @@ from vsae_jax.step import TrainState, init_state
 
 
 class Job(NamedTuple):
-    """A run, resolved: what to train, on what, and where it goes."""
+    """A run, resolved: what to train, on what, and where it goes. `left_out` are rows
+    that are not trained on."""
 
     train: TrainConfig
     sae: SAEConfig
     data: dict[str, Any]
     activations: Activations
     folder: Path
+    left_out: LeftOut | None = None
 
 
 def plan(config: TrainConfig) -> Job:
@@ -46,12 +49,16 @@ def plan(config: TrainConfig) -> Job:
     dtype = resolved.dtype
     if dtype == "auto":
         dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    bad = left_out(activations, bad_rows=resolved.bad_rows, giant=resolved.giant)
     return Job(
         train=resolved,
         sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
-        data=_data(activations, resolved),
+        data=_data(activations, resolved)
+        | ({"left_out": bad.described()} if bad else {})
+        | ({"forked_from": config.fork_from} if config.fork_from else {}),
         activations=activations,
         folder=folder,
+        left_out=bad,
     )
 
 
@@ -111,6 +118,11 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
         f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
         f"{jax.devices()[0].device_kind}, to {job.folder}"
     )
+    if job.left_out:
+        print(
+            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows are NaN, "
+            f"infinite or giant and left out; the first is row {job.left_out.rows[0]}"
+        )
     if asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
     if job.sae.auxk and c.dead_after_tokens >= rows:
@@ -125,7 +137,7 @@ def open_folder(job: Job) -> bool:
     stated = {"train": to_json(job.train), "sae": to_json(job.sae), "data": job.data}
     path = job.folder / runs.CONFIG
     if not path.is_file():
-        if job.folder.is_dir() and any(job.folder.iterdir()):
+        if runs.holds_other_files(job.folder):
             raise UserError(f"--out={job.folder} is not empty and not a run folder")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_config(job, stated)
@@ -143,7 +155,8 @@ def open_folder(job: Job) -> bool:
     if changed:
         raise UserError(
             f"{job.folder} holds a run with another config ({changed}); give the same "
-            "flags to go on with it, or another --out"
+            "flags to go on with it, or another --out, with --fork_from="
+            f"{job.folder} to start there from what is trained"
         )
     return not (job.folder / runs.PARAMETERS).is_file()
 
@@ -191,13 +204,13 @@ def first_state(job: Job, b_dec: jax.Array | None) -> TrainState:
 
 def _input_norm(job: Job) -> tuple[float, np.ndarray]:
     """scale and mean such that the root mean square row norm is what was asked."""
-    m = job.activations.manifest
-    mean = np.zeros(m.d_model, np.float32)
-    mean_squared_norm = m.mean_squared_norm
+    rows = job.left_out or job.activations.manifest
+    mean = np.zeros(job.sae.d_model, np.float32)
+    mean_squared_norm = rows.mean_squared_norm
     if job.train.center_input:
-        mean = np.asarray(m.mean, np.float32)
-        mean_squared_norm -= float(np.sum(np.square(np.asarray(m.mean))))
-    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(m.d_model)}
+        mean = np.asarray(rows.mean, np.float32)
+        mean_squared_norm -= float(np.sum(np.square(np.asarray(rows.mean))))
+    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(job.sae.d_model)}
     scale = job.train.input_scale
     if scale == "none":
         return 1.0, mean

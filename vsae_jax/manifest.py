@@ -23,6 +23,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 # What a row is stored as, and what it is read as.
 STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 READ = STORED | {"bfloat16": ml_dtypes.bfloat16}
+_HASH = "sha256"
 _DERIVED = ("dropped_positions", "rows_per_context", "n_contexts", "n_rows")
 
 
@@ -106,20 +107,21 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """sha256 of manifest.json."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """sha256 of manifest.json without the line that holds it."""
+        return hashlib.sha256(_lines(self._values())).hexdigest()
 
     def to_bytes(self) -> bytes:
         """manifest.json: equal manifests, equal bytes; no time, no output path."""
-        values = dataclasses.asdict(self)
-        values |= {name: getattr(self, name) for name in _DERIVED}
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        return _lines(self._values() | {_HASH: self.hash})
+
+    def _values(self) -> dict[str, Any]:
+        derived = {name: getattr(self, name) for name in _DERIVED}
+        return dataclasses.asdict(self) | derived
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
         """The inverse of `to_bytes`; raises ValueError saying what is wrong."""
-        values = json.loads(data, parse_constant=_refuse_constant)
+        values = json.loads(data, parse_constant=refuse_constant)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         if values.get("format_version") != FORMAT_VERSION:
@@ -128,14 +130,24 @@ class Manifest:
                 f"reads {FORMAT_VERSION}"
             )
         derived = {name: values.pop(name, None) for name in _DERIVED}
+        said = values.pop(_HASH, None)  # folders of before it was written have none
         manifest = _typed(values, cls, "the manifest")
         for name, value in derived.items():
             if value != getattr(manifest, name):
                 raise ValueError(f"{name} is {value!r}, which the rest contradicts")
+        if said not in (None, manifest.hash):
+            raise ValueError(f"it was edited: its {_HASH} is that of another")
         return manifest
 
 
-def _refuse_constant(name: str) -> None:
+def _lines(values: dict[str, Any]) -> bytes:
+    """A JSON object with a line for every name."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def refuse_constant(name: str) -> None:
+    """For `json.loads`: NaN and infinity are no JSON."""
     raise ValueError(f"{name} is not a finite number")
 
 

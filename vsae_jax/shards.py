@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from vsae_jax import progress
 from vsae_jax.errors import UserError
 from vsae_jax.manifest import MANIFEST, READ, STORED, Manifest, Shard, read_manifest
 from vsae_jax.npy import (
@@ -126,6 +127,15 @@ class Activations:
                 sha256=shard.tokens_sha256,
             )
         return self._verified[path]
+
+    def verify(self) -> None:
+        """Reads every file and compares its checksum; the first damaged is named."""
+        shards = range(len(self.manifest.shards))
+        with progress.bar(len(shards), unit="shards verified") as bar:
+            for index in shards:
+                self.activations_shard(index)
+                self.tokens_shard(index)
+                bar.update(1)
 
     def _pieces(
         self, start: int, stop: int, *, unit: int

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from vsae_jax import cli, grid, progress, runs, signals, start, sweep
+from vsae_jax import cli, grid, lock, progress, runs, signals, start, sweep
 from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
@@ -52,6 +52,11 @@ def run(config: TrainConfig) -> Path:
 
 def run_arms(configs: Sequence[TrainConfig]) -> None:
     """Trains every arm that is not finished, together where they can share batches."""
+    with contextlib.ExitStack() as locks:
+        _run_arms(configs, locks)
+
+
+def _run_arms(configs: Sequence[TrainConfig], locks: contextlib.ExitStack) -> None:
     streams: dict[tuple[int, int], list[Job]] = {}
     diverged: list[str] = []
     for number, config in enumerate(configs, start=1):
@@ -59,6 +64,7 @@ def run_arms(configs: Sequence[TrainConfig]) -> None:
         if len(configs) > 1:
             print(f"arm {number} of {len(configs)}: {job.folder.name}")
         explain(job, asked=config)
+        locks.enter_context(lock.held(job.folder, doing="train"))
         if (job.folder / runs.DIVERGED).is_file():
             diverged.append(job.folder.name)
         elif not open_folder(job):
@@ -81,11 +87,15 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     their checkpoints allow; returns the names of those that diverged."""
     diverged: list[str] = []
     with contextlib.ExitStack() as stack:
+        if jobs[0].train.verify:
+            jobs[0].activations.verify()
         feed = stack.enter_context(Feed(jobs[0]))
         saves = {
             job.folder: stack.enter_context(Checkpoints(job.folder / runs.CHECKPOINTS))
             for job in jobs
         }
+        for job in jobs:
+            start.fork(job, saves[job.folder])
         one = max(
             sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size) for job in jobs
         )

@@ -28,7 +28,7 @@ from vsae_jax.lm import (
     load_language_model,
     load_tokenizer,
 )
-from vsae_jax.lm.files import locate
+from vsae_jax.lm.files import locate, weights_hash
 from vsae_jax.manifest import Manifest, read_manifest
 from vsae_jax.shards import Activations, ShardWriter, is_missing
 
@@ -78,7 +78,10 @@ def _extract(config: ExtractConfig, folder: Path) -> None:
     check_layer(manifest.layer, n_layers=model.n_layers)
     _check_length(config, model)
     if found is not None:
-        _refuse_other(folder, found, _settings(manifest))
+        settings = _settings(manifest)
+        if not found.weights_hash:
+            del settings["weights_hash"]
+        _refuse_other(folder, found, settings)
         manifest = found
     announce(folder, manifest)
     contexts = text.contexts(
@@ -128,6 +131,7 @@ def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
         revision=model.revision or "",
         config_hash=model.config_hash,
         tokenizer_hash=model.tokenizer_hash,
+        weights_hash=weights_hash(locate(config.model)) if not model.revision else "",
         hook_name=hook_name(settings["layer"]),
         d_model=model.d_model,
         vocab_size=model.vocab_size,

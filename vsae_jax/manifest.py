@@ -45,6 +45,7 @@ class Manifest:
     revision: the hub commit that was loaded, "" for a local model; `revision_asked` is
       what `--revision` said.
     num_tokens: tokens asked for; `n_contexts * context_length` is what there is.
+    weights_hash: of a local model's weights; "" where nothing was said of them.
     bos: `keep` and `drop` start every context with `bos_id`, `none` does not.
     center_residual: each row's mean over d_model was subtracted.
     mean, mean_squared_norm: `[d_model]` and scalar, over the rows as they are stored.
@@ -58,6 +59,7 @@ class Manifest:
     backend: str
     config_hash: str
     tokenizer_hash: str
+    weights_hash: str = ""
     hook_name: str
     layer: int
     d_model: int
@@ -115,8 +117,10 @@ class Manifest:
         return _lines(self._values() | {_HASH: self.hash})
 
     def _values(self) -> dict[str, Any]:
-        derived = {name: getattr(self, name) for name in _DERIVED}
-        return dataclasses.asdict(self) | derived
+        values = dataclasses.asdict(self)
+        if not self.weights_hash:  # as in folders of before there was one
+            del values["weights_hash"]
+        return values | {name: getattr(self, name) for name in _DERIVED}
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
@@ -131,7 +135,7 @@ class Manifest:
             )
         derived = {name: values.pop(name, None) for name in _DERIVED}
         said = values.pop(_HASH, None)  # folders of before it was written have none
-        manifest = _typed(values, cls, "the manifest")
+        manifest = _typed({"weights_hash": ""} | values, cls, "the manifest")
         for name, value in derived.items():
             if value != getattr(manifest, name):
                 raise ValueError(f"{name} is {value!r}, which the rest contradicts")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 
-from vsae_jax import cli, grid, lock, progress, runs, signals, start, sweep
+from vsae_jax import cli, grid, lock, memory, progress, runs, signals, start, sweep
 from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
@@ -21,6 +21,9 @@ from vsae_jax.feed import Feed
 from vsae_jax.job import Job, explain, open_folder, plan
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
+
+# Two to ten seconds of a CPU's matrix products.
+_CPU_OPERATIONS = 4 * 10**11
 
 
 class Chunk(NamedTuple):
@@ -87,6 +90,7 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     their checkpoints allow; returns the names of those that diverged."""
     diverged: list[str] = []
     with contextlib.ExitStack() as stack:
+        print(memory.foresee(jobs))
         if jobs[0].train.verify:
             jobs[0].activations.verify()
         feed = stack.enter_context(Feed(jobs[0]))
@@ -121,7 +125,7 @@ def _one_pass(
     step = int(started[0].state.step)
     if step:
         print(f"going on from step {step}")
-    chunks = list(_chunks(step, config))
+    chunks = list(_chunks(step, config, at_once=_steps_at_once(jobs)))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
     compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
@@ -179,11 +183,23 @@ def _loop(
     return groups
 
 
-def _chunks(begin: int, config: TrainConfig) -> Iterator[Chunk]:
+def _steps_at_once(jobs: Sequence[Job]) -> int:
+    """Steps in one call to the device: what was asked for, but on a CPU so few that a
+    signal is heard within seconds. A step of an arm has six matrix products."""
+    asked = jobs[0].train.steps_per_dispatch
+    if jax.default_backend() != "cpu":
+        return asked
+    operations = sum(
+        12 * job.train.batch_size * job.sae.d_model * job.sae.d_sae for job in jobs
+    )
+    return max(min(asked, _CPU_OPERATIONS // operations), 1)
+
+
+def _chunks(begin: int, config: TrainConfig, *, at_once: int) -> Iterator[Chunk]:
     """Dispatches from `begin` to the end, cut at every log line and checkpoint."""
     while begin < config.steps:
         stop = min(
-            begin + config.steps_per_dispatch,
+            begin + at_once,
             _next(begin, config.log_every),
             _next(begin, config.checkpoint_every),
             config.steps,

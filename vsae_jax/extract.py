@@ -173,15 +173,15 @@ def announce(folder: Path, manifest: Manifest) -> None:
         f"text    {m.dataset}, contexts of {m.context_length} tokens, bos {m.bos}, "
         f"rows of the positions from {m.dropped_positions}\n"
         f"writes  up to {contexts:,} contexts, {n_rows:,} rows of {m.dtype}, "
-        f"{_size(n_bytes)}, to {folder} ({_size(_free(folder))} free)"
+        f"{progress.size(n_bytes)}, to {folder} ({progress.size(_free(folder))} free)"
     )
     if there:
         print(f"resumes: {there} shards of {m.shard_contexts} contexts are there")
     n_bytes -= there * m.shard_contexts * m.rows_per_context * m.row_bytes
     if n_bytes > _free(folder):
         raise UserError(
-            f"{folder} needs {_size(n_bytes)} and its disk has {_size(_free(folder))} "
-            "free; lower --num_tokens or give --out= on another disk"
+            f"{folder} needs {progress.size(n_bytes)} and its disk has "
+            f"{progress.size(_free(folder))} free; lower --num_tokens or give --out= on another disk"
         )
 
 
@@ -204,10 +204,6 @@ def _free(folder: Path) -> int:
     folder = folder.absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     return shutil.disk_usage(existing).free
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 
 def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from vsae_jax import sweep
 from vsae_jax.errors import UserError
 from vsae_jax.job import Job
+from vsae_jax.progress import size
 from vsae_jax.shards import READ
 
 # `batches` holds two groups of rows; four dispatches wait, run or are being made.
@@ -21,14 +22,14 @@ def foresee(jobs: Sequence[Job]) -> str:
     needs, free = _needs(job), sweep.free_bytes()
     total = sum(needs.values())
     parts = ", ".join(
-        f"{what} {_size(n)} ({flags})" for (what, flags), n in needs.items()
+        f"{what} {size(n)} ({flags})" for (what, flags), n in needs.items()
     )
     if total > free:
         raise UserError(
-            f"{job.folder} will not fit: it needs about {_size(total)} of memory and "
-            f"{_size(free)} are free; lower the flag of what is large: {parts}"
+            f"{job.folder} will not fit: it needs about {size(total)} of memory and "
+            f"{size(free)} are free; lower the flag of what is large: {parts}"
         )
-    return f"memory  about {_size(total)} for an arm, {_size(free)} free: {parts}"
+    return f"memory  about {size(total)} for an arm, {size(free)} free: {parts}"
 
 
 def _needs(job: Job) -> dict[tuple[str, str], int]:
@@ -53,7 +54,3 @@ def _needs(job: Job) -> dict[tuple[str, str], int]:
 
 def _batch(job: Job) -> int:
     return job.train.batch_size
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"

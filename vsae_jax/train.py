@@ -22,7 +22,7 @@ from vsae_jax.job import Job, explain, open_folder, plan
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
 
-# Two to ten seconds of a CPU's matrix products.
+# A few seconds of two cores.
 _CPU_OPERATIONS = 4 * 10**11
 
 
@@ -185,12 +185,14 @@ def _loop(
 
 def _steps_at_once(jobs: Sequence[Job]) -> int:
     """Steps in one call to the device: what was asked for, but on a CPU so few that a
-    signal is heard within seconds. A step of an arm has six matrix products."""
+    signal is heard within seconds. A step of an arm has six matrix products, and
+    with each latent of a batch about a thousand other operations."""
     asked = jobs[0].train.steps_per_dispatch
     if jax.default_backend() != "cpu":
         return asked
     operations = sum(
-        12 * job.train.batch_size * job.sae.d_model * job.sae.d_sae for job in jobs
+        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
+        for job in jobs
     )
     return max(min(asked, _CPU_OPERATIONS // operations), 1)
 

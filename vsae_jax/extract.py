@@ -181,7 +181,8 @@ def announce(folder: Path, manifest: Manifest) -> None:
     if n_bytes > _free(folder):
         raise UserError(
             f"{folder} needs {progress.size(n_bytes)} and its disk has "
-            f"{progress.size(_free(folder))} free; lower --num_tokens or give --out= on another disk"
+            f"{progress.size(_free(folder))} free; lower --num_tokens or give --out= "
+            "on another disk"
         )
 
 

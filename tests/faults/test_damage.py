@@ -217,7 +217,7 @@ def test_a_half_written_checkpoint_is_cleared_away(stopped, capfd):
 
 
 def test_a_flipped_bit_of_any_array_is_found(tmp_path):
-    """Orbax has no checksum of large arrays: 60 of 60 flips went through without ours."""
+    """Orbax has no checksum of large arrays: 60 of 60 flips passed without ours."""
     config = SAEConfig(d_model=64, d_sae=256, k=3)
     variables = sae.init(jax.random.key(0), config)
     state = step.init_state(variables, jax.random.key(1), config)

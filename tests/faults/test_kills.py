@@ -19,6 +19,7 @@ from tiny_runs import LENGTH, call
 
 from faults.places import contents, lines_until, start
 from vsae_jax import runs
+from vsae_jax.lock import LOCK
 from vsae_jax.npy import TEMPORARY
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "50"))
@@ -30,12 +31,17 @@ _START_S = 12.0
 def killed(name: str, rng: random.Random, *, work_s: float, **flags: object) -> int:
     """The exit status of a command that is killed at a random moment, or that ends
     before it."""
+    there = names(flags["out"])
     process = start(name, **flags)
     if rng.random() < 0.25:
         delay = rng.uniform(0, _START_S)
     else:
-        for _ in lines_until(process, "compiled in" if name == "train" else "writes"):
-            pass
+        if name == "train":
+            for _ in lines_until(process, "compiled in"):
+                pass
+        else:  # the first new file
+            while process.poll() is None and names(flags["out"]) == there:
+                time.sleep(0.002)
         delay = rng.uniform(0, work_s)
     timer = threading.Timer(delay, process.kill)
     timer.start()
@@ -66,8 +72,15 @@ def until_used_up(name: str, *, folder: Path, work_s: float, check, **flags) -> 
 
 def half_written(folder: Path) -> bool:
     """Whether a shard, a checkpoint or a small file was being written."""
-    names = [path.name for path in folder.rglob("*")] if folder.is_dir() else []
-    return any(TEMPORARY in name or "orbax-checkpoint-tmp" in name for name in names)
+    return any(
+        TEMPORARY in name or "orbax-checkpoint-tmp" in name for name in names(folder)
+    )
+
+
+def names(folder: Path) -> set[str]:
+    """Of all files below, but for the lock."""
+    found = folder.rglob("*") if folder.is_dir() else ()
+    return {path.name for path in found} - {LOCK}
 
 
 def report(name: str, seen: dict, began: float) -> None:
@@ -120,8 +133,8 @@ def assert_same(one: Path, other: Path) -> None:
     assert both[0] == both[1]
     lines = [metrics(folder) for folder in (one, other)]
     assert lines[0] == lines[1] and len(lines[0]) > 1
-    names = {path.name for path in one.iterdir()}
-    assert names == {path.name for path in other.iterdir()}
+    top = {path.name for path in one.iterdir()}
+    assert top == {path.name for path in other.iterdir()}
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.strict_json import refuse_constant
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -148,11 +149,6 @@ def _lines(values: dict[str, Any]) -> bytes:
     """A JSON object with a line for every name."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def refuse_constant(name: str) -> None:
-    """For `json.loads`: NaN and infinity are no JSON."""
-    raise ValueError(f"{name} is not a finite number")
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

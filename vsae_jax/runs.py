@@ -19,8 +19,8 @@ from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.fields import difference, from_json
 from vsae_jax.lock import LOCK
-from vsae_jax.manifest import refuse_constant
 from vsae_jax.npy import TEMPORARY, replace_file
+from vsae_jax.strict_json import read_object, refuse_constant
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
@@ -160,17 +160,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 64 MiB."""
-    with path.open("rb") as file:
-        data = file.read(_JSON_LIMIT + 1)
-    if len(data) > _JSON_LIMIT:
-        raise UserError(f"{path} is over {_JSON_LIMIT} bytes; it is not ours")
-    try:
-        value = json.loads(data, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
+    return read_object(path, limit=_JSON_LIMIT)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

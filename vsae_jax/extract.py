@@ -28,7 +28,8 @@ from vsae_jax.lm import (
     load_language_model,
     load_tokenizer,
 )
-from vsae_jax.lm.files import locate, weights_hash
+from vsae_jax.lm.files import locate
+from vsae_jax.lm.weights import weights_hash
 from vsae_jax.manifest import Manifest, read_manifest
 from vsae_jax.shards import Activations, ShardWriter, is_missing
 
@@ -53,7 +54,9 @@ def run(config: ExtractConfig) -> Activations:
     if found is not None:
         _refuse_other(folder, found, asked(config))
         if config.verify:
-            Activations(folder, found).verify()
+            all_shards = set(range(len(found.shards)))
+            there = sorted(all_shards.difference(_missing(folder, found)))
+            Activations(folder, found).verify(there)
         if found.complete and not _missing(folder, found):
             print(
                 f"{folder} is finished already: {found.n_contexts:,} contexts, "

@@ -85,9 +85,20 @@ def open_run(folder: str | Path) -> Run:
 def _check_data(data: Any, where: str) -> None:
     data = data if isinstance(data, dict) else {}
     wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
-    if wrong or [type(i) for i in data["held_out_contexts"]] != [int, int]:
-        names = ", ".join(wrong) or "held_out_contexts"
+    if not wrong and min(data["layer"], data["dropped_positions"]) < 0:
+        wrong.append("layer or dropped_positions")
+    if not wrong and data["context_length"] <= data["dropped_positions"]:
+        wrong.append("context_length")
+    if not wrong and not _is_range(data["held_out_contexts"]):
+        wrong.append("held_out_contexts")
+    if wrong:
+        names = ", ".join(wrong)
         raise UserError(f"{where}: data does not match this version at {names}")
+
+
+def _is_range(ends: list[Any]) -> bool:
+    """Whether a list from JSON is [start, stop] of at least one context."""
+    return [type(i) for i in ends] == [int, int] and 0 <= ends[0] < ends[1]
 
 
 def holds_other_files(folder: Path) -> bool:

@@ -10,7 +10,7 @@ r // rows_per_context, at the position dropped_positions + r % rows_per_context.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -128,9 +128,9 @@ class Activations:
             )
         return self._verified[path]
 
-    def verify(self) -> None:
-        """Reads every file and compares its checksum; the first damaged is named."""
-        shards = range(len(self.manifest.shards))
+    def verify(self, shards: Sequence[int]) -> None:
+        """Reads both files of these shards and compares checksums; the first damaged
+        one is named."""
         with progress.bar(len(shards), unit="shards verified") as bar:
             for index in shards:
                 self.activations_shard(index)

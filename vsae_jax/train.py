@@ -92,7 +92,8 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     with contextlib.ExitStack() as stack:
         print(memory.foresee(jobs))
         if jobs[0].train.verify:
-            jobs[0].activations.verify()
+            activations = jobs[0].activations
+            activations.verify(range(len(activations.manifest.shards)))
         feed = stack.enter_context(Feed(jobs[0]))
         saves = {
             job.folder: stack.enter_context(Checkpoints(job.folder / runs.CHECKPOINTS))

@@ -33,9 +33,6 @@ TOKENIZER_FILES = (
     ("vocab.txt",),
 )
 _JSON_LIMIT = 2**26
-# Of weights, what `weights_hash` reads at most.
-_WEIGHTS = ("*.safetensors", "*.bin")
-_PIECES, _PIECE_BYTES = 256, 2**20
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
 
 
@@ -286,22 +283,4 @@ def _tokenizer_hash(files: ModelFiles) -> str:
     digest = hashlib.sha256()
     for path in _tokenizer_paths(files):
         digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def weights_hash(files: ModelFiles) -> str:
-    """Tells the weights in a local folder from others: sha256 of each file's name, size
-    and bytes, of a large one 256 MiB in evenly spaced pieces; "" for a hub id, whose
-    commit says it."""
-    if files.folder is None:
-        return ""
-    digest = hashlib.sha256()
-    paths = [p for kind in _WEIGHTS for p in files.folder.glob(kind)]
-    for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(size // _PIECES, _PIECE_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_PIECE_BYTES))
     return digest.hexdigest()

@@ -23,6 +23,7 @@ from vsae_jax.errors import Interrupted, UserError, one_line
 
 # How XLA begins to say that an allocation failed.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
+_LONGEST_NAME = 100
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -69,6 +70,10 @@ def parse(config_class: type, argv: Sequence[str]) -> list[Any]:
     Raises UserError for unknown flags, bad values and positional arguments.
     """
     values = flag_values(config_class)
+    for name in (arg.split("=")[0] for arg in argv[1:] if arg.startswith("-")):
+        # absl's search for a similar name recurses over its letters.
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"unknown flag {name[:40]}... (see --help)")
     try:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:

@@ -1,6 +1,7 @@
 """A run, resolved: what to train, on what, and where it goes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ from vsae_jax.errors import UserError
 from vsae_jax.fields import difference, to_json
 from vsae_jax.shards import Activations
 from vsae_jax.step import TrainState, init_state
+
+# A few seconds of two cores.
+_CPU_OPERATIONS = 4 * 10**11
 
 
 class Job(NamedTuple):
@@ -130,6 +134,21 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
             f"note: AuxK cannot act: --dead_after_tokens={c.dead_after_tokens} is not "
             f"reached in a run of {rows} rows"
         )
+
+
+def steps_at_once(jobs: Sequence[Job]) -> int:
+    """Steps in one call to the device: what was asked for, but on a CPU so few that a
+    signal is heard within seconds. A step of an arm has six matrix products, and
+    with each latent of a batch about a thousand other operations."""
+    c = jobs[0].train
+    asked = min(c.steps_per_dispatch, c.log_every, c.checkpoint_every, c.steps)
+    if jax.default_backend() != "cpu":
+        return asked
+    operations = sum(
+        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
+        for job in jobs
+    )
+    return max(min(asked, _CPU_OPERATIONS // operations), 1)
 
 
 def open_folder(job: Job) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 
 from vsae_jax import sweep
 from vsae_jax.errors import UserError
-from vsae_jax.job import Job
+from vsae_jax.job import Job, steps_at_once
 from vsae_jax.progress import size
 from vsae_jax.shards import READ
 
@@ -38,8 +38,8 @@ def _needs(job: Job) -> dict[tuple[str, str], int]:
     latents = sweep.bytes_of_one(job.sae, batch_size=_batch(job)) - parameters
     row = job.sae.d_model * np.dtype(READ[job.data["dtype"]]).itemsize
     all_rows = job.data["train_rows"] * row
-    rows = _DISPATCHES * job.train.steps_per_dispatch * _batch(job) * row
-    flags = "--steps_per_dispatch"
+    rows = _DISPATCHES * steps_at_once([job]) * _batch(job) * row
+    flags = "--steps_per_dispatch, --batch_size"
     if job.train.feed == "device":
         rows, flags = rows + all_rows, "--feed=stream"
     elif jax.default_backend() == "cpu":

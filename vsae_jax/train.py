@@ -18,12 +18,9 @@ from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
 from vsae_jax.feed import Feed
-from vsae_jax.job import Job, explain, open_folder, plan
+from vsae_jax.job import Job, explain, open_folder, plan, steps_at_once
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
-
-# A few seconds of two cores.
-_CPU_OPERATIONS = 4 * 10**11
 
 
 class Chunk(NamedTuple):
@@ -126,7 +123,7 @@ def _one_pass(
     step = int(started[0].state.step)
     if step:
         print(f"going on from step {step}")
-    chunks = list(_chunks(step, config, at_once=_steps_at_once(jobs)))
+    chunks = list(_chunks(step, config, at_once=steps_at_once(jobs)))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     arms = [sweep.Arm(s.job.sae, hparams(s.job.train), s.state) for s in started]
     compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms)
@@ -182,20 +179,6 @@ def _loop(
         batches.close()
         watch.close()
     return groups
-
-
-def _steps_at_once(jobs: Sequence[Job]) -> int:
-    """Steps in one call to the device: what was asked for, but on a CPU so few that a
-    signal is heard within seconds. A step of an arm has six matrix products, and
-    with each latent of a batch about a thousand other operations."""
-    asked = jobs[0].train.steps_per_dispatch
-    if jax.default_backend() != "cpu":
-        return asked
-    operations = sum(
-        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
-        for job in jobs
-    )
-    return max(min(asked, _CPU_OPERATIONS // operations), 1)
 
 
 def _chunks(begin: int, config: TrainConfig, *, at_once: int) -> Iterator[Chunk]:

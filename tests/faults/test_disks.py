@@ -110,6 +110,7 @@ def parameters(folder) -> bytes:
     return (folder / runs.PARAMETERS).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_parameters(training, small_disk, tmp_path, monkeypatch, capfd):  # noqa: F811
     assert call("train", out=tmp_path / "whole", **training) == 0
     out, write = small_disk / "run", runs.write_parameters

@@ -21,6 +21,7 @@ def test_a_changed_config_names_the_difference_and_the_way(tiny_run, flags, capf
     assert "lr: " in line and "-> 0.5" in line and f"--fork_from={tiny_run}" in line
 
 
+@pytest.mark.slow
 def test_the_same_settings_go_on_as_one_longer_run(flags, tmp_path):
     """With schedules that do not depend on --steps a fork is what a longer run does."""
     flags |= {"lr_warmup_steps": 0, "lr_decay_start": 900, "dead_after_tokens": 9999}
@@ -40,6 +41,7 @@ def test_the_same_settings_go_on_as_one_longer_run(flags, tmp_path):
     assert stored["data"]["forked_from"] == str(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_a_fork_that_was_killed_goes_on_without_its_source(
     tiny_run, flags, tmp_path, monkeypatch, capsys
 ):
@@ -65,6 +67,7 @@ def test_a_fork_that_was_killed_goes_on_without_its_source(
     assert both[0].read_bytes() == both[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_grid_from_one_run_and_from_a_grid(tiny_run, flags, tmp_path):
     grid = flags | {"lr": "1e-4,1e-3", "steps": 30}
     out = tmp_path / "grid"

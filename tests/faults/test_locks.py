@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from tiny_runs import LENGTH, TRAINING, call
+from tiny_runs import LENGTH, TRAINING, call, copied
 
 from faults.places import ROOT, one_error
 from vsae_jax import lock, runs
@@ -60,15 +60,19 @@ def test_another_process_is_refused_by_name_until_it_is_killed(
     assert not (out / lock.LOCK).exists() and (out / runs.PARAMETERS).is_file()
 
 
-def test_an_arm_of_a_grid_is_refused_to_a_single_run(tiny_rows, tmp_path, capfd):
-    """And the other way round: each arm's folder has its own lock."""
-    flags = {"activations": tiny_rows, **TRAINING, "k": "2,4"}
-    with lock.held(tmp_path / "grid" / "k-4", doing="train"):
-        assert call("train", out=tmp_path / "grid", **flags) == 2
-    line = one_error(capfd.readouterr().err)
-    assert "k-4 is being written by train, process" in line
-    assert not (tmp_path / "grid" / "k-2" / runs.PARAMETERS).exists()
-    assert call("train", out=tmp_path / "grid", **flags) == 0
+def test_each_arm_of_a_grid_has_a_lock_of_its_own(
+    tiny_grid, tiny_rows, tmp_path, capfd
+):
+    out = copied(tiny_grid, tmp_path / "grid")
+    arm = out / "variant-vsae_topk_beta-0.0"
+    (arm / runs.PARAMETERS).unlink()
+    flags = {"activations": tiny_rows, **TRAINING, "variant": "topk,vsae_topk"}
+    flags |= {"beta": "0,2", "out": out}
+    with lock.held(arm, doing="train"):
+        assert call("train", **flags) == 2
+    assert f"{arm} is being written by train, pro" in one_error(capfd.readouterr().err)
+    assert call("train", **flags) == 0
+    assert (arm / runs.PARAMETERS).is_file()
 
 
 def test_a_folder_is_left_as_it_was(tmp_path):

@@ -4,7 +4,8 @@ import pytest
 from tiny_runs import TRAINING, call
 
 from faults.places import one_error
-from vsae_jax import runs, sweep
+from vsae_jax import job, runs, sweep
+from vsae_jax.config import TrainConfig
 
 
 @pytest.fixture
@@ -12,12 +13,22 @@ def flags(tiny_rows, tmp_path) -> dict[str, object]:
     return {"activations": tiny_rows, "out": tmp_path / "run", **TRAINING}
 
 
+def test_few_steps_at_once_need_few_rows(flags):
+    """However many are asked for: a signal has to be heard."""
+    asked = {"steps_per_dispatch": 2**30, "steps": 2**30, "log_every": 2**30}
+    named = TrainConfig(**{n: str(v) for n, v in flags.items() if n[0] in "ao"})
+    config = replace(named, **{**TRAINING, **asked}, checkpoint_every=2**30)
+    assert 1000 < job.steps_at_once([job.plan(config)]) < 10**6
+    large = replace(config, d_sae=2**16, batch_size=2**14)
+    assert job.steps_at_once([job.plan(large)]) == 1
+
+
 @pytest.mark.parametrize(
     "large, first",
     [
         ({"d_sae": 2**20}, "parameters, moments and gradients"),
         ({"batch_size": 2**24}, "latents of a batch"),
-        ({"steps_per_dispatch": 2**30, "steps": 2**30}, "rows"),
+        ({"batch_size": 2**23, "d_sae": 4}, "rows"),
     ],
 )
 def test_what_does_not_fit(flags, capfd, tmp_path, monkeypatch, large, first):

@@ -65,6 +65,7 @@ def test_skip_counts_them_and_never_trains_on_them(spoilt, tmp_path, feed, capsy
     assert {row.tobytes() for row in taken} == known
 
 
+@pytest.mark.slow
 def test_skip_trains_to_the_same_bits_by_either_feed(spoilt, tmp_path):
     flags = {"activations": spoilt, "bad_rows": "skip", **TRAINING}
     both = []
@@ -84,6 +85,7 @@ def test_what_a_run_left_out_is_part_of_what_it_is(spoilt, tmp_path, capfd):
     assert "left_out: '3 rows" in one_error(capfd.readouterr().err)
 
 
+@pytest.mark.slow
 def test_without_bad_rows_skip_is_stop(tiny_rows, tiny_run, tmp_path, capsys):
     flags = {"activations": tiny_rows, "variant": "topk", **TRAINING}
     assert call("train", out=tmp_path / "run", bad_rows="skip", **flags) == 0

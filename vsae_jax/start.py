@@ -54,7 +54,8 @@ def together(
 
 def fork(job: Job, own: Checkpoints) -> None:
     """Makes the last checkpoint of the run that `--fork_from` names the first one of
-    the new run, unless this has one already. The noise is that of the new seed."""
+    the new run, unless this has one already. The noise is that of the new seed, the
+    scale that of the new config and rows."""
     if not job.train.fork_from or own.steps():
         return
     source = Path(job.train.fork_from)
@@ -68,7 +69,7 @@ def fork(job: Job, own: Checkpoints) -> None:
         found = checkpoints.restore(jax.eval_shape(lambda: like))
     if found is None:
         raise UserError(f"--fork_from={source} has no checkpoint yet")
-    state = found[0]._replace(key=like.key)
+    state = found[0]._replace(key=like.key, norm=like.norm)
     step, steps = int(state.step), job.train.steps
     if step >= steps:
         raise UserError(

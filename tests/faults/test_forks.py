@@ -82,6 +82,13 @@ def test_a_grid_from_one_run_and_from_a_grid(tiny_run, flags, tmp_path):
     assert stored["train"]["steps"] == 35
 
 
+def test_a_fork_has_the_scale_that_its_own_config_asks_for(tiny_run, flags, tmp_path):
+    asked = flags | {"steps": 21, "fork_from": tiny_run, "input_scale": 7}
+    assert call("train", out=tmp_path / "fork", **asked) == 0
+    one, other = (load_file(f / runs.PARAMETERS) for f in (tmp_path / "fork", tiny_run))
+    assert one["scale"] == pytest.approx(other["scale"] * 7 / 100)
+
+
 @pytest.mark.parametrize(
     "changed, said",
     [

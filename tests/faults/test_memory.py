@@ -1,5 +1,7 @@
 """Too little memory is said before the start, with the flag that helps."""
 
+from dataclasses import replace
+
 import pytest
 from tiny_runs import TRAINING, call
 

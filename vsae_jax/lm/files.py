@@ -209,7 +209,8 @@ def weight_files(files: ModelFiles) -> list[Path]:
     shards = set(names.values()) if isinstance(names, dict) else {""}
     for name in shards:
         # `weight_map` may be a stranger's: its names stay in the folder.
-        if not isinstance(name, str) or Path(name).name != name or not name:
+        inside = isinstance(name, str) and name not in ("", "..")
+        if not inside or Path(name).name != name:
             raise UserError(f"{index} names {str(name)[:80]!r}, no file beside it")
     return [need(files, shard) for shard in sorted(shards)]
 

@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check format format-check lint types test slow
+.PHONY: check faults format format-check lint types test slow
 
 check: format-check lint types test
 
@@ -21,3 +21,7 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+# Kills, signals, full disks, damage, hostile input: all of it (FAULTS_KILLS=50 each).
+faults:
+	$(PYTHON) -m pytest tests/faults -m "slow or not slow" -s

@@ -91,7 +91,8 @@ def test_a_missing_shard_is_named(folder):
 def test_a_file_that_is_cut_off_is_named(folder, filename):
     whole = (folder / filename).read_bytes()
     (folder / filename).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=f"{filename} cannot be read"):
+    said = f"{filename} (cannot be read|is not valid JSON)"
+    with pytest.raises(UserError, match=said):
         load_language_model(str(folder))
 
 
@@ -162,3 +163,12 @@ def test_a_copied_folder_is_the_same_model(folder, tmp_path):
     a, b = load_language_model(str(folder)), load_language_model(f"{tmp_path}/copy/")
     assert (a.config_hash, a.tokenizer_hash) == (b.config_hash, b.tokenizer_hash)
     np.testing.assert_array_equal(a.residual(TOKENS, 2), b.residual(TOKENS, 2))
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "", 3, ".."])
+def test_an_index_that_names_files_elsewhere_is_refused(folder, name):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"gpt_neox.embed_in.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="no file beside it"):
+        load_language_model(str(folder))

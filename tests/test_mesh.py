@@ -11,6 +11,8 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -365,15 +367,20 @@ def test_parts_of_a_stream_are_the_stream(parts):
         assert len(stream._present.rows) <= (32768 // batch + 2) * own
 
 
-def test_a_shortage_is_foreseen(monkeypatch):
+def test_an_arm_takes_its_share_on_each_device():
+    """What is foreseen: parameters by the latents' devices, rows by the data's."""
     config = SAEConfig(d_model=64, d_sae=4096)
-    assert sweep.shortage(config, batch_size=8) == ""
-    monkeypatch.setattr(sweep, "free_bytes", lambda: 10**6)
-    few = sweep.shortage(config, batch_size=8)
-    many = sweep.shortage(config, batch_size=8192)
-    assert "lower --d_sae, or give --mesh more devices on the axis latents" in few
-    assert "lower --batch_size, or give --mesh more devices on the axis data" in many
-    assert "0.00 GB are free" in few
+    mesh: Any = SimpleNamespace(shape={"data": 4, "latents": 2})
+    whole, share = (
+        sweep.bytes_of_one(config, batch_size=0, mesh=m) for m in (None, mesh)
+    )
+    assert share == whole / 2
+    rows = [
+        sweep.bytes_of_one(config, batch_size=8, mesh=m) - parameters
+        for m, parameters in ((None, whole), (mesh, share))
+    ]
+    assert rows[1] == 2 * (16 * 2048 + 20 * 64)
+    assert rows[0] == 8 * (16 * 4096 + 20 * 64)
 
 
 def test_the_places_of_a_state():

@@ -322,7 +322,8 @@ def test_manifest_bytes_and_hash_depend_on_the_settings_alone(tmp_path):
     assert data == (two / "manifest.json").read_bytes()
     m = read_manifest(one)
     assert m == Manifest.from_bytes(m.to_bytes()) and m.to_bytes() == data
-    assert m.hash == hashlib.sha256(data).hexdigest()
+    without = data.replace(f',\n"sha256": "{m.hash}"'.encode(), b"")
+    assert without != data and m.hash == hashlib.sha256(without).hexdigest()
     other = dataclasses.replace(m, layer=1)
     assert other.hash != m.hash
 
@@ -369,6 +370,9 @@ def first_shard(**values):
         (first_shard(rows=7), "shard 0 cannot have contexts=2 rows=7"),
         (first_shard(tokens_sha256=None), "tokens_sha256 is 'None'"),
         (first_shard(file="/etc/passwd"), "file"),
+        (change(mean_squared_norm=3.5), "it was edited"),
+        (change(dataset="other"), "it was edited"),
+        (first_shard(tokens_sha256="0" * 64), "it was edited"),
     ],
 )
 def test_an_impossible_manifest_is_refused_in_one_line(tmp_path, damage, said):

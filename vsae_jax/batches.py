@@ -11,12 +11,14 @@ import bisect
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt8
+
+from vsae_jax.errors import UserError
 
 _BLOCK_BYTES = 2**26
 _BLOCKS_IN_GROUP = 8
@@ -41,6 +43,8 @@ class ShuffledRows:
       seed: of the order.
       part: the rows of the stream that `take` gives; only those are read. Positions and
         counts are still those of the whole stream.
+      left_out: numbers of rows, ascending, whose places are taken by other rows of
+        their group, in turn.
       prefetch: a thread loads the next group while the present one is taken from.
         It ends with `close`, with the `with` block, or with the object.
     """
@@ -53,12 +57,14 @@ class ShuffledRows:
         row_bytes: int,
         seed: int,
         part: Part | None = None,
+        left_out: Sequence[int] | Int[np.ndarray, " bad"] = (),
         prefetch: bool = False,
     ):
         self._read = read
         self._n_rows = n_rows
         self._seed = seed
         self._part = None if part and part.stop - part.start == part.batch else part
+        self._left_out = np.asarray(left_out, np.int64)
         self._block = max(_BLOCK_BYTES // row_bytes, 1)
         self._present: _Group | None = None
         self._next: tuple[_Key, futures.Future[_Group]] | None = None
@@ -127,7 +133,7 @@ class ShuffledRows:
         blocks = self._plan(epoch).groups[number]
         n_rows = sum(stop - start for start, stop in blocks)
         order = np.random.default_rng([self._seed, epoch, number]).permutation(n_rows)
-        order, wanted = self._own(order, key)
+        order, wanted = self._own(_without(order, self._bad(blocks)), key)
         buffer, seen, filled = np.empty((0, 0), np.uint8), 0, 0
         for start, stop in blocks:
             rows = self._read(start, stop)
@@ -141,6 +147,15 @@ class ShuffledRows:
             buffer[filled : filled + len(raw)] = raw
             filled += len(raw)
         return _Group(key, buffer, buffer[:filled], order, rows.dtype)
+
+    def _bad(self, blocks: Sequence[tuple[int, int]]) -> Int[np.ndarray, " bad"]:
+        """Places in a group, its blocks one after another, of the rows left out."""
+        places, before = [np.empty(0, np.int64)], 0
+        for start, stop in blocks:
+            first, last = np.searchsorted(self._left_out, (start, stop))
+            places.append(self._left_out[first:last] - start + before)
+            before += stop - start
+        return np.concatenate(places)
 
     def _own(
         self, order: Int[np.ndarray, " rows"], key: "_Key"
@@ -173,6 +188,19 @@ class ShuffledRows:
 
     def _plan(self, epoch: int) -> "_Plan":
         return _plan(epoch, n_rows=self._n_rows, block=self._block, seed=self._seed)
+
+
+def _without(order: np.ndarray, bad: np.ndarray) -> np.ndarray:
+    """The order with the rows `bad` replaced by the others, in their order."""
+    if not len(bad):
+        return order
+    is_bad = np.isin(order, bad)
+    others = order[~is_bad]
+    if not len(others):
+        raise UserError("a whole block of rows is bad: nothing can take its place")
+    replaced = order.copy()
+    replaced[is_bad] = np.resize(others, len(bad))
+    return replaced
 
 
 _Key = tuple[int, int]  # epoch, and group within it

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import logging
 import os
 import sys
@@ -11,6 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from vsae_jax.errors import UserError, one_line
@@ -36,13 +38,16 @@ def _quiet_closed_loops() -> None:
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, below `folder`. A context manager.
+    """The last two checkpoints of a run, below `folder`; `read_only` of a run of which
+    nothing is to change. A context manager.
 
     Each device writes its part of a state, and what is restored lies on `mesh`, however
     many devices wrote it.
     """
 
-    def __init__(self, folder: Path, *, mesh: Mesh | None = None):
+    def __init__(
+        self, folder: Path, *, mesh: Mesh | None = None, read_only: bool = False
+    ):
         # Orbax takes most of a second to import; commands that never train skip it.
         import orbax.checkpoint as ocp
 
@@ -55,10 +60,16 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._metadata: Any = ocp.StandardCheckpointHandler().metadata
         policy = ocp.checkpoint_managers.LatestN(_KEPT)
+        self._damaged: set[int] = set()
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, enable_async_checkpointing=False
+                preservation_policy=None if read_only else policy,
+                enable_async_checkpointing=False,
+                read_only=read_only,
+                create=not read_only,
+                # What a kill left half written.
+                cleanup_tmp_directories=not read_only,
             ),
         )
 
@@ -80,13 +91,18 @@ class Checkpoints:
     def save(self, state: TrainState, *, data_position: int) -> None:
         """Writes `state` and the number of rows consumed, under the state's step."""
         step = int(state.step)
-        if step in self.steps():
+        if step in self.steps() and step not in self._damaged:
             return
+        plain = _plain(state)
+        progress = {"data_position": data_position, "sha256": _sha256(plain)}
         parts = self._args.Composite(
-            state=self._args.StandardSave(_plain(state)),
-            progress=self._args.JsonSave({"data_position": data_position}),
+            state=self._args.StandardSave(plain),
+            progress=self._args.JsonSave(progress),
         )
         try:
+            if step in self._damaged:
+                self._manager.delete(step)
+                self._damaged.discard(step)
             self._manager.save(step, args=parts)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
@@ -110,6 +126,7 @@ class Checkpoints:
                 return self._read(step, like)
             # A damaged file can fail in Orbax, TensorStore or zstd with any type.
             except Exception as error:
+                self._damaged.add(step)
                 print(f"checkpoint of step {step} is damaged: {one_line(error)}")
         if self.steps() and up_to is None:
             raise UserError(
@@ -131,10 +148,22 @@ class Checkpoints:
         read = self._manager.restore(step, args=parts)
         if jax.tree.structure(read["state"]) != jax.tree.structure(shape):
             raise ValueError("its arrays are not those of this run")
+        # Orbax has no checksum of its arrays' bytes. Older checkpoints have none here.
+        said = read["progress"].get("sha256")
+        if said not in (None, _sha256(read["state"])):
+            raise ValueError("its checksum is wrong")
         state = _keyed(read["state"])
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
         return state, int(read["progress"]["data_position"])
+
+
+def _sha256(plain: Any) -> str:
+    """Of all arrays' bytes, in the tree's order."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(jax.device_get(plain)):
+        digest.update(np.ascontiguousarray(leaf).data.cast("B"))
+    return digest.hexdigest()
 
 
 def _shapes(tree: Any) -> list[tuple[int, ...]]:

@@ -6,6 +6,7 @@ flags, and two commands never collide.
 
 import dataclasses
 import difflib
+import errno
 import inspect
 import itertools
 import os
@@ -22,6 +23,7 @@ from vsae_jax.errors import Interrupted, UserError, one_line
 
 # How XLA begins to say that an allocation failed.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
+_LONGEST_NAME = 100
 _TRUE, _FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -52,7 +54,9 @@ def run(
         return 141
     except OSError as error:
         where = f" at {error.filename!r}" if error.filename else ""
-        return _say(f"error: {error.strerror or one_line(error)}{where}", 2)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        go_on = "; make room and run the same command again" if full else ""
+        return _say(f"error: {error.strerror or one_line(error)}{where}{go_on}", 2)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and _NO_MEMORY not in str(error):
             raise
@@ -66,6 +70,10 @@ def parse(config_class: type, argv: Sequence[str]) -> list[Any]:
     Raises UserError for unknown flags, bad values and positional arguments.
     """
     values = flag_values(config_class)
+    for name in (arg.split("=")[0] for arg in argv[1:] if arg.startswith("-")):
+        # absl's search for a similar name recurses over its letters.
+        if len(name) > _LONGEST_NAME:
+            raise UserError(f"unknown flag {name[:40]}... (see --help)")
     try:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:

@@ -76,6 +76,7 @@ class ExtractConfig:
     process_id: int | None = flag(_PROCESS_ID)
     batch_size: int = flag("contexts in a forward pass", 32)
     shard_contexts: int = flag("contexts in a shard", 2048)
+    verify: bool = flag("read every shard that is there and compare checksums", False)
     out: str = flag(
         "folder for the shards; unset: activations/<model>/blocks.<layer>"
         ".hook_resid_post",
@@ -222,9 +223,27 @@ class TrainConfig:
     coordinator: str = flag(_COORDINATOR, "")
     num_processes: int | None = flag(_NUM_PROCESSES)
     process_id: int | None = flag(_PROCESS_ID)
+    bad_rows: Literal["stop", "skip"] = flag(
+        "rows that are NaN, infinite or giant: stop at the first that is read, or read "
+        "all rows before the start and leave such rows out",
+        "stop",
+    )
+    giant: float = flag(
+        "a row is giant when it has a value beyond so many times the median norm", 1e4
+    )
+    fork_from: str = flag(
+        "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
+        "the arm of the same name",
+        "",
+    )
     checkpoint_every: int = flag("steps between checkpoints", 1000)
     log_every: int = flag("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = flag("steps in one call to the device", 10)
+    verify: bool = flag(
+        "read every shard and compare checksums before the start; unset: each shard "
+        "at its first use",
+        False,
+    )
     tensorboard: bool = flag("write TensorBoard events to the run folder", False)
     wandb: bool = flag("log to Weights & Biases", False)
 
@@ -235,7 +254,7 @@ class TrainConfig:
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
         check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
-        check_above_zero(self, "decoder_init_norm")
+        check_above_zero(self, "decoder_init_norm", "giant")
         check_below(self, 1, "adam_b1", "adam_b2", "held_out")
         # They are int32 on the device.
         check_below(self, 2**31, "k", "steps", "dead_after_tokens")
@@ -253,10 +272,11 @@ class TrainConfig:
 
 # Which process this is: not written into the run's record.
 PROCESS_FIELDS = frozenset("coordinator num_processes process_id".split())
-# Changing one of these leaves the result of a run unchanged, so a resumed run may.
+# Changing one of these leaves the result of a run unchanged, so a resumed run may. What
+# `bad_rows`, `giant` and `fork_from` did to a run is in its `data`.
 RUNTIME_FIELDS = PROCESS_FIELDS | frozenset(
     "activations out arms feed mesh checkpoint_every log_every steps_per_dispatch "
-    "tensorboard wandb".split()
+    "tensorboard wandb verify bad_rows giant fork_from".split()
 )
 
 

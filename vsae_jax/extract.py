@@ -6,7 +6,6 @@ Killed and started again it goes on; see `residuals` for how the shards are made
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax import cli, processes, progress, residuals, signals, text
+from vsae_jax import cli, lock, processes, progress, residuals, signals, text
 from vsae_jax.batches import read_ahead
 from vsae_jax.config import ExtractConfig, hook_name, resolve_extract
 from vsae_jax.errors import UserError
@@ -30,6 +29,7 @@ from vsae_jax.lm import (
     load_tokenizer,
 )
 from vsae_jax.lm.files import locate
+from vsae_jax.lm.weights import weights_hash
 from vsae_jax.manifest import Manifest, read_manifest
 from vsae_jax.shards import Activations, ShardWriter, is_missing
 from vsae_jax.shared_shards import open_writer
@@ -55,12 +55,24 @@ def run(config: ExtractConfig) -> Activations:
     found = read_manifest(folder)
     if found is not None:
         _refuse_other(folder, found, asked(config))
+        if config.verify:
+            all_shards = set(range(len(found.shards)))
+            there = sorted(all_shards.difference(_missing(folder, found)))
+            Activations(folder, found).verify(there)
         if found.complete and not _missing(folder, found):
             print(
                 f"{folder} is finished already: {found.n_contexts:,} contexts, "
                 f"{found.n_rows:,} rows; nothing to do"
             )
             return Activations.open(folder)
+    with lock.held(folder, doing="extract"):
+        _extract(config, folder)
+    return Activations.open(folder)
+
+
+def _extract(config: ExtractConfig, folder: Path) -> None:
+    """Computes what is missing in a folder that no other process writes."""
+    found = read_manifest(folder)
     revision = config.revision or None
     locate(config.model, revision=revision)
     corpus = text.documents(
@@ -71,7 +83,10 @@ def run(config: ExtractConfig) -> Activations:
     check_layer(manifest.layer, n_layers=model.n_layers)
     _check_length(config, model)
     if found is not None:
-        _refuse_other(folder, found, _settings(manifest))
+        settings = _settings(manifest)
+        if not found.weights_hash:
+            del settings["weights_hash"]
+        _refuse_other(folder, found, settings)
         manifest = found
     announce(folder, manifest)
     contexts = text.contexts(
@@ -86,7 +101,6 @@ def run(config: ExtractConfig) -> Activations:
         folder, manifest, model, contexts, batch_size=config.batch_size
     )
     _conclude(folder, manifest, time.monotonic() - began)
-    return Activations.open(folder)
 
 
 def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
@@ -122,6 +136,7 @@ def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
         revision=model.revision or "",
         config_hash=model.config_hash,
         tokenizer_hash=model.tokenizer_hash,
+        weights_hash=weights_hash(locate(config.model)) if not model.revision else "",
         hook_name=hook_name(settings["layer"]),
         d_model=model.d_model,
         vocab_size=model.vocab_size,
@@ -163,15 +178,16 @@ def announce(folder: Path, manifest: Manifest) -> None:
         f"text    {m.dataset}, contexts of {m.context_length} tokens, bos {m.bos}, "
         f"rows of the positions from {m.dropped_positions}\n"
         f"writes  up to {contexts:,} contexts, {n_rows:,} rows of {m.dtype}, "
-        f"{_size(n_bytes)}, to {folder} ({_size(_free(folder))} free)"
+        f"{progress.size(n_bytes)}, to {folder} ({progress.size(_free(folder))} free)"
     )
     if there:
         print(f"resumes: {there} shards of {m.shard_contexts} contexts are there")
     n_bytes -= there * m.shard_contexts * m.rows_per_context * m.row_bytes
     if n_bytes > _free(folder):
         raise UserError(
-            f"{folder} needs {_size(n_bytes)} and its disk has {_size(_free(folder))} "
-            "free; lower --num_tokens or give --out= on another disk"
+            f"{folder} needs {progress.size(n_bytes)} and its disk has "
+            f"{progress.size(_free(folder))} free; lower --num_tokens or give --out= "
+            "on another disk"
         )
 
 
@@ -194,10 +210,6 @@ def _free(folder: Path) -> int:
     folder = folder.absolute()
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     return shutil.disk_usage(existing).free
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 
 def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
@@ -227,8 +239,7 @@ def write_shards(
     total = m.n_contexts if m.complete else m.num_tokens // m.context_length
     blocks = residuals.blocks(contexts, total=total, size=m.shard_contexts)
     first = next(blocks)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), signals.caught() as caught:
+    with signals.caught() as caught:
         writer = open_writer(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
         pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
@@ -264,26 +275,6 @@ def _more_room(error: OSError, writer: ShardWriter) -> Exception:
         f"{len(writer.manifest.shards)} shards are safe in {writer.folder}: make room "
         "and run the same command to go on"
     )
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Refuses a folder that another process is writing; a kill ends the lock. Of the
-    processes of one run the first has the lock."""
-    if not processes.first():
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another extract is writing {folder}") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 if __name__ == "__main__":

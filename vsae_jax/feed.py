@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vsae_jax import processes
+from vsae_jax.bad_rows import Check
 from vsae_jax.batches import Part, ShuffledRows
 from vsae_jax.errors import UserError
 from vsae_jax.job import Job
@@ -32,6 +33,8 @@ class Feed:
 
     def __init__(self, job: Job):
         self._read, self._n_rows = job.activations.view, job.data["train_rows"]
+        if job.train.bad_rows == "stop":
+            self._read = Check(job.activations, giant=job.train.giant).rows
         self._batch, self._mesh = job.train.batch_size, job.mesh
         self._own = own_rows(job.mesh, self._batch)
         self.dtype = np.dtype(READ[job.data["dtype"]])
@@ -41,6 +44,7 @@ class Feed:
             "n_rows": self._n_rows,
             "row_bytes": row_bytes,
             "seed": job.train.data_seed,
+            "left_out": job.left_out.rows if job.left_out else (),
         }
         # The same stream, of the rows' numbers.
         self._numbers = ShuffledRows(_numbers, **order)

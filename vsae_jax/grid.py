@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def _write_grid(
     path = folder / runs.GRID
     if path.is_file() and runs.read_json(path) != grid:
         raise UserError(f"{folder} holds another grid; give another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
+    if runs.holds_other_files(folder) and not path.is_file():
         raise UserError(f"--out={folder} is not empty and not a grid's folder")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(path, grid)
@@ -86,7 +85,10 @@ def _last_metrics(
 ) -> dict[str, Any]:
     """A line of the summary: what the arm was asked for, and its last metrics but
     those of that name (a swept learning rate has decayed by then)."""
-    last = json.loads((folder / runs.METRICS).read_text().splitlines()[-1])
+    lines = runs.read_metrics(folder / runs.METRICS)
+    if not lines:
+        raise UserError(f"{folder / runs.METRICS} has no line of metrics")
+    last = lines[-1]
     asked = {name: getattr(arm, name) for name in swept}
     return {"arm": folder.name, **asked} | {
         name: value for name, value in last.items() if name not in asked

@@ -1,6 +1,7 @@
 """A run, resolved: what to train, on what, and where it goes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from vsae_jax import mesh as meshes
 from vsae_jax import presets, runs, sae
+from vsae_jax.bad_rows import LeftOut, left_out
 from vsae_jax.config import (
     PROCESS_FIELDS,
     RUNTIME_FIELDS,
@@ -26,10 +28,13 @@ from vsae_jax.fields import difference, to_json
 from vsae_jax.shards import Activations
 from vsae_jax.step import TrainState, init_state
 
+# A few seconds of two cores.
+_CPU_OPERATIONS = 4 * 10**11
+
 
 class Job(NamedTuple):
     """A run, resolved: what to train, on what, where it goes, and on which devices
-    (None: on one)."""
+    (None: on one). `left_out` are rows that are not trained on."""
 
     train: TrainConfig
     sae: SAEConfig
@@ -37,6 +42,7 @@ class Job(NamedTuple):
     activations: Activations
     folder: Path
     mesh: Mesh | None = None
+    left_out: LeftOut | None = None
 
 
 def plan(config: TrainConfig) -> Job:
@@ -53,13 +59,17 @@ def plan(config: TrainConfig) -> Job:
         dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     mesh = meshes.open_mesh(resolved.mesh)
     meshes.check(mesh, d_sae=resolved.d_sae, batch_size=resolved.batch_size)
+    bad = left_out(activations, bad_rows=resolved.bad_rows, giant=resolved.giant)
     return Job(
         train=resolved,
         sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
-        data=_data(activations, resolved),
+        data=_data(activations, resolved)
+        | ({"left_out": bad.described()} if bad else {})
+        | ({"forked_from": config.fork_from} if config.fork_from else {}),
         activations=activations,
         folder=folder,
         mesh=mesh,
+        left_out=bad,
     )
 
 
@@ -119,6 +129,11 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
         f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
         f"{_devices(job.mesh)}, to {job.folder}"
     )
+    if job.left_out:
+        print(
+            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows are NaN, "
+            f"infinite or giant and left out; the first is row {job.left_out.rows[0]}"
+        )
     if asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
     if job.sae.auxk and c.dead_after_tokens >= rows:
@@ -133,13 +148,28 @@ def _devices(mesh: Mesh | None) -> str:
     return kind if mesh is None else f"{mesh.size} x {kind} ({meshes.name(mesh)})"
 
 
+def steps_at_once(jobs: Sequence[Job]) -> int:
+    """Steps in one call to the device: what was asked for, but on a CPU so few that a
+    signal is heard within seconds. A step of an arm has six matrix products, and
+    with each latent of a batch about a thousand other operations."""
+    c = jobs[0].train
+    asked = min(c.steps_per_dispatch, c.log_every, c.checkpoint_every, c.steps)
+    if jax.default_backend() != "cpu":
+        return asked
+    operations = sum(
+        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
+        for job in jobs
+    )
+    return max(min(asked, _CPU_OPERATIONS // operations), 1)
+
+
 def open_folder(job: Job) -> bool:
     """Makes or checks the run folder; False when the run is already finished."""
     train = {n: v for n, v in to_json(job.train).items() if n not in PROCESS_FIELDS}
     stated = {"train": train, "sae": to_json(job.sae), "data": job.data}
     path = job.folder / runs.CONFIG
     if not path.is_file():
-        if job.folder.is_dir() and any(job.folder.iterdir()):
+        if runs.holds_other_files(job.folder):
             raise UserError(f"--out={job.folder} is not empty and not a run folder")
         job.folder.mkdir(parents=True, exist_ok=True)
         _write_config(job, stated)
@@ -157,7 +187,8 @@ def open_folder(job: Job) -> bool:
     if changed:
         raise UserError(
             f"{job.folder} holds a run with another config ({changed}); give the same "
-            "flags to go on with it, or another --out"
+            "flags to go on with it, or another --out, with --fork_from="
+            f"{job.folder} to start there from what is trained"
         )
     return not (job.folder / runs.PARAMETERS).is_file()
 
@@ -205,13 +236,13 @@ def first_state(job: Job, b_dec: jax.Array | None) -> TrainState:
 
 def _input_norm(job: Job) -> tuple[float, np.ndarray]:
     """scale and mean such that the root mean square row norm is what was asked."""
-    m = job.activations.manifest
-    mean = np.zeros(m.d_model, np.float32)
-    mean_squared_norm = m.mean_squared_norm
+    rows = job.left_out or job.activations.manifest
+    mean = np.zeros(job.sae.d_model, np.float32)
+    mean_squared_norm = rows.mean_squared_norm
     if job.train.center_input:
-        mean = np.asarray(m.mean, np.float32)
-        mean_squared_norm -= float(np.sum(np.square(np.asarray(m.mean))))
-    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(m.d_model)}
+        mean = np.asarray(rows.mean, np.float32)
+        mean_squared_norm -= float(np.sum(np.square(np.asarray(rows.mean))))
+    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(job.sae.d_model)}
     scale = job.train.input_scale
     if scale == "none":
         return 1.0, mean

@@ -1,6 +1,7 @@
 """Where training metrics go: metrics.jsonl always, TensorBoard and wandb by flag."""
 
-import json
+import errno
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,13 +41,14 @@ class JsonLines:
     """One JSON object a line, written through at once."""
 
     def __init__(self, path: Path):
-        self._path, self._file = path, path.open("a")
+        # Unbuffered: a line that failed is not tried again by `close`.
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+        line = runs.metrics_line({"step": step, **metrics}).encode()
         with naming(self._path):
-            self._file.write(line)
-            self._file.flush()
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()

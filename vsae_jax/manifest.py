@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.strict_json import refuse_constant
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -23,6 +24,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 # What a row is stored as, and what it is read as.
 STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 READ = STORED | {"bfloat16": ml_dtypes.bfloat16}
+_HASH = "sha256"
 _DERIVED = ("dropped_positions", "rows_per_context", "n_contexts", "n_rows")
 
 
@@ -44,6 +46,7 @@ class Manifest:
     revision: the hub commit that was loaded, "" for a local model; `revision_asked` is
       what `--revision` said.
     num_tokens: tokens asked for; `n_contexts * context_length` is what there is.
+    weights_hash: of a local model's weights; "" where nothing was said of them.
     bos: `keep` and `drop` start every context with `bos_id`, `none` does not.
     center_residual: each row's mean over d_model was subtracted.
     mean, mean_squared_norm: `[d_model]` and scalar, over the rows as they are stored.
@@ -57,6 +60,7 @@ class Manifest:
     backend: str
     config_hash: str
     tokenizer_hash: str
+    weights_hash: str = ""
     hook_name: str
     layer: int
     d_model: int
@@ -106,20 +110,23 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """sha256 of manifest.json."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """sha256 of manifest.json without the line that holds it."""
+        return hashlib.sha256(_lines(self._values())).hexdigest()
 
     def to_bytes(self) -> bytes:
         """manifest.json: equal manifests, equal bytes; no time, no output path."""
+        return _lines(self._values() | {_HASH: self.hash})
+
+    def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        values |= {name: getattr(self, name) for name in _DERIVED}
-        lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
-        return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+        if not self.weights_hash:  # as in folders of before there was one
+            del values["weights_hash"]
+        return values | {name: getattr(self, name) for name in _DERIVED}
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
         """The inverse of `to_bytes`; raises ValueError saying what is wrong."""
-        values = json.loads(data, parse_constant=_refuse_constant)
+        values = json.loads(data, parse_constant=refuse_constant)
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         if values.get("format_version") != FORMAT_VERSION:
@@ -128,15 +135,20 @@ class Manifest:
                 f"reads {FORMAT_VERSION}"
             )
         derived = {name: values.pop(name, None) for name in _DERIVED}
-        manifest = _typed(values, cls, "the manifest")
+        said = values.pop(_HASH, None)  # folders of before it was written have none
+        manifest = _typed({"weights_hash": ""} | values, cls, "the manifest")
         for name, value in derived.items():
             if value != getattr(manifest, name):
                 raise ValueError(f"{name} is {value!r}, which the rest contradicts")
+        if said not in (None, manifest.hash):
+            raise ValueError(f"it was edited: its {_HASH} is that of another")
         return manifest
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a finite number")
+def _lines(values: dict[str, Any]) -> bytes:
+    """A JSON object with a line for every name."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _typed(value: Any, hint: Any, name: str) -> Any:

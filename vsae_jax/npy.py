@@ -73,10 +73,15 @@ class NpyWriter:
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a small file: after a kill or power cut the old one or the new one."""
     temporary = path.with_name(path.name + TEMPORARY)
-    with naming(temporary), temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with naming(temporary), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk it would keep the room
+            temporary.unlink()
+        raise
     temporary.replace(path)
     sync_folder(path.parent)
 

@@ -93,6 +93,11 @@ class Lines:
         print(", ".join(part for part in parts if part), file=self._stream, flush=True)
 
 
+def size(n_bytes: int) -> str:
+    """Bytes as one reads them."""
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
+
+
 def _short(number: float) -> str:
     return tqdm.format_sizeof(number) if number >= 1000 else f"{number:.3g}"
 

@@ -18,12 +18,15 @@ from safetensors.numpy import load_file, save
 from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.fields import difference, from_json
-from vsae_jax.npy import replace_file
+from vsae_jax.lock import LOCK
+from vsae_jax.npy import TEMPORARY, replace_file
+from vsae_jax.strict_json import read_object, refuse_constant
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
 DIVERGED = "diverged.json"
 _JSON_LIMIT = 2**26
+_LINE_LIMIT = 2**20
 # What evaluation reads of a run's `data`.
 DATA = {
     "manifest": str,
@@ -82,9 +85,27 @@ def open_run(folder: str | Path) -> Run:
 def _check_data(data: Any, where: str) -> None:
     data = data if isinstance(data, dict) else {}
     wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
-    if wrong or [type(i) for i in data["held_out_contexts"]] != [int, int]:
-        names = ", ".join(wrong) or "held_out_contexts"
+    if not wrong and min(data["layer"], data["dropped_positions"]) < 0:
+        wrong.append("layer or dropped_positions")
+    if not wrong and data["context_length"] <= data["dropped_positions"]:
+        wrong.append("context_length")
+    if not wrong and not _is_range(data["held_out_contexts"]):
+        wrong.append("held_out_contexts")
+    if wrong:
+        names = ", ".join(wrong)
         raise UserError(f"{where}: data does not match this version at {names}")
+
+
+def _is_range(ends: list[Any]) -> bool:
+    """Whether a list from JSON is [start, stop] of at least one context."""
+    return [type(i) for i in ends] == [int, int] and 0 <= ends[0] < ends[1]
+
+
+def holds_other_files(folder: Path) -> bool:
+    """Whether anything is there but a lock and what a kill left half written."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    ours = (LOCK, CONFIG + TEMPORARY, GRID + TEMPORARY)
+    return any(name not in ours for name in names)
 
 
 def run_folders(folder: str | Path) -> list[Path]:
@@ -99,7 +120,10 @@ def run_folders(folder: str | Path) -> list[Path]:
     if not isinstance(arms, list) or not arms:
         raise UserError(f"{folder / GRID} names no arms")
     folders = [folder / _arm_name(arm, folder / GRID) for arm in arms]
-    return [arm for arm in folders if not (arm / DIVERGED).is_file()]
+    left = [arm for arm in folders if not (arm / DIVERGED).is_file()]
+    if not left:
+        raise UserError(f"every arm of {folder} diverged: there is nothing to evaluate")
+    return left
 
 
 def _arm_name(arm: Any, grid: Path) -> str:
@@ -147,27 +171,44 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 64 MiB."""
+    return read_object(path, limit=_JSON_LIMIT)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; those that are no metrics are left out, and counted
+    in a note. A last line without an end is one that a kill cut short."""
+    lines, damaged = [], 0
+    with path.open("rb") as file:
+        while data := file.readline(_LINE_LIMIT):
+            if data.endswith(b"\n") and (line := _metrics_line(data)):
+                lines.append(line)
+            elif data.endswith(b"\n") or len(data) == _LINE_LIMIT:
+                damaged += 1
+    if damaged:
+        print(f"note: {damaged} lines of {path} are damaged and left out")
+    return lines
+
+
+def _metrics_line(data: bytes) -> dict[str, Any] | None:
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise UserError(f"{path} is over {_JSON_LIMIT} bytes; it is not ours")
-        value = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
+        line = json.loads(data, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    is_metrics = isinstance(line, dict) and type(line.get("step")) is int
+    return line if is_metrics else None
 
 
 def keep_metrics_up_to(path: Path, step: int) -> None:
-    """Drops lines of metrics.jsonl past `step`, and a line cut short by a kill."""
+    """Drops lines of metrics.jsonl past `step`, and damaged ones."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    replace_file(path, "".join(kept).encode())
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_file(path, "".join(metrics_line(line) for line in kept).encode())
+
+
+def metrics_line(line: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def versions() -> dict[str, str]:

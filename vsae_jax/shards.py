@@ -10,12 +10,13 @@ r // rows_per_context, at the position dropped_positions + r % rows_per_context.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vsae_jax import progress
 from vsae_jax.errors import UserError
 from vsae_jax.manifest import MANIFEST, READ, STORED, Manifest, Shard, read_manifest
 from vsae_jax.npy import (
@@ -126,6 +127,15 @@ class Activations:
                 sha256=shard.tokens_sha256,
             )
         return self._verified[path]
+
+    def verify(self, shards: Sequence[int]) -> None:
+        """Reads both files of these shards and compares checksums; the first damaged
+        one is named."""
+        with progress.bar(len(shards), unit="shards verified") as bar:
+            for index in shards:
+                self.activations_shard(index)
+                self.tokens_shard(index)
+                bar.update(1)
 
     def _pieces(
         self, start: int, stop: int, *, unit: int

@@ -9,11 +9,14 @@ import jax
 
 from vsae_jax import mesh, processes, runs
 from vsae_jax.checkpoint import Checkpoints
+from vsae_jax.errors import UserError
 from vsae_jax.feed import Feed
+from vsae_jax.fields import difference, to_json
 from vsae_jax.job import Job, first_b_dec, first_state
 from vsae_jax.step import TrainState
 
 _MEDIAN_ROWS = 8192
+_SHAPES = ("d_model", "d_sae", "variance")
 
 
 class Started(NamedTuple):
@@ -47,6 +50,48 @@ def together(
         else:
             other.append([job])
     return [started, *other, *([fresh] if fresh else [])]
+
+
+def fork(job: Job, own: Checkpoints) -> None:
+    """Makes the last checkpoint of the run that `--fork_from` names the first one of
+    the new run, unless this has one already. The noise is that of the new seed, the
+    scale that of the new config and rows."""
+    if not job.train.fork_from or own.steps():
+        return
+    source = Path(job.train.fork_from)
+    if (source / runs.GRID).is_file():
+        source = source / job.folder.name
+    if source.resolve() == job.folder.resolve():
+        raise UserError(f"--fork_from={source} is --out itself; give another --out")
+    _check_forkable(source, job)
+    like = first_state(job, None)
+    with Checkpoints(source / runs.CHECKPOINTS, read_only=True) as checkpoints:
+        found = checkpoints.restore(jax.eval_shape(lambda: like))
+    if found is None:
+        raise UserError(f"--fork_from={source} has no checkpoint yet")
+    state = found[0]._replace(key=like.key, norm=like.norm)
+    step, steps = int(state.step), job.train.steps
+    if step >= steps:
+        raise UserError(
+            f"--steps={steps} must be above the {step} steps that --fork_from={source} "
+            "has done: they count"
+        )
+    print(f"{job.folder.name} starts from step {step} of {source}")
+    own.save(state, data_position=step * job.train.batch_size)
+
+
+def _check_forkable(source: Path, job: Job) -> None:
+    """The source must be a run whose arrays are those of the new one."""
+    if not (source / runs.CHECKPOINTS).is_dir():
+        raise UserError(f"--fork_from={source} is not a run with checkpoints")
+    stored = runs.read_json(source / runs.CONFIG).get("sae")
+    stored = stored if isinstance(stored, dict) else {}
+    old, new = ({n: of.get(n) for n in _SHAPES} for of in (stored, to_json(job.sae)))
+    if changed := difference(old, new):
+        raise UserError(
+            f"--fork_from={source} has arrays of other shapes ({changed}); give the "
+            "same --d_sae and --variance"
+        )
 
 
 def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainState:

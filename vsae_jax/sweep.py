@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from vsae_jax.config import SAEConfig
-from vsae_jax.mesh import bytes_each, make, name, shardings, tracing
+from vsae_jax.mesh import bytes_each, make, shardings, tracing
 from vsae_jax.step import Hparams, TrainState, compile_steps
 
 # Of the memory that is free, what a pass may take.
@@ -141,23 +141,6 @@ def bytes_of_one(
     parameters = 4 * heads * config.d_model * d_sae
     rows = batch_size // shape["data"]
     return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
-
-
-def shortage(config: SAEConfig, *, batch_size: int, mesh: Mesh | None = None) -> str:
-    """What will not fit on a device, before anything is there, and which flag helps;
-    or an empty string."""
-    takes = bytes_of_one(config, batch_size=batch_size, mesh=mesh)
-    free = free_bytes()
-    if takes <= free:
-        return ""
-    no_rows = bytes_of_one(config, batch_size=0, mesh=mesh)
-    flag = "--d_sae" if no_rows > takes / 2 else "--batch_size"
-    axis = "latents" if no_rows > takes / 2 else "data"
-    return (
-        f"a run takes about {takes / 1e9:.2f} GB on a device ({name(mesh)}) and "
-        f"{free / 1e9:.2f} GB are free: lower {flag}, or give --mesh more devices on "
-        f"the axis {axis}"
-    )
 
 
 def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:

@@ -14,13 +14,24 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from vsae_jax import cli, grid, processes, progress, runs, signals, start, sweep
+from vsae_jax import (
+    cli,
+    grid,
+    lock,
+    memory,
+    processes,
+    progress,
+    runs,
+    signals,
+    start,
+    sweep,
+)
 from vsae_jax.batches import read_ahead
 from vsae_jax.checkpoint import Checkpoints
 from vsae_jax.config import TrainConfig
 from vsae_jax.errors import Interrupted, UserError
 from vsae_jax.feed import Feed
-from vsae_jax.job import Job, explain, open_folder, plan
+from vsae_jax.job import Job, explain, open_folder, plan, steps_at_once
 from vsae_jax.mesh import make, name
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
@@ -56,6 +67,11 @@ def run(config: TrainConfig) -> Path:
 
 def run_arms(configs: Sequence[TrainConfig]) -> None:
     """Trains every arm that is not finished, together where they can share batches."""
+    with contextlib.ExitStack() as locks:
+        _run_arms(configs, locks)
+
+
+def _run_arms(configs: Sequence[TrainConfig], locks: contextlib.ExitStack) -> None:
     streams: dict[tuple[int, int], list[Job]] = {}
     diverged: list[str] = []
     for number, config in enumerate(configs, start=1):
@@ -63,6 +79,7 @@ def run_arms(configs: Sequence[TrainConfig]) -> None:
         if len(configs) > 1:
             print(f"arm {number} of {len(configs)}: {job.folder.name}")
         explain(job, asked=config)
+        locks.enter_context(lock.held(job.folder, doing="train"))
         if (job.folder / runs.DIVERGED).is_file():
             diverged.append(job.folder.name)
         elif not processes.in_turn(open_folder, job):
@@ -85,6 +102,10 @@ def _train(jobs: Sequence[Job]) -> list[str]:
     their checkpoints allow; returns the names of those that diverged."""
     diverged: list[str] = []
     with contextlib.ExitStack() as stack:
+        print(memory.foresee(jobs))
+        if jobs[0].train.verify:
+            activations = jobs[0].activations
+            activations.verify(range(len(activations.manifest.shards)))
         feed = stack.enter_context(Feed(jobs[0]))
         saves = {
             job.folder: stack.enter_context(
@@ -92,11 +113,9 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             )
             for job in jobs
         }
-        largest = max(jobs, key=_bytes_of_one)
-        one, mesh = _bytes_of_one(largest), largest.mesh
-        batch_size = largest.train.batch_size
-        if short := sweep.shortage(largest.sae, batch_size=batch_size, mesh=mesh):
-            print(f"note: {short}")
+        for job in jobs:
+            start.fork(job, saves[job.folder])
+        one = max(map(memory.of_one, jobs))
         waiting = sweep.split(jobs, one)
         if len(waiting) > 1:
             print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
@@ -105,10 +124,6 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             waiting[:0] = later
             diverged += _one_pass(together, saves, feed)
     return diverged
-
-
-def _bytes_of_one(job: Job) -> int:
-    return sweep.bytes_of_one(job.sae, batch_size=job.train.batch_size, mesh=job.mesh)
 
 
 def _one_pass(
@@ -123,7 +138,7 @@ def _one_pass(
     step = int(started[0].state.step)
     if step:
         print(f"going on from step {step}")
-    chunks = list(_chunks(step, config))
+    chunks = list(_chunks(step, config, at_once=steps_at_once(jobs)))
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     mesh = jobs[0].mesh
     arms = [
@@ -192,11 +207,11 @@ def _loop(
     return groups
 
 
-def _chunks(begin: int, config: TrainConfig) -> Iterator[Chunk]:
+def _chunks(begin: int, config: TrainConfig, *, at_once: int) -> Iterator[Chunk]:
     """Dispatches from `begin` to the end, cut at every log line and checkpoint."""
     while begin < config.steps:
         stop = min(
-            begin + config.steps_per_dispatch,
+            begin + at_once,
             _next(begin, config.log_every),
             _next(begin, config.checkpoint_every),
             config.steps,

@@ -145,6 +145,11 @@ def _tokens(
     start, stop, where = 0, activations.n_contexts, str(activations.folder)
     if m.hash == run.data["manifest"]:
         (start, stop), where = run.data["held_out_contexts"], "held-out contexts"
+        if stop > activations.n_contexts:
+            raise UserError(
+                f"{run.folder} holds out contexts up to {stop} of "
+                f"{activations.n_contexts}: its {runs.CONFIG} was edited"
+            )
     elif m.dataset == run.data["dataset"]:
         print(
             f"note: {where} is from the data set that {run.folder} was trained on: "

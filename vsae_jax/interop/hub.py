@@ -1,7 +1,9 @@
 """Autoencoders on the hub: fetched to its cache, and pushed."""
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.interop import note
@@ -74,15 +76,20 @@ def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads every file of the folder as one commit; returns its address."""
-    from huggingface_hub import HfApi, errors
+    """Uploads every file of the folder as one commit, without the local paths that
+    JSON files hold; returns its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi, errors
 
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=os.fspath(folder),
+        done = api.create_commit(
+            repo,
+            [
+                CommitOperationAdd(path.relative_to(folder).as_posix(), content(path))
+                for path in sorted(folder.rglob("*"))
+                if path.is_file()
+            ],
             commit_message="An autoencoder, written by vsae_jax",
         )
     except (errors.HFValidationError, *connection_errors()) as error:
@@ -91,3 +98,21 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
             f"then `hf upload {repo} {folder}` ({one_line(error)})"
         ) from None
     return str(done.commit_url)
+
+
+def content(path: Path) -> str | bytes:
+    """What is uploaded of a file: its path, or a JSON file's text with the last name
+    instead of each absolute path."""
+    if path.suffix != ".json":
+        return os.fspath(path)
+    value = _without_folders(json.loads(path.read_text()))
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_folders(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    is_path = isinstance(value, str) and (os.path.isabs(value) or value[:1] == "~")
+    return os.path.basename(value.rstrip("/")) if is_path else value

@@ -6,7 +6,6 @@ and admits headers of 100 MB.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vsae_jax.errors import UserError, one_line
+from vsae_jax.errors import UserError
+from vsae_jax.strict_json import parse_object, read_object
 
 MAX_JSON_BYTES = 2**20
 DTYPES = {
@@ -31,34 +31,7 @@ _FLOATS = {DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 1 MiB."""
-    with path.open("rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise UserError(f"{path} is over {MAX_JSON_BYTES} bytes; a config is not")
-    return _json_object(data, path)
-
-
-def _json_object(data: bytes, path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(
-            data, parse_constant=_no_constant, object_pairs_hook=_no_twins
-        )
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a finite number")
-
-
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return value
+    return read_object(path, limit=MAX_JSON_BYTES)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -71,7 +44,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
                 f"{path} is no safetensors file: it has {size} bytes and says that its "
                 f"header has {length}, where at most {MAX_JSON_BYTES} are read"
             )
-        header = _json_object(file.read(length), path)
+        header = parse_object(file.read(length), path)
     header.pop("__metadata__", None)
     stretches = [(*_stretch(path, n, e), n) for n, e in header.items()]
     end, arrays = 0, {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vsae_jax.errors import UserError, one_line
+from vsae_jax.strict_json import read_object
 
 # Without it, importing transformers without torch prints that torch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (
     ("vocab.json", "merges.txt"),
     ("vocab.txt",),
 )
+_JSON_LIMIT = 2**26
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "_commit_hash")
 
 
@@ -170,14 +172,8 @@ def need(files: ModelFiles, filename: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+    """A JSON object from a model's file of at most 64 MiB; some have infinities."""
+    return read_object(path, limit=_JSON_LIMIT, strict=False)
 
 
 def read_config(files: ModelFiles) -> dict[str, Any]:
@@ -209,8 +205,14 @@ def weight_files(files: ModelFiles) -> list[Path]:
             f"--model={files.name} has no model.safetensors, which --backend=jax "
             "needs; --backend=transformers also reads pytorch_model.bin"
         )
-    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    return [need(files, shard) for shard in shards]
+    names = read_json(index).get("weight_map")
+    shards = set(names.values()) if isinstance(names, dict) else {""}
+    for name in shards:
+        # `weight_map` may be a stranger's: its names stay in the folder.
+        inside = isinstance(name, str) and name not in ("", "..")
+        if not inside or Path(name).name != name:
+            raise UserError(f"{index} names {str(name)[:80]!r}, no file beside it")
+    return [need(files, shard) for shard in sorted(shards)]
 
 
 def transformers_source(files: ModelFiles) -> Source:

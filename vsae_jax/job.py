@@ -29,7 +29,7 @@ from vsae_jax.shards import Activations
 from vsae_jax.step import TrainState, init_state
 
 # A few seconds of two cores.
-_CPU_OPERATIONS = 4 * 10**11
+_CPU_OPERATIONS = 10**11
 
 
 class Job(NamedTuple):

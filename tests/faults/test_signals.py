@@ -34,7 +34,7 @@ def stopped(name: str, number: int, said: str, *, wait_s: float, **flags) -> flo
 @pytest.mark.parametrize("number", NUMBERS)
 def test_train_of_long_steps(tiny_rows, tmp_path, number):
     """Steps of a good part of a second, a thousand of which a call may take."""
-    flags = {"activations": tiny_rows, "d_sae": 8192, "k": 4, "batch_size": 1024}
+    flags = {"activations": tiny_rows, "d_sae": 4096, "k": 4, "batch_size": 1024}
     flags |= {"steps": 5000, "steps_per_dispatch": 1000, "out": tmp_path / "run"}
     flags |= {"log_every": 5000, "checkpoint_every": 5000}
     seconds = stopped("train", number, "compiled in", wait_s=3, **flags)

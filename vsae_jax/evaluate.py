@@ -59,7 +59,7 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     load = cache(lm.load_language_model)
     results = {}
     for folder in folders:
-        subject = _subject(open_any(folder), eval_config, load)
+        subject = subject_of(open_any(folder), eval_config, load)
         for name in names:
             print(f"{folder}: {name} on {subject.config['n_tokens']:,} tokens")
             result = EVALS[name](subject)
@@ -110,7 +110,7 @@ def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:
             )
 
 
-def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
+def subject_of(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     """A run with its language model and its tokens, checked against each other."""
     run = _filled(run, c)
     model = c.model or run.data["model"]

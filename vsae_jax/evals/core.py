@@ -51,7 +51,7 @@ def run(subject: Subject) -> dict[str, Any]:
     measure = _measure_jit if traced else _measure
     data, reconstruction, losses = subject.run.data, Reconstruction(), []
     with progress.bar(len(subject.tokens), unit="context") as bar:
-        for tokens, keep, count in _batches(subject):
+        for tokens, keep, count in masked_batches(subject):
             sums, loss = measure(
                 subject.lm,
                 subject.run.variables,
@@ -168,7 +168,7 @@ def _loss_metrics(batches: list[LossSums]) -> dict[str, float | None]:
     }
 
 
-def _batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def masked_batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Tokens, the mask of those that count, and the number of contexts; the last batch
     is padded with contexts that do not count."""
     special = sorted(subject.lm.special_ids)

@@ -44,7 +44,7 @@ class MaximiseConfig:
     run: str = flag("run folder, or a folder of any format that convert reads", "")
     latents: str = flag("comma list of latents, such as 3,17", "")
     length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
-    steps: int = flag("steps of gradient ascent", 400)
+    steps: int = flag("steps of gradient ascent", 200)
     restarts: int = flag("random starts, climbed at once; the best is reported", 16)
     lr: float = flag("of Adam, on the logits of the soft tokens", 0.3)
     hot: float = flag("temperature of the softmax at the first step", 2.0)

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 from vsae_jax import runs
 from vsae_jax.errors import UserError
 
+
+class MissingFile(UserError):
+    """A command has not been run yet; the message names it."""
+
+
 Series = dict[tuple[tuple[str, Any], ...], list["Arm"]]
 
 
@@ -25,7 +30,7 @@ class Arm(NamedTuple):
         """A file of the folder, which must be there."""
         path = self.folder.joinpath(*parts)
         if not path.is_file():
-            raise UserError(
+            raise MissingFile(
                 f"{path} is not there; make it with: python -m vsae_jax.{made_by} "
                 f"--run={self.folder}"
             )
@@ -68,12 +73,14 @@ def label(shared: Sequence[tuple[str, Any]]) -> str:
     return ", ".join(map(str, words))
 
 
-def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation; `-` where a value is missing."""
+def spread(values: Sequence[float | None], *, digits: int | None = None) -> str:
+    """Mean ± standard deviation; `-` where a value is missing. Unset, `digits` is four
+    for numbers below 10 and one for others."""
     if not values or any(value is None for value in values):
         return "-"
     numbers = [value for value in values if value is not None]
-    digits = 4 if max(map(abs, numbers)) < 10 else 1
+    if digits is None:
+        digits = 4 if max(map(abs, numbers)) < 10 else 1
     mean = f"{statistics.fmean(numbers):.{digits}f}"
     if len(numbers) == 1:
         return mean

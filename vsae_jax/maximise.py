@@ -29,6 +29,7 @@ from vsae_jax.interop.loading import open_any
 from vsae_jax.lm.files import locate, read_config
 from vsae_jax.lm.neox import NeoX
 from vsae_jax.sae import Variables
+from vsae_jax.token_text import token_texts
 
 FOLDER = "maximised"
 _OF_EVALUATION = (
@@ -101,7 +102,9 @@ def run(c: MaximiseConfig) -> list[Path]:
             "config": subject.config | {"maximise": to_json(c)},
         }
         for kind in ("synthetic", "real"):
-            result[kind]["tokens"] = _strings(result[kind]["token_ids"], tokenizer)
+            ids = result[kind]["token_ids"]
+            texts = token_texts(tokenizer, ids)
+            result[kind]["tokens"] = [texts[i] for i in ids]
         paths.append(folder / f"{latent}.json")
         runs.write_json(paths[-1], result)
         print(_line(result, seconds=time.monotonic() - start))
@@ -252,10 +255,6 @@ def _allowed(model: lm.LanguageModel, *, n_named: int) -> Bool[np.ndarray, " voc
     allowed = np.arange(model.vocab_size) < n_named
     allowed[sorted(model.special_ids)] = False
     return allowed
-
-
-def _strings(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    return [tokenizer.decode([i]) for i in ids]
 
 
 def _line(result: dict[str, Any], *, seconds: float) -> str:

@@ -13,12 +13,11 @@ Prints one Markdown row per grid and variant: mean and standard deviation over s
 What was found is in BUILD_NOTES.md, 3.
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsae_jax import cli, runs
+from vsae_jax import arms, cli, runs
 from vsae_jax.errors import UserError
 from vsae_jax.evaluate import COLUMNS
 from vsae_jax.fields import flag
@@ -41,12 +40,12 @@ def command(configs: Sequence[TableConfig]) -> None:
 def markdown(grids: Sequence[Path]) -> str:
     """`| grid | variant | seeds | metric ... |`, one row per grid and variant."""
     header = ["grid", "variant", "seeds", *COLUMNS.values()]
-    lines = [header, ["---"] * len(header)]
+    rows = [header]
     for grid in grids:
         for variant, metrics in _by_variant(grid).items():
-            cells = [_spread([m[name] for m in metrics]) for name in COLUMNS]
-            lines.append([grid.name, variant, str(len(metrics)), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            cells = [arms.spread([m[name] for m in metrics]) for name in COLUMNS]
+            rows.append([grid.name, variant, str(len(metrics)), *cells])
+    return arms.markdown(rows)
 
 
 def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:
@@ -59,14 +58,6 @@ def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:
         result = runs.read_json(path)
         found.setdefault(result["config"]["variant"], []).append(result["metrics"])
     return found
-
-
-def _spread(values: Sequence[float]) -> str:
-    digits = 4 if max(map(abs, values)) < 10 else 1
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 if __name__ == "__main__":

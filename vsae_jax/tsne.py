@@ -241,7 +241,8 @@ def embed(
         raise missing_extra("scikit-learn", extra="analysis") from None
     perplexity = min(_PERPLEXITY, (len(points) - 1) // 3)
     embedding = TSNE(perplexity=perplexity, random_state=seed).fit_transform(points)
-    kmeans = KMeans(clusters, n_init=10, random_state=seed)
+    # Its stub says that n_init is a str.
+    kmeans = KMeans(clusters, n_init=10, random_state=seed)  # pyright: ignore
     return embedding, kmeans.fit_predict(embedding)
 
 

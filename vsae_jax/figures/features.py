@@ -61,7 +61,8 @@ def _page(found: Mapping[str, Any], features: Features, *, title: str) -> Figure
     latent, a = int(found["latent"]), features.arrays
     figure = style.figure(_WIDTH, 6.4)
     figure.suptitle(title)
-    text, below = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    text, below = parts
     ax = text.add_axes((0.01, 0.0, 0.98, 1.0))
     _texts(ax, _rows(found, features), most=float(a["max_activation"][latent]))
     histogram, logits, numbers = below.subplots(1, 3, width_ratios=(1.2, 1.4, 0.9))
@@ -145,8 +146,12 @@ def _logits(ax: Axes, features: Features, latent: int) -> None:
     colours = [style.BLUE if value > 0 else style.VERMILLION for value in values]
     ax.barh(y, values, color=colours)
     ax.invert_yaxis()
-    ax.set(title="Logit effects", xlabel="logit for one unit of activation", yticks=[])
-    for place, token, value in zip(y, ids, values, strict=True):
+    ax.set(
+        title="Logit effects",
+        xlabel="logits along the decoder row, at norm 1",
+        yticks=[],
+    )
+    for place, token, value in zip(y.tolist(), ids, values, strict=True):
         word = style.drawable(features.texts[str(token)])
         side = "right" if value > 0 else "left"
         ax.text(0, place, f" {word} ", ha=side, va="center", parse_math=False)

@@ -175,7 +175,8 @@ def _panel(
         places |= points.keys()
         _line(ax, points, label=arms_module.label(shared), **looks[shared])
     if panel.reference:
-        levels = [m[panel.reference] for m in metrics.values() if panel.reference in m]
+        every = (m.get(panel.reference) for m in metrics.values())
+        levels = [level for level in every if level is not None]
         if levels:
             level, name = float(np.mean(levels)), "language model's activations"
             ax.axhline(level, color=style.GREY, linestyle="--", label=name)

@@ -88,8 +88,8 @@ def _bars(ax: Axes, cluster: np.ndarray, rate: np.ndarray) -> None:
     means = np.bincount(cluster, weights=rate) / sizes
     bars = ax.bar(np.arange(len(means)), means, color=style.BLUE)
     ax.bar_label(bars, [f"n={n}" for n in sizes], fontsize=7, padding=1)
-    level = {"color": style.GREY, "linestyle": "--"}
-    ax.axhline(float(rate.mean()), label="mean of all latents", **level)
+    level = float(rate.mean())
+    ax.axhline(level, color=style.GREY, linestyle="--", label="mean of all latents")
     ax.set(title="Firing rate by cluster", xlabel="cluster", ylabel="mean firing rate")
     ax.set_xticks(np.arange(len(means)))
     ax.margins(y=0.15)
@@ -104,7 +104,8 @@ def cosines(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
         for shared, members in arms_module.series_of(arms).items()
     }
     figure = style.figure(max(2.9 * len(series), 8.0), 6.2)
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    above, below = parts
     axes = above.subplots(1, len(series), squeeze=False)[0]
     image: Any = None
     for ax, (shared, maps) in zip(axes, series.items(), strict=True):

@@ -23,7 +23,7 @@ VARIANTS = {"topk": BLUE, "vsae_topk": VERMILLION, "relu": GREEN, "vsae": PURPLE
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 DPI = 100
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,

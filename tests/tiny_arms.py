@@ -57,6 +57,6 @@ def write_features(folder: Path, **changed: np.ndarray) -> None:
     texts = {str(i): f" w{i}" for i in range(13)} | {
         "3": "$x^2$",
         "4": "\n\x07",
-        "5": "🐱",
+        "5": "漢",
     }
     (out / "features.json").write_text(json.dumps({"tokens": texts}))

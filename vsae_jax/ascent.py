@@ -74,10 +74,9 @@ def climb(
         p = softmax(logits / T),   x_0 = [embed(BOS), p @ W_E]
         maximise mu_latent(residual(x_0) at the last position) over the logits
 
-    mu is the pre-activation: before the relu and the selection, which have no gradient
-    where the latent is off. T falls geometrically from `hot` to `cold`, so that at the
-    end a soft token is nearly the token it is rounded to. Logits start normal; tokens
-    that are not `allowed` have none. The keys are consumed.
+    mu is before the relu and the selection, which have no gradient where the latent is
+    off. By Adam, T falling geometrically, so that at the end a soft token is nearly the
+    token it is rounded to. Tokens not `allowed` have none. The keys are consumed.
     """
     objective = partial(_objective, lm, variables, latent, allowed, reading)
 
@@ -91,8 +90,8 @@ def climb(
             update, moments = adam.update(-gradient, moments)
             return (optax.apply_updates(logits, update), moments), None
 
-        state = logits, adam.init(logits)
-        (logits, _), _ = jax.lax.scan(step, state, jnp.linspace(0.0, 1.0, steps))
+        state, done = (logits, adam.init(logits)), jnp.linspace(0.0, 1.0, steps)
+        (logits, _), _ = jax.lax.scan(step, state, done)
         tokens = jnp.argmax(jnp.where(allowed[None, :], logits, -jnp.inf), axis=-1)
         if reading.bos_id is not None:
             tokens = jnp.concatenate([jnp.array([reading.bos_id]), tokens])

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from vsae_jax import arms as arms_module
 from vsae_jax.arms import Arm
@@ -76,9 +75,7 @@ def _histogram(
     if edges[0] < PAPER_RANGE[1]:
         ax.axvspan(edges[0], PAPER_RANGE[1], color=style.GREY, alpha=0.15, linewidth=0)
     ax.set(xscale="log", yscale="log", title=title, xlim=(edges[0], edges[-1]))
-    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    style.plain_log(ax.xaxis)
     ax.set_xlabel("maximum activation (units of the scaled input)")
     ax.set_ylabel("latents")
     numbers = [alive_counts(f.firing_rate, f.max_activation) for f in features]

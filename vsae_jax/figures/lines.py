@@ -187,6 +187,7 @@ def _panel(
     ax.xaxis.set_minor_locator(NullLocator())
     if panel.log:
         ax.set_yscale("log")
+        style.plain_log(ax.yaxis)
 
 
 def gather(points: Sequence[Points]) -> dict[int, list[float]]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from vsae_jax.arms import label
 
@@ -82,6 +84,13 @@ def looks(
             "marker": MARKERS[at % len(MARKERS)],
         }
     return looks
+
+
+def plain_log(axis: Axis) -> None:
+    """Labels 1, 2, 5, 10, ... on a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsae_jax import cli, runs
+from vsae_jax import arms, cli, runs
 from vsae_jax.errors import UserError
-from vsae_jax.evals.summary import spread
 from vsae_jax.evaluate import COLUMNS
 from vsae_jax.fields import flag
 
@@ -41,12 +40,12 @@ def command(configs: Sequence[TableConfig]) -> None:
 def markdown(grids: Sequence[Path]) -> str:
     """`| grid | variant | seeds | metric ... |`, one row per grid and variant."""
     header = ["grid", "variant", "seeds", *COLUMNS.values()]
-    lines = [header, ["---"] * len(header)]
+    rows = [header]
     for grid in grids:
         for variant, metrics in _by_variant(grid).items():
-            cells = [spread([m[name] for m in metrics]) for name in COLUMNS]
-            lines.append([grid.name, variant, str(len(metrics)), *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            cells = [arms.spread([m[name] for m in metrics]) for name in COLUMNS]
+            rows.append([grid.name, variant, str(len(metrics)), *cells])
+    return arms.markdown(rows)
 
 
 def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:

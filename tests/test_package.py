@@ -23,6 +23,9 @@ COMMANDS = [
     "vsae_jax.train",
     "vsae_jax.evaluate",
     "vsae_jax.convert",
+    "vsae_jax.maximise",
+    "vsae_jax.tsne",
+    "vsae_jax.plots",
     "vsae_jax.demo",
     "experiments.make_small_lm",
 ]

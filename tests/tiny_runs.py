@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
-from vsae_jax import cli, convert, demo, evaluate, extract, runs, train
+from vsae_jax import (
+    cli,
+    convert,
+    demo,
+    evaluate,
+    extract,
+    maximise,
+    plots,
+    runs,
+    train,
+    tsne,
+)
 from vsae_jax.config import ConvertConfig, EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.job import open_folder, plan
 
@@ -21,6 +32,9 @@ COMMANDS = {
     "train": (train.command, TrainConfig),
     "evaluate": (evaluate.command, EvalConfig),
     "convert": (convert.command, ConvertConfig),
+    "maximise": (maximise.command, maximise.MaximiseConfig),
+    "tsne": (tsne.command, tsne.MapConfig),
+    "plots": (plots.command, plots.PlotsConfig),
     "demo": (demo.command, demo.DemoConfig),
 }
 # 64 contexts of 15 rows are trained on, 16 are held out.

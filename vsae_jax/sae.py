@@ -123,8 +123,11 @@ class SAE(nn.Module):
 
     def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
         """Latents of raw activations, at the mean: no noise (PAPER_VS_CODE 6.1)."""
-        mu, _ = self.posterior(self.normalise(x))
-        return self.sparsify(mu, k=self.config.k)[0]
+        return self.sparsify(self.pre_activations(x), k=self.config.k)[0]
+
+    def pre_activations(self, x: Float[Array, "batch d_model"]) -> Float[Array, "b d"]:
+        """What `encode` selects from: mu `[batch, d_sae]`, after the optional relu."""
+        return self.posterior(self.normalise(x))[0]
 
     def decode(self, f: Float[Array, "batch d_sae"]) -> Float[Array, "batch d_model"]:
         """Raw activations from latents: x_hat = x_hat_n / scale + mean."""
@@ -147,6 +150,13 @@ def decode(
 ) -> Float[Array, "batch d_model"]:
     """`SAE.decode` as a pure function."""
     return cast(Array, SAE(config).apply(variables, f, method="decode"))
+
+
+def pre_activations(
+    variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> Float[Array, "batch d_sae"]:
+    """`SAE.pre_activations` as a pure function."""
+    return cast(Array, SAE(config).apply(variables, x, method="pre_activations"))
 
 
 def normalise(

@@ -84,7 +84,7 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     base: list[tuple[Losses, Losses]] = []
     tallies = [Tally() for _ in subjects]
     with progress.bar(len(first.tokens), unit="context") as bar:
-        for tokens, keep, count in _batches(first):
+        for tokens, keep, count in masked_batches(first):
             batch = measure_base(first.lm, tokens, keep, **options)
             base.append(jax.device_get((batch.clean, batch.ablated)))
             for subject, tally in zip(subjects, tallies, strict=True):
@@ -255,7 +255,7 @@ def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
     }
 
 
-def _batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+def masked_batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Tokens, the mask of those that count, and the number of contexts; the last batch
     is padded with contexts that do not count."""
     special = sorted(subject.lm.special_ids)

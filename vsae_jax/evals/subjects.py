@@ -52,7 +52,7 @@ def open_subjects(config: EvalConfig) -> list[list[Subject]]:
     load = cache(lm.load_language_model)
     groups: dict[tuple, list[Subject]] = {}
     for run in opened:
-        subject = _subject(run, config, load)
+        subject = subject_of(run, config, load)
         shared = tuple(subject.config[name] for name in _SHARED)
         first = groups.setdefault(shared, [])
         if first:
@@ -61,18 +61,10 @@ def open_subjects(config: EvalConfig) -> list[list[Subject]]:
     return list(groups.values())
 
 
-def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
+def subject_of(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     """A run with its language model and its tokens, checked against each other."""
-    run = _filled(run, c)
-    model = c.model or run.data["model"]
-    revision = c.revision or ("" if c.model else run.data["revision"])
-    language_model = load(model, revision=revision or None, backend=c.backend)
-    if language_model.d_model != run.sae.d_model:
-        raise UserError(
-            f"--model={model} has d_model={language_model.d_model} but {run.folder} "
-            f"was trained on {run.sae.d_model}; name the model it was trained on"
-        )
-    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
+    run = filled(run, c)
+    language_model = load_model(run, c, load)
     tokens, tokens_from = _tokens(run, c, language_model)
     # Whatever it was trained in, it is evaluated in float32, as the config says.
     run = run._replace(sae=dataclasses.replace(run.sae, dtype="float32"))
@@ -87,7 +79,7 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
             "context_length": tokens.shape[1],
             "batch_size": c.batch_size,
             "tokens_from": tokens_from,
-            "model": model,
+            "model": language_model.name,
             "revision": language_model.revision or "",
             "layer": run.data["layer"],
             "bos": run.data["bos"],
@@ -100,7 +92,23 @@ def _subject(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     )
 
 
-def _filled(run: Run, c: EvalConfig) -> Run:
+def load_model(
+    run: Run, c: EvalConfig, load: Callable[..., Any] = lm.load_language_model
+) -> lm.LanguageModel:
+    """The language model of a `filled` run, checked against it."""
+    model = c.model or run.data["model"]
+    revision = c.revision or ("" if c.model else run.data["revision"])
+    language_model = load(model, revision=revision or None, backend=c.backend)
+    if language_model.d_model != run.sae.d_model:
+        raise UserError(
+            f"--model={model} has d_model={language_model.d_model} but {run.folder} "
+            f"was trained on {run.sae.d_model}; name the model it was trained on"
+        )
+    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
+    return language_model
+
+
+def filled(run: Run, c: EvalConfig) -> Run:
     """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
     how contexts start from `--activations`, or as text usually is."""
     data, unknown = run.data, {}
@@ -134,7 +142,7 @@ def _tokens(
     where they are from."""
     if c.text:
         return _tokens_of_text(run, c, language_model), c.text
-    activations = _open_activations(run, c)
+    activations = open_activations(run, c)
     m = activations.manifest
     if m.tokenizer_hash != language_model.tokenizer_hash:
         raise UserError(
@@ -142,21 +150,29 @@ def _tokens(
             f"that of --model={language_model.name}; name the model they were "
             "extracted from"
         )
-    start, stop, where = 0, activations.n_contexts, str(activations.folder)
+    start, stop, where = held_out(run, activations)
+    count = max(c.num_tokens // m.context_length, 1)
+    return activations.tokens(start, min(stop, start + count)), where
+
+
+def held_out(run: Run, activations: Activations) -> tuple[int, int, str]:
+    """The contexts start, ..., stop - 1 that the run was not trained on, and what to
+    call them: all of another folder's."""
+    m, where = activations.manifest, str(activations.folder)
     if m.hash == run.data["manifest"]:
-        (start, stop), where = run.data["held_out_contexts"], "held-out contexts"
+        start, stop = run.data["held_out_contexts"]
         if stop > activations.n_contexts:
             raise UserError(
                 f"{run.folder} holds out contexts up to {stop} of "
                 f"{activations.n_contexts}: its {runs.CONFIG} was edited"
             )
-    elif m.dataset == run.data["dataset"]:
+        return start, stop, "held-out contexts"
+    if m.dataset == run.data["dataset"]:
         print(
             f"note: {where} is from the data set that {run.folder} was trained on: "
             "some of its text may have been seen in training"
         )
-    count = max(c.num_tokens // m.context_length, 1)
-    return activations.tokens(start, min(stop, start + count)), where
+    return 0, activations.n_contexts, where
 
 
 def _tokens_of_text(
@@ -177,7 +193,7 @@ def _tokens_of_text(
     return np.stack(list(itertools.islice(contexts, count)))
 
 
-def _open_activations(run: Run, c: EvalConfig) -> Activations:
+def open_activations(run: Run, c: EvalConfig) -> Activations:
     """The run's activations, or others whose contexts start as the run's do."""
     other = "name activations to evaluate on with --activations, or text with --text"
     own = run.train.activations if run.train else ""

@@ -1,11 +1,9 @@
 """`evals/summary.md`: arms side by side, mean and standard deviation over seeds."""
 
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import runs
+from vsae_jax import arms, runs
 from vsae_jax.npy import replace_file
 
 _CORE = (
@@ -28,17 +26,17 @@ def write(folder: Path) -> Path:
 
 
 def markdown(folder: Path) -> str:
-    """One table per evaluation, one row per arm, seeds taken together."""
-    arms = by_arm(folder)
+    """One table per evaluation, one column per arm, seeds taken together."""
+    results = by_arm(folder)
     names = dict.fromkeys(
-        name for each in arms.values() for one in each for name in one
+        name for each in results.values() for one in each for name in one
     )
     parts = [f"# {folder.resolve().name}\n"]
     parts.append("Mean ± standard deviation over seeds; - where there is no value.\n")
     for name in names:
         found = {
             arm: [one[name] for one in each if name in one]
-            for arm, each in arms.items()
+            for arm, each in results.items()
         }
         parts.append(f"## {name}\n\n{_table(found)}\n")
         if notes := _notes(found):
@@ -48,36 +46,10 @@ def markdown(folder: Path) -> str:
 
 def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each run's evaluations wrote, by name, under the arm without its seed."""
-    arms: dict[str, list[dict[str, Any]]] = {}
-    labels = _labels(folder)
-    for each in runs.run_folders(folder):
-        name = labels.get(each.name) or each.resolve().name
-        arms.setdefault(name, []).append(_results(each))
-    return arms
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation of what is known."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    digits = 4 if max(map(abs, known)) < 10 else 1
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    if len(known) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(known):.{digits}f}"
-
-
-def _labels(folder: Path) -> dict[str, str]:
-    """What a grid's arms differ in, but for the seed, by folder."""
-    if not (folder / runs.GRID).is_file():
-        return {}
-    grid = runs.read_json(folder / runs.GRID)
-    names = [name for name in grid.get("swept", []) if name != "seed"]
+    series = arms.series_of(arms.open_arms(folder))
     return {
-        str(arm.get("folder")): ", ".join(f"{name} {arm.get(name)}" for name in names)
-        for arm in grid.get("arms", [])
-        if isinstance(arm, dict)
+        arms.label(shared): [_results(arm.folder) for arm in each]
+        for shared, each in series.items()
     }
 
 
@@ -90,21 +62,17 @@ def _results(folder: Path) -> dict[str, Any]:
 
 def _table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Metrics down, arms across: there are more metrics than arms."""
-    arms = {arm: each for arm, each in found.items() if each}
+    each = {arm: results for arm, results in found.items() if results}
     metrics = dict.fromkeys(
-        m for each in arms.values() for one in each for m in one["metrics"]
+        m for results in each.values() for one in results for m in one["metrics"]
     )
     if set(_CORE) <= set(metrics):
         metrics = dict.fromkeys([*_CORE, *metrics])
-    counts = [f"{arm} (n={len(each)})" for arm, each in arms.items()]
-    lines = [["metric", *counts], ["---"] * (len(arms) + 1)]
+    rows = [["metric", *(f"{arm} (n={len(r)})" for arm, r in each.items())]]
     for metric in metrics:
-        cells = [
-            spread([one["metrics"].get(metric) for one in each])
-            for each in arms.values()
-        ]
-        lines.append([metric, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        columns = ([one["metrics"].get(metric) for one in r] for r in each.values())
+        rows.append([metric, *map(arms.spread, columns)])
+    return arms.markdown(rows)
 
 
 def _notes(found: dict[str, list[dict[str, Any]]]) -> str:

@@ -170,8 +170,14 @@ class NeoX(ModelFacts):
         self, tokens: Tokens, layer: int
     ) -> Float[Array, "batch time d_model"]:
         """The residual stream after block `layer`."""
+        return self.residual_from(embed(self.params, tokens), layer)
+
+    def residual_from(
+        self, x: Float[Array, "batch time d_model"], layer: int
+    ) -> Float[Array, "batch time d_model"]:
+        """The residual stream after block `layer` where the one before block 0 is `x`:
+        `embed(params, tokens)`, or a mixture of embeddings."""
         stop = check_layer(layer, n_layers=self.n_layers) + 1
-        x = embed(self.params, tokens)
         return run_blocks(self.params, x, config=self.config, start=0, stop=stop)
 
     def logits(

@@ -1,0 +1,181 @@
+"""The tables of `features.npz` (vsae_jax.features says what they hold): one pass over
+held-out activation rows, and what the decoder's rows say of each other."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from vsae_jax import lm, progress, sae
+from vsae_jax.batches import read_ahead
+from vsae_jax.config import EvalConfig, SAEConfig
+from vsae_jax.errors import UserError
+from vsae_jax.firings import FeaturePass, Limits
+from vsae_jax.interop.loading import open_any
+from vsae_jax.layer_norm import normalise_rows
+from vsae_jax.runs import Run
+from vsae_jax.sae import Variables
+from vsae_jax.shards import Activations
+
+NEIGHBOURS = 10
+# Latents in a batch: 16 MB in float32.
+_BATCH_LATENTS = 2**22
+
+
+class Source(NamedTuple):
+    """A run with the held-out contexts start, ..., stop - 1 and its language model."""
+
+    run: Run
+    lm: lm.LanguageModel
+    activations: Activations
+    start: int
+    stop: int
+    where: str
+
+
+def open_source(
+    folder: Path,
+    settings: EvalConfig,
+    load: Callable[..., Any] = lm.load_language_model,
+) -> Source:
+    """What the pass reads, checked to belong together."""
+    opened = subjects.filled(open_any(folder), settings)
+    opened = opened._replace(sae=dataclasses.replace(opened.sae, dtype="float32"))
+    activations = subjects.open_activations(opened, settings)
+    m = activations.manifest
+    for name, mine in (
+        ("d_model", opened.sae.d_model),
+        ("layer", opened.data["layer"]),
+        ("center_residual", opened.data["center_residual"]),
+    ):
+        if getattr(m, name) != mine:
+            raise UserError(
+                f"{activations.folder} has {name}={getattr(m, name)} but {folder} was "
+                f"trained on {name}={mine}; name its activations with --activations"
+            )
+    model = subjects.load_model(opened, settings, load)
+    if m.tokenizer_hash != model.tokenizer_hash:
+        raise UserError(
+            f"the tokens in {activations.folder} were made with another tokenizer than "
+            f"that of --model={model.name}; name the model they were extracted from"
+        )
+    start, stop, where = subjects.held_out(opened, activations)
+    stop = min(stop, start + max(settings.num_tokens // m.context_length, 1))
+    return Source(opened, model, activations, start, stop, where)
+
+
+def pass_over(source: Source, *, limits: Limits, groups: int) -> dict[str, Any]:
+    """The tables of FeaturePass over the source's rows."""
+    config, rows = source.run.sae, source.activations.rows_per_context
+    at_once = max(_BATCH_LATENTS // (config.d_sae * rows), 1)
+    streamed = FeaturePass(config.d_sae, limits=limits)
+    layer_norm = bool(source.run.data.get("layer_norm", False))
+    encode = partial(
+        encode_counted,
+        source.run.variables,
+        config=config,
+        layer_norm=layer_norm,
+    )
+    waiting: list[tuple[Array, np.ndarray]] = []
+
+    def take() -> None:
+        f, counts = waiting.pop(0)
+        streamed.add(np.asarray(f)[: counts.size].reshape(*counts.shape, -1), counts)
+        bar.update(len(counts))
+
+    with progress.bar(source.stop - source.start, unit="context") as bar:
+        for x, counts in read_ahead(_batches(source, at_once)):
+            # The device makes the next batch while the host looks at this one.
+            waiting.append((encode(x, _filled_to(counts.ravel(), len(x))), counts))
+            if len(waiting) > 1:
+                take()
+        while waiting:
+            take()
+    return streamed.finish(groups=groups)
+
+
+@partial(jax.jit, static_argnames=("config", "layer_norm"))
+def encode_counted(
+    variables: Variables,
+    x: Float[Array | np.ndarray, "rows d_model"],
+    counts: Bool[Array | np.ndarray, " rows"],
+    *,
+    config: SAEConfig,
+    layer_norm: bool,
+) -> Float[Array, "rows d_sae"]:
+    """f of raw activation rows at the mean; 0 on rows that do not count."""
+    x = jnp.asarray(x, jnp.float32)
+    x = normalise_rows(x)[0] if layer_norm else x
+    return jnp.where(counts[:, None], sae.encode(variables, x, config=config), 0)
+
+
+def _batches(source: Source, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows, filled up to one shape with zeros, and which of the contexts' rows count,
+    `[contexts, rows]`."""
+    m, rows = source.activations.manifest, source.activations.rows_per_context
+    for start in range(source.start, source.stop, at_once):
+        stop = min(start + at_once, source.stop)
+        tokens = source.activations.tokens(start, stop)[:, m.dropped_positions :]
+        x = source.activations.rows(start * rows, stop * rows)
+        yield _filled_to(x, at_once * rows), ~np.isin(tokens, m.special_ids)
+
+
+def _filled_to(array: np.ndarray, length: int) -> np.ndarray:
+    """With zeros at the end up to `length`."""
+    filled = np.zeros((length, *array.shape[1:]), array.dtype)
+    filled[: len(array)] = array
+    return filled
+
+
+def place_windows(
+    arrays: dict[str, Any], source: Source, *, reach: int
+) -> dict[str, Any]:
+    """Token numbers of the pass as context, position and the ids around them."""
+    m, rows = source.activations.manifest, source.activations.rows_per_context
+    tokens = source.activations.tokens(source.start, source.stop)
+    arrays = dict(arrays)
+    for name in ("top", "quantile"):
+        token = arrays.pop(f"{name}_token")
+        context, row = np.divmod(token.clip(0), rows)
+        position = row + m.dropped_positions
+        near = position[..., None] + np.arange(-reach, reach + 1)
+        inside = (near >= 0) & (near < m.context_length) & (token >= 0)[..., None]
+        ids = tokens[context[..., None], near.clip(0, m.context_length - 1)]
+        arrays[f"{name}_ids"] = np.where(inside, ids, -1).astype(np.int32)
+        where = token >= 0
+        context = np.where(where, context + source.start, -1).astype(np.int64)
+        arrays[f"{name}_context"] = context
+        arrays[f"{name}_position"] = np.where(where, position, -1).astype(np.int32)
+    arrays["prompt_ids"] = tokens[: len(arrays["prompt_latents"])]
+    return arrays
+
+
+def of_decoder(variables: Variables) -> dict[str, np.ndarray]:
+    """The decoder rows' norms in units of x, and of each its nearest by cosine."""
+    w_dec = np.asarray(variables["params"]["w_dec"], np.float32)
+    norm = np.linalg.norm(w_dec, axis=1)
+    unit = w_dec / np.maximum(norm, 1e-30)[:, None]
+    count = min(NEIGHBOURS, len(unit) - 1)
+    latents = np.full((len(unit), NEIGHBOURS), -1, np.int32)
+    cosines = np.zeros((len(unit), NEIGHBOURS), np.float32)
+    for start in range(0, len(unit) if count else 0, 256):
+        cosine = unit[start : start + 256] @ unit.T
+        own = np.arange(len(cosine))
+        cosine[own, start + own] = -np.inf
+        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
+        value = np.take_along_axis(cosine, best, 1)
+        order = np.argsort(-value, axis=1, kind="stable")
+        latents[start : start + 256, :count] = np.take_along_axis(best, order, 1)
+        cosines[start : start + 256, :count] = np.take_along_axis(value, order, 1)
+    scale = float(np.asarray(variables["norm"]["scale"]))
+    return {
+        "decoder_norm": norm / scale,
+        "neighbour_latents": latents,
+        "neighbour_cosine": cosines,
+    }

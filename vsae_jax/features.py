@@ -1,0 +1,201 @@
+"""`python -m vsae_jax.features --run=RUN`: what each latent fires on and writes.
+
+One pass over held-out activation rows (no language model in it), then the decoder
+through the language model's unembedding. Writes `RUN/features/features.npz`:
+
+    n_tokens []                 tokens counted: those with a row that are not special
+    n_fired [d_sae]             tokens on which the latent is not 0
+    firing_rate [d_sae]         n_fired / n_tokens
+    mean_activation [d_sae]     over all tokens, zeros included
+    mean_when_active, std_when_active [d_sae]   over the tokens on which it fires
+    max_activation [d_sae]      the f of largest |f|, with its sign; 0: never fires
+    decoder_norm [d_sae]        in units of x for one unit of f
+    histogram [d_sae, 128]      firings by value; bin b starts at (b - 64) * width
+    histogram_width [d_sae]     a power of two; 0: never fires
+    top_context, top_position [d_sae, top]      the largest |f| of each of the contexts
+                                with the largest, in the activations folder; -1: none
+    top_ids [d_sae, top, 2 * window + 1]        token ids around it; -1: outside
+    top_values [d_sae, top, 2 * window + 1]     f there; NaN: no row, or special
+    top_loss_effect [d_sae, 5, 2 * window + 1]  with --loss_effect; see loss_effect.py
+    quantile_context, quantile_position [d_sae, groups, 5], quantile_ids and
+    quantile_values             examples of equal shares of the firings, strongest first
+    quantile_edges [d_sae, groups + 1]          |f| between the groups, from the sample
+    quantile_sampled [d_sae]    firings in that sample: min(100, n_fired)
+    correlated_latents, correlation [d_sae, 10] largest Pearson correlations; -1: none
+    correlation_tokens []       tokens that they are measured on
+    neighbour_latents, neighbour_cosine [d_sae, 10]  of the decoder's rows
+    top_logit_tokens, top_logits, bottom_logit_tokens, bottom_logits [d_sae, 10]
+    logit_histogram [d_sae, 50], logit_range [d_sae, 2]   see logit_effects.py
+    prompt_ids [prompts, context_length], prompt_latents, prompt_values
+                                [prompts, rows, 8]: the strongest latents of each token
+
+f is in the units of the autoencoder's latents, that is of the scaled input. The sample
+is uniform without replacement, drawn by a hash of --seed, token and latent: a group's
+edges have a standard error of up to 5 % of the firings, and none where n_fired is 100
+or less. `features.json` holds the config, where the tokens are from, and the text of
+every token id in the arrays; `features/neuronpedia/` the same in SAEDashboard's names.
+
+Memory: 1.2 KB * (window + 1/2) per latent for the windows (100 + top), 0.3 GB for the
+correlations, one batch of latents (16 MB) and one float32 copy of the parameters.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vsae_jax import cli, lm, neuronpedia, runs
+from vsae_jax.config import Backend, EvalConfig
+from vsae_jax.errors import UserError
+from vsae_jax.feature_tables import (
+    Source,
+    of_decoder,
+    open_source,
+    pass_over,
+    place_windows,
+)
+from vsae_jax.fields import check_at_least, flag, to_json
+from vsae_jax.firings import Limits
+from vsae_jax.logit_effects import logit_effects
+from vsae_jax.loss_effect import loss_effects
+from vsae_jax.npy import TEMPORARY, naming
+from vsae_jax.runs import Run
+from vsae_jax.token_text import token_texts
+
+FOLDER, ARRAYS, INFO = "features", "features.npz", "features.json"
+_IDS = ("top_ids", "quantile_ids", "top_logit_tokens", "bottom_logit_tokens")
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Finds what every latent fires on and which tokens it makes likely, in one pass
+    over held-out activations."""
+
+    run: str = flag(
+        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+    )
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    revision: str = flag("hub revision; unset: the manifest's", "")
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
+    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
+    activations: str = flag("folder that extract wrote; unset: the run's", "")
+    num_tokens: int = flag("most tokens to look at, of the held-out ones", 1_000_000)
+    top: int = flag("contexts of the strongest activations kept per latent", 20)
+    quantiles: int = flag("groups of equal shares of a latent's firings", 10)
+    window: int = flag("tokens shown on each side", 12)
+    seed: int = flag("of the sample for the groups and the correlations", 0)
+    loss_effect: bool = flag(
+        "measure the language model's loss without the latent, in its 5 strongest "
+        "contexts (minutes)",
+        False,
+    )
+    neuronpedia: bool = flag("also write SAEDashboard's JSON", False)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "num_tokens", "top", "quantiles", "window")
+        check_at_least(self, 0, "layer", "seed")
+        if self.quantiles > Limits.sample:
+            most = Limits.sample
+            raise UserError(f"--quantiles={self.quantiles} must not exceed {most}")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")
+
+    def of_evaluation(self) -> EvalConfig:
+        """What evaluation calls the same settings."""
+        names = "run model revision layer backend activations num_tokens".split()
+        return EvalConfig(**{name: getattr(self, name) for name in names})
+
+
+def command(configs: Sequence[FeaturesConfig]) -> None:
+    """Writes `features/` for what `--run` names."""
+    run(configs[0])
+
+
+def run(c: FeaturesConfig) -> list[Path]:
+    """Writes `features/` into every run folder; returns those."""
+    folders = runs.run_folders(c.run)
+    load = cache(lm.load_language_model)
+    sources = [open_source(folder, c.of_evaluation(), load) for folder in folders]
+    return [write(source, c) for source in sources]
+
+
+def write(source: Source, c: FeaturesConfig) -> Path:
+    """One run's `features/`."""
+    folder = source.run.folder / FOLDER
+    print(
+        f"{source.run.folder}: {source.run.sae.d_sae:,} latents on contexts "
+        f"{source.start} to {source.stop - 1} of {source.activations.folder} "
+        f"({source.where})"
+    )
+    limits = Limits(top=c.top, reach=c.window, seed=c.seed)
+    arrays = pass_over(source, limits=limits, groups=c.quantiles)
+    arrays = place_windows(arrays, source, reach=c.window)
+    arrays |= of_decoder(source.run.variables)
+    arrays |= logit_effects(
+        source.lm, np.asarray(source.run.variables["params"]["w_dec"])
+    )
+    if c.loss_effect:
+        arrays["top_loss_effect"] = loss_effects(source, arrays, reach=c.window)
+    info = describe(source, c, arrays)
+    folder.mkdir(exist_ok=True)
+    write_npz(folder / ARRAYS, arrays)
+    # Last: without it the folder does not count.
+    runs.write_json(folder / INFO, info)
+    if c.neuronpedia:
+        neuronpedia.write(folder / "neuronpedia", arrays, info)
+    alive = int((arrays["n_fired"] > 0).sum())
+    print(f"wrote {folder}: {alive:,} of {source.run.sae.d_sae:,} latents fire")
+    return folder
+
+
+def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
+    """`features.json`."""
+    m = source.activations.manifest
+    ids = np.concatenate([arrays[n].ravel() for n in (*_IDS, "prompt_ids")])
+    tokenizer = lm.load_tokenizer(source.lm.name, revision=source.lm.revision)
+    texts = token_texts(tokenizer, np.unique(ids[ids >= 0]).tolist())
+    return {
+        "config": to_json(c),
+        "parameters": parameters_hash(source.run),
+        "autoencoder": to_json(source.run.sae),
+        "model": source.lm.name,
+        "layer": source.run.data["layer"],
+        "hook_name": m.hook_name,
+        "dataset": m.dataset,
+        "activations": str(source.activations.folder),
+        "contexts": [source.start, source.stop],
+        "contexts_from": source.where,
+        "context_length": m.context_length,
+        "dropped_positions": m.dropped_positions,
+        "n_tokens": int(arrays["n_tokens"]),
+        "n_alive": int((arrays["n_fired"] > 0).sum()),
+        "special_tokens": "excluded",
+        "tokens": {str(i): text for i, text in texts.items()},
+    }
+
+
+def parameters_hash(run: Run) -> str:
+    """sha256 over the parameters, in the order of their names."""
+    digest = hashlib.sha256()
+    flat = {**run.variables["params"], **run.variables["norm"]}
+    for name in sorted(flat):
+        digest.update(name.encode() + np.asarray(flat[name], np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def write_npz(path: Path, arrays: dict[str, Any]) -> None:
+    """Compressed, whole or not at all; a scalar of NumPy stays one."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with naming(temporary), temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    cli.main(command, FeaturesConfig)

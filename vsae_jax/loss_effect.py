@@ -1,0 +1,90 @@
+"""What the language model loses without a latent, through the model.
+
+In each of a latent's strongest contexts f_i w_dec_i is taken out of the residual stream
+at every position (the autoencoder's error and the other latents stay), and the blocks
+above run on. The effect at a token is the rise of -log p(token | those before it), in
+nats: above 0, the latent helped to predict that token.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from vsae_jax import progress
+from vsae_jax.feature_tables import encode_counted
+from vsae_jax.layer_norm import normalise_rows
+from vsae_jax.lm import identity
+
+if TYPE_CHECKING:
+    from vsae_jax.feature_tables import Source
+
+CONTEXTS = 5
+_AT_ONCE = 16
+
+
+def loss_effects(
+    source: "Source", arrays: dict[str, Any], *, reach: int
+) -> Float[np.ndarray, "d_sae contexts width"]:
+    """The effect at the tokens of `top_ids` in the 5 strongest contexts; NaN where
+    there is no token, or none before it."""
+    context = arrays["top_context"][:, :CONTEXTS]
+    position = arrays["top_position"][:, :CONTEXTS]
+    width = 2 * reach + 1
+    result = np.full((*context.shape, width), np.nan, np.float32)
+    length = source.activations.manifest.context_length
+    pairs = np.argwhere(context >= 0)
+    with progress.bar(len(pairs), unit="context") as bar:
+        for start in range(0, len(pairs), _AT_ONCE):
+            some = pairs[start : start + _AT_ONCE]
+            latent, place = some.T
+            effect = of_contexts(source, latent, context[latent, place])
+            at = position[latent, place][:, None] + np.arange(-reach, reach + 1)
+            inside = (at >= 0) & (at < length)
+            picked = np.take_along_axis(effect, at.clip(0, length - 1), 1)
+            result[latent, place] = np.where(inside, picked, np.nan)
+            bar.update(len(some))
+    return result
+
+
+def of_contexts(
+    source: "Source", latent: Int[np.ndarray, " n"], context: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n time"]:
+    """The effect of taking out latent i in context i at each of its tokens; NaN at the
+    first, which nothing predicts."""
+    n, filled = len(latent), np.resize(np.arange(len(latent)), _AT_ONCE)
+    # Always as many contexts: one compilation.
+    latent, context = latent[filled], context[filled]
+    tokens = np.concatenate([source.activations.tokens(c, c + 1) for c in context])
+    delta = _contributions(source, latent, context)
+    clean, without = source.lm.loss(
+        tokens,
+        layer=source.run.data["layer"],
+        splices=[identity, lambda residual: residual - delta],
+    )
+    effect = np.full(tokens.shape, np.nan, np.float32)
+    effect[:, 1:] = np.asarray(without) - np.asarray(clean)
+    return effect[:n]
+
+
+def _contributions(
+    source: "Source", latent: np.ndarray, context: np.ndarray
+) -> Float[np.ndarray, "n time d_model"]:
+    """f_i w_dec_i in units of x at every position; 0 where there is no row."""
+    activations, run = source.activations, source.run
+    rows, m = activations.rows_per_context, activations.manifest
+    x = np.concatenate([activations.rows(c * rows, (c + 1) * rows) for c in context])
+    layer_norm = bool(run.data.get("layer_norm", False))
+    f = encode_counted(
+        run.variables, x, np.ones(len(x), bool), config=run.sae, layer_norm=layer_norm
+    )
+    own = np.asarray(f).reshape(len(context), rows, -1)
+    own = np.take_along_axis(own, latent[:, None, None], 2)
+    scale = float(np.asarray(run.variables["norm"]["scale"]))
+    w_dec = np.asarray(run.variables["params"]["w_dec"])[latent][:, None, :] / scale
+    delta = own * w_dec
+    if layer_norm:
+        std = normalise_rows(jnp.asarray(x, jnp.float32))[2]
+        delta = delta * np.asarray(std).reshape(len(context), rows, 1)
+    return np.pad(delta, ((0, 0), (m.dropped_positions, 0), (0, 0)))

@@ -1,0 +1,271 @@
+"""`python -m vsae_jax.maximise --run=RUN --latents=3,17`: text made to fire a latent.
+
+A sequence of soft tokens (softmax over the vocabulary, times the embedding) climbs
+the gradient of the latent's pre-activation at its last position, through the model.
+The temperature falls, each soft token is rounded to its likeliest token, and the
+sequence is run again as tokens: what is reported is what the autoencoder makes of
+that, beside the best real sequence of the held-out text.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vsae_jax import cli, lm, progress, runs, sae
+from vsae_jax.ascent import Reading, Schedule, climb, pre_activations
+from vsae_jax.config import EvalConfig
+from vsae_jax.errors import UserError
+from vsae_jax.evals import Subject, core, subjects
+from vsae_jax.fields import check_above_zero, check_at_least, flag, to_json
+from vsae_jax.interop.loading import open_any
+from vsae_jax.lm.files import locate, read_config
+from vsae_jax.lm.neox import NeoX
+from vsae_jax.sae import Variables
+from vsae_jax.token_text import token_texts
+
+FOLDER = "maximised"
+_OF_EVALUATION = (
+    "run model revision layer activations text text_column num_tokens batch_size"
+).split()
+
+
+@dataclass(frozen=True)
+class MaximiseConfig:
+    """Finds tokens that fire chosen latents, by gradient ascent through the language
+    model (GPT-NeoX), and shows them beside the best real text."""
+
+    run: str = flag("run folder, or a folder of any format that convert reads", "")
+    latents: str = flag("comma list of latents, such as 3,17", "")
+    length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
+    steps: int = flag("steps of gradient ascent", 200)
+    restarts: int = flag("random starts, climbed at once; the best is reported", 16)
+    lr: float = flag("of Adam, on the logits of the soft tokens", 0.3)
+    hot: float = flag("temperature of the softmax at the first step", 2.0)
+    cold: float = flag("temperature at the last step; it falls geometrically", 0.05)
+    seed: int = flag("of the random starts", 0)
+    model: str = flag("hub id or local folder; unset: the run's", "")
+    revision: str = flag("hub revision; unset: the run's", "")
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
+    activations: str = flag("folder that extract wrote; unset: the run's", "")
+    text: str = flag(
+        "look for real text in this .jsonl, .txt or .parquet, not in held-out contexts",
+        "",
+    )
+    text_column: str = flag("column of --text that holds the text", "text")
+    num_tokens: int = flag("most tokens to look for real text in", 409_600)
+    batch_size: int = flag("contexts in a forward pass", 16)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "length", "steps", "restarts")
+        check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 0, "seed", "layer")
+        check_above_zero(self, "lr", "hot", "cold")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder")
+        if not self.latents:
+            raise UserError("--latents is not set; name some, such as --latents=3,17")
+
+
+def command(configs: Sequence[MaximiseConfig]) -> None:
+    """Maximises the latents that `--latents` names."""
+    run(configs[0])
+
+
+def run(c: MaximiseConfig) -> list[Path]:
+    """Writes `maximised/<latent>.json` for every latent; returns the files."""
+    opened = open_any(Path(c.run))
+    latents = _latents(c.latents, d_sae=opened.sae.d_sae)
+    evaluation = EvalConfig(**{name: getattr(c, name) for name in _OF_EVALUATION})
+    subject = subjects.subject_of(opened, evaluation, _load)
+    tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
+    allowed = _allowed(subject.lm, n_named=len(tokenizer))
+    real = best_real(subject, latents, length=c.length)
+    folder = Path(c.run) / FOLDER
+    folder.mkdir(exist_ok=True)
+    paths = []
+    for latent, found in zip(latents, real, strict=True):
+        start = time.monotonic()
+        result = {
+            "latent": latent,
+            "synthetic": best_synthetic(subject, latent, allowed=allowed, c=c),
+            "real": found,
+            "config": subject.config | {"maximise": to_json(c)},
+        }
+        for kind in ("synthetic", "real"):
+            ids = result[kind]["token_ids"]
+            texts = token_texts(tokenizer, ids)
+            result[kind]["tokens"] = [texts[i] for i in ids]
+        paths.append(folder / f"{latent}.json")
+        runs.write_json(paths[-1], result)
+        print(_line(result, seconds=time.monotonic() - start))
+    print(f"wrote {len(paths)} files to {folder}")
+    return paths
+
+
+def best_synthetic(
+    subject: Subject,
+    latent: int,
+    *,
+    allowed: Bool[np.ndarray, " vocab"],
+    c: MaximiseConfig,
+) -> dict[str, Any]:
+    """Of all restarts the one that fires the latent most once it is tokens."""
+    climbed = climb(
+        subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a NeoX
+        subject.run.variables,
+        jnp.int32(latent),
+        jax.random.split(jax.random.key(c.seed), c.restarts),
+        jnp.asarray(allowed),
+        Schedule(lr=c.lr, hot=c.hot, cold=c.cold),
+        reading=reading_of(subject),
+        length=c.length,
+        steps=c.steps,
+    )
+    rounded = subject._replace(tokens=np.asarray(climbed.tokens), batch_size=c.restarts)
+    ((tokens, f, mu),) = latents_of(rounded, [latent])
+    best, position = peak(f[..., 0], mu[..., 0])
+    return {
+        "token_ids": tokens[best].tolist(),
+        "activations": f[best, :, 0].tolist(),
+        "peak": position,
+        "pre_activation": float(mu[best, position, 0]),
+        "soft_pre_activation": float(climbed.soft[best]),
+        "restarts": f[..., 0].max(1).tolist(),
+    }
+
+
+def best_real(
+    subject: Subject, latents: Sequence[int], *, length: int
+) -> list[dict[str, Any]]:
+    """For each latent the `length` tokens up to its highest activation in the text:
+    what follows cannot matter to a causal model; what precedes them did."""
+    best: list[dict[str, Any]] = [{} for _ in latents]
+    with progress.bar(len(subject.tokens), unit="context") as bar:
+        for batch, (tokens, f, mu) in enumerate(latents_of(subject, latents)):
+            for j, old in enumerate(best):
+                row, position = peak(f[..., j], mu[..., j])
+                rank = float(f[row, position, j]), float(mu[row, position, j])
+                if not old or rank > (max(old["activations"]), old["pre_activation"]):
+                    window = slice(max(position - length + 1, 0), position + 1)
+                    best[j] = {
+                        "token_ids": tokens[row, window].tolist(),
+                        "activations": f[row, window, j].tolist(),
+                        "peak": position - window.start,
+                        "pre_activation": rank[1],
+                        "context": batch * subject.batch_size + row,
+                        "position": position,
+                    }
+            bar.update(len(tokens))
+    return best
+
+
+def peak(
+    f: Float[np.ndarray, "contexts time"], mu: Float[np.ndarray, "contexts time"]
+) -> tuple[int, int]:
+    """Where the latent is highest: by activation, and where it never fires (f = 0) by
+    pre-activation."""
+    best = np.lexsort((mu.ravel(), f.ravel()))[-1]
+    context, position = np.unravel_index(best, f.shape)
+    return int(context), int(position)
+
+
+def latents_of(
+    subject: Subject, latents: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Tokens `[contexts, time]`, activations and pre-activations `[contexts, time,
+    latents]`, batch by batch; 0 and -inf at special tokens and positions without a row.
+    """
+    reading = reading_of(subject)
+    for tokens, keep, count in core.masked_batches(subject):
+        f, mu = _measure(
+            subject.lm,
+            subject.run.variables,
+            tokens,
+            jnp.asarray(latents),
+            reading=reading,
+        )
+        f = np.where(keep[..., None], f, 0.0)
+        mu = np.where(keep[..., None], mu, -np.inf)
+        yield tokens[:count], f[:count], mu[:count]
+
+
+@partial(jax.jit, static_argnames="reading")
+def _measure(
+    lm: NeoX,
+    variables: Variables,
+    tokens: Int[Array | np.ndarray, "batch time"],
+    latents: Int[Array, " latents"],
+    *,
+    reading: Reading,
+) -> tuple[Float[Array, "batch time latents"], Float[Array, "batch time latents"]]:
+    residual = lm.residual(tokens, reading.layer)
+    f = sae.encode(variables, reading.rows(residual), config=reading.config)
+    mu = pre_activations(variables, residual, reading=reading)
+    shape = *tokens.shape, len(latents)
+    return f[:, latents].reshape(shape), mu[:, latents].reshape(shape)
+
+
+def reading_of(subject: Subject) -> Reading:
+    """How the subject's autoencoder reads its language model."""
+    data = subject.run.data
+    return Reading(
+        config=subject.run.sae,
+        layer=data["layer"],
+        center=data["center_residual"],
+        layer_norm=bool(data.get("layer_norm")),
+        bos_id=None if data["bos"] == "none" else subject.lm.bos_id,
+    )
+
+
+def _latents(text: str, *, d_sae: int) -> list[int]:
+    try:
+        latents = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--latents={text} is no comma list of numbers") from None
+    for latent in latents:
+        if not 0 <= latent < d_sae:
+            raise UserError(f"--latents={latent} must be from 0 to {d_sae - 1}")
+    return list(dict.fromkeys(latents))
+
+
+def _load(model: str, *, revision: str | None, backend: str) -> lm.LanguageModel:
+    """The model in JAX: of the backends it alone has gradients."""
+    del backend
+    family = read_config(locate(model, revision=revision)).get("model_type")
+    if family != "gpt_neox":
+        raise UserError(
+            "maximise takes gradients through the language model, which only GPT-NeoX "
+            f"(Pythia) has here; --model={model} is {family!r}"
+        )
+    return lm.load_language_model(model, revision=revision, backend="jax")
+
+
+def _allowed(model: lm.LanguageModel, *, n_named: int) -> Bool[np.ndarray, " vocab"]:
+    """Tokens that text can hold: neither special nor padding of the vocabulary."""
+    allowed = np.arange(model.vocab_size) < n_named
+    allowed[sorted(model.special_ids)] = False
+    return allowed
+
+
+def _line(result: dict[str, Any], *, seconds: float) -> str:
+    synthetic, real = result["synthetic"], result["real"]
+    fired = max(synthetic["activations"]), max(real["activations"])
+    text = "".join(synthetic["tokens"])
+    return (
+        f"latent {result['latent']}: synthetic {fired[0]:.4g}, best real "
+        f"{fired[1]:.4g} ({seconds:.1f} s): {text!r}"
+    )
+
+
+if __name__ == "__main__":
+    cli.main(command, MaximiseConfig)

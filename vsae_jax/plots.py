@@ -1,0 +1,104 @@
+"""`python -m vsae_jax.plots --run=GRID`: the paper's figures from the files of runs.
+
+    core            figure 3: evals/core.json over k
+    scr, tpp        figures 4 and 5: evals/scr.json, tpp.json over the number of
+                    ablated latents (the paper calls it a threshold)
+    sparse_probing  evals/sparse_probing.json over k
+    features        figures 6 and 7: a page for each latent in maximised/
+    max_activations figures 8 and 9, not clipped: features/features.npz
+    maps            figures 10 and 11: maps/maps.npz
+    cosines         cosines between decoder rows: maps/maps.npz and the parameters
+
+Each is written as SVG and PNG. Every command that makes what is missing is named.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vsae_jax import cli
+from vsae_jax.arms import Arm, MissingFile, open_arms
+from vsae_jax.errors import UserError, missing_extra
+from vsae_jax.fields import flag
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Draw = Callable[[Sequence[Arm]], "Iterator[tuple[str, Figure]]"]
+
+
+@dataclass(frozen=True)
+class PlotsConfig:
+    """Draws figures from the files in a run folder or in those of a grid."""
+
+    run: str = flag("run folder, or a grid's folder", "")
+    figures: str = flag(
+        "comma list of figures; unset: all that there are files for", ""
+    )
+    out: str = flag("folder for the figures; unset: figures/ in --run", "")
+
+    def __post_init__(self):
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")
+
+
+def command(configs: Sequence[PlotsConfig]) -> None:
+    """Draws the figures."""
+    run(configs[0])
+
+
+def run(c: PlotsConfig) -> list[Path]:
+    """Writes the figures; returns the files."""
+    known = figures()
+    names = [name.strip() for name in c.figures.split(",")] if c.figures else known
+    for name in names:
+        if name not in known:
+            there = ", ".join(known)
+            raise UserError(f"--figures={name} is not known; there is {there}")
+    arms = open_arms(c.run)
+    out = Path(c.out) if c.out else Path(c.run) / "figures"
+    written: list[Path] = []
+    for name in names:
+        try:
+            written += _draw(known[name], arms, out)
+        except MissingFile as error:
+            if c.figures:
+                raise
+            print(f"{name} is left out: {error}")
+    if not written:
+        raise UserError(f"{c.run} has no files to draw figures from yet")
+    return written
+
+
+def _draw(draw: Draw, arms: Sequence[Arm], out: Path) -> list[Path]:
+    from vsae_jax.figures import style
+
+    written = []
+    with style.applied():
+        for name, figure in draw(arms):
+            written += style.save(figure, out / name)
+            print(f"wrote {out / name}.svg and .png")
+    return written
+
+
+def figures() -> dict[str, Draw]:
+    """Every figure by its name, in the paper's order."""
+    try:
+        from vsae_jax.figures import features, histograms, lines, maps
+    except ImportError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise missing_extra("matplotlib", extra="analysis") from None
+    return {
+        **{name: partial(lines.draw, name) for name in lines.FIGURES},
+        "features": features.pages,
+        "max_activations": histograms.max_activations,
+        "maps": maps.panels,
+        "cosines": maps.cosines,
+    }
+
+
+if __name__ == "__main__":
+    cli.main(command, PlotsConfig)

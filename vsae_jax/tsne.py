@@ -1,0 +1,286 @@
+"""`python -m vsae_jax.tsne --run=RUN`: a map of the latents, and numbers beside it.
+
+The paper's t-SNE (its figures 10 and 11) as the authors made it: latents that fire on
+more than 1 % of tokens; a point is a latent's activations over 20,000 samples, each
+latent standardised; perplexity min(30, (n - 1) // 3), seed 42, k-means with 10
+clusters on the two dimensions. `--points=decoder` takes the decoder's rows, at norm 1,
+instead. Firing rates are those of `RUN/features/`. Writes
+
+    RUN/maps/maps.json, maps.npz            (maps-decoder.json, ... of --points=decoder)
+    embedding [n_points, 2], latents [n_points], cluster [n_points], firing_rate,
+    mean_activation, nearest_cosine [n_points]; cosine_counts, cosine_edges: all pairs
+
+and for a grid one table over seeds, `GRID/maps.md`.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from vsae_jax import arms, cli, map_numbers, runs, sae
+from vsae_jax.arms import Arm
+from vsae_jax.config import EvalConfig
+from vsae_jax.errors import UserError, missing_extra
+from vsae_jax.evals import subjects
+from vsae_jax.fields import check_at_least, check_below, flag, to_json
+from vsae_jax.interop.loading import open_any
+from vsae_jax.layer_norm import normalise_rows
+from vsae_jax.npy import replace_file
+from vsae_jax.runs import Run
+from vsae_jax.shards import Activations
+
+FOLDER = "maps"
+FEATURES = ("features", "features.npz")
+# Of the table, in its order.
+COLUMNS = {
+    "n_points": "points",
+    "n_alive_above_0": "fire",
+    "entropy_effective_latents": "effective",
+    "effective_share_of_alive": "effective / fire",
+    "rate_cv": "rate cv",
+    "cluster_size_cv": "cluster size cv",
+    "cluster_rate_cv": "cluster rate cv",
+    "cluster_rate_cv_shuffled": "by chance",
+    "nn_cosine_mean": "nn cosine",
+    "nn_cosine_random": "random",
+    "silhouette_original": "silhouette",
+    "silhouette_2d": "in 2-D",
+}
+_PERPLEXITY = 30
+_BATCH_ROWS = 1024
+_encode = jax.jit(sae.encode, static_argnames="config")
+
+
+@dataclass(frozen=True)
+class MapConfig:
+    """Maps the latents to two dimensions by t-SNE and measures how they lie; for a
+    grid, one table over seeds."""
+
+    run: str = flag("run folder, a grid's folder, or one that convert reads", "")
+    points: Literal["activations", "decoder"] = flag(
+        "what a latent is: its standardised activations, or its decoder row",
+        "activations",
+    )
+    samples: int = flag("held-out rows that make --points=activations", 20_000)
+    min_rate: float = flag("leave out latents that fire on no more than this", 0.01)
+    clusters: int = flag("of k-means, on the two dimensions", 10)
+    seed: int = flag("of t-SNE and k-means", 42)
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
+    model: str = flag("hub id or local folder; unset: the run's", "")
+    activations: str = flag("folder that extract wrote; unset: the run's", "")
+
+    def __post_init__(self):
+        check_at_least(self, 2, "samples", "clusters")
+        check_at_least(self, 0, "min_rate", "seed", "layer")
+        check_below(self, 1, "min_rate")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")
+
+
+class Features(NamedTuple):
+    """What the map needs of `features.npz`, each `[d_sae]`."""
+
+    firing_rate: Float[np.ndarray, " d_sae"]
+    mean_activation: Float[np.ndarray, " d_sae"]
+    max_activation: Float[np.ndarray, " d_sae"]
+
+
+def command(configs: Sequence[MapConfig]) -> None:
+    """Maps what `--run` names and prints the table."""
+    run(configs[0])
+
+
+def run(c: MapConfig) -> dict[str, dict[str, Any]]:
+    """Writes `maps/` in every run folder; returns the metrics by folder."""
+    found = arms.open_arms(c.run)
+    chosen = [_chosen(arm, read_features(arm), c) for arm in found]
+    results = {}
+    for arm, latents in zip(found, chosen, strict=True):
+        print(f"{arm.folder}: {len(latents):,} latents")
+        results[arm.folder.name] = _write(arm, latents, c)["metrics"]
+    print(table(found, results))
+    if len(found) > 1:
+        path = Path(c.run) / f"{_stem(c)}.md"
+        replace_file(path, f"{table(found, results)}\n".encode())
+        print(f"wrote {path}")
+    return results
+
+
+def table(found: Sequence[Arm], results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown row for each series: mean ± standard deviation over seeds."""
+    rows = [["", "seeds", *COLUMNS.values()]]
+    for shared, members in arms.series_of(found).items():
+        metrics = [results[arm.folder.name] for arm in members]
+        cells = [arms.spread([m[name] for m in metrics]) for name in COLUMNS]
+        rows.append([arms.label(shared), str(len(members)), *cells])
+    return arms.markdown(rows)
+
+
+def read_features(arm: Arm) -> Features:
+    """The statistics of a run's latents."""
+    path = arm.path(*FEATURES, made_by="features")
+    with np.load(path, allow_pickle=False) as stored:
+        missing = set(Features._fields) - set(stored.files)
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
+        return Features(*(stored[name] for name in Features._fields))
+
+
+def _chosen(arm: Arm, features: Features, c: MapConfig) -> Int[np.ndarray, " n"]:
+    latents = np.flatnonzero(features.firing_rate > c.min_rate)
+    if len(latents) < max(c.clusters + 1, 4):
+        raise UserError(
+            f"{arm.folder}: {len(latents)} latents fire on more than {c.min_rate:.3g} "
+            f"of the tokens, too few for {c.clusters} clusters; lower --min_rate"
+        )
+    return latents
+
+
+def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, Any]:
+    features, opened = read_features(arm), open_any(arm.folder)
+    w_dec = np.asarray(opened.variables["params"]["w_dec"])
+    if len(w_dec) != len(features.firing_rate):
+        raise UserError(f"{arm.folder}: features/ are of another autoencoder")
+    latents, points = _points(opened, latents, c)
+    embedding, cluster = embed(points, clusters=c.clusters, seed=c.seed)
+    nearest, counts = map_numbers.cosines(w_dec[latents])
+    rate = features.firing_rate[latents]
+    metrics = {
+        "n_points": float(len(latents)),
+        **map_numbers.alive_counts(features.firing_rate, features.max_activation),
+        **map_numbers.cluster_numbers(cluster, rate, seed=c.seed),
+        **_nearness(w_dec, latents, features.firing_rate, seed=c.seed),
+        **_silhouettes(points, embedding, cluster),
+    }
+    arrays = {
+        "embedding": embedding,
+        "latents": latents,
+        "cluster": cluster,
+        "firing_rate": rate,
+        "mean_activation": features.mean_activation[latents],
+        "nearest_cosine": nearest,
+        "cosine_counts": counts,
+        "cosine_edges": map_numbers.COSINE_EDGES,
+    }
+    result = {"metrics": metrics, "config": dict(arm.settings) | {"map": to_json(c)}}
+    folder = arm.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    replace_file(folder / f"{_stem(c)}.npz", buffer.getvalue())
+    runs.write_json(folder / f"{_stem(c)}.json", result)
+    print(f"wrote {folder / _stem(c)}.json and .npz")
+    return result
+
+
+def _stem(c: MapConfig) -> str:
+    return "maps" if c.points == "activations" else f"maps-{c.points}"
+
+
+def _points(
+    run: Run, latents: Int[np.ndarray, " n"], c: MapConfig
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
+    """What the latents are as points; without those that do not vary in the sample."""
+    if c.points == "decoder":
+        rows = np.asarray(run.variables["params"]["w_dec"])[latents]
+        return latents, map_numbers.unit_rows(rows)
+    f = sampled_latents(run, latents, c)
+    varies = f.std(0) > 0
+    latents, f = latents[varies], f[:, varies]
+    return latents, ((f - f.mean(0)) / f.std(0)).T
+
+
+def sampled_latents(
+    run: Run, latents: Int[np.ndarray, " n"], c: MapConfig
+) -> Float[np.ndarray, "samples n"]:
+    """Activations on at most `--samples` rows, spread evenly over the held-out ones;
+    rows of special tokens are left out."""
+    names = "run model layer activations".split()
+    evaluation = EvalConfig(**{name: getattr(c, name) for name in names})
+    run = subjects.filled(run, evaluation)
+    activations = subjects.open_activations(run, evaluation)
+    start, stop, _ = subjects.held_out(run, activations)
+    row = _text_rows(activations, start, stop)
+    row = row[np.linspace(0, len(row) - 1, min(c.samples, len(row))).astype(int)]
+    parts = []
+    for first in range(0, len(row), _BATCH_ROWS):
+        some = row[first : first + _BATCH_ROWS]
+        x = activations.view(int(some[0]), int(some[-1]) + 1)[some - some[0]]
+        x = jnp.asarray(x, jnp.float32)
+        x = normalise_rows(x)[0] if run.data.get("layer_norm") else x
+        f = _encode(run.variables, x, config=run.sae)
+        parts.append(np.asarray(f)[:, latents])
+    return np.concatenate(parts)
+
+
+def _text_rows(activations: Activations, start: int, stop: int) -> np.ndarray:
+    """The numbers of the rows of the contexts start, ..., stop - 1 whose token is no
+    special one."""
+    m = activations.manifest
+    tokens = activations.tokens(start, stop)[:, m.dropped_positions :]
+    keep = ~np.isin(tokens.ravel(), m.special_ids)
+    return start * activations.rows_per_context + np.flatnonzero(keep)
+
+
+def embed(
+    points: Float[np.ndarray, "n d"], *, clusters: int, seed: int
+) -> tuple[Float[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
+    """t-SNE to two dimensions, and k-means there."""
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise missing_extra("scikit-learn", extra="analysis") from None
+    perplexity = min(_PERPLEXITY, (len(points) - 1) // 3)
+    embedding = TSNE(perplexity=perplexity, random_state=seed).fit_transform(points)
+    # Its stub says that n_init is a str.
+    kmeans = KMeans(clusters, n_init=10, random_state=seed)  # pyright: ignore
+    return embedding, kmeans.fit_predict(embedding)
+
+
+def _silhouettes(
+    points: Float[np.ndarray, "n d"],
+    embedding: Float[np.ndarray, "n 2"],
+    cluster: Int[np.ndarray, " n"],
+) -> dict[str, float]:
+    """Of the same clusters in the space that was embedded and in two dimensions, where
+    k-means drew their borders."""
+    from sklearn.metrics import silhouette_score
+
+    spaces = {"silhouette_original": points, "silhouette_2d": embedding}
+    return {n: float(silhouette_score(p, cluster)) for n, p in spaces.items()}
+
+
+def _nearness(
+    w_dec: Float[np.ndarray, "d_sae d_model"],
+    latents: Int[np.ndarray, " n"],
+    rate: Float[np.ndarray, " d_sae"],
+    *,
+    seed: int,
+) -> dict[str, float]:
+    """Nearest cosines of the decoder's rows, of the mapped latents and of all that
+    fire, beside those of as many random directions."""
+    numbers = {}
+    for name, some in (("nn_cosine", latents), ("nn_cosine_alive", rate > 0)):
+        rows = w_dec[some]
+        nearest = map_numbers.cosines(rows)[0]
+        numbers |= {
+            f"{name}_mean": float(nearest.mean()),
+            f"{name}_median": float(np.median(nearest)),
+            f"{name}_above_0.9": float((nearest > 0.9).mean()),
+            f"{name}_random": map_numbers.random_nearest_cosine(*rows.shape, seed=seed),
+        }
+    return numbers
+
+
+if __name__ == "__main__":
+    cli.main(command, MapConfig)

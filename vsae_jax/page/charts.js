@@ -89,13 +89,13 @@ function curves(title, lines) {
   return figure(title, "", box);
 }
 
-// Bins of log10 of positive values, as fine as 10^(1/per), that hold every value.
-function logBins(series, per = 4) {
+// Bins of log10 of positive values, fine enough for about 25, that hold every value.
+function logBins(series) {
   const logs = series.map((values) => values.filter((v) => v > 0).map(Math.log10));
-  const all = logs.flat();
-  if (!all.length) return [];
   let low = Infinity, high = -Infinity;
-  for (const v of all) [low, high] = [Math.min(low, v), Math.max(high, v)];
+  for (const v of logs.flat()) [low, high] = [Math.min(low, v), Math.max(high, v)];
+  if (low > high) return [];
+  const per = [4, 8, 16, 32, 64].find((fine) => (high - low) * fine >= 20) ?? 64;
   const first = Math.floor(low * per), last = Math.floor(high * per);
   const bins = [];
   for (let i = first; i <= last; i++) {
@@ -103,6 +103,17 @@ function logBins(series, per = 4) {
   }
   logs.forEach((values, s) => values.forEach((v) => bins[Math.floor(v * per) - first].counts[s]++));
   return bins;
+}
+
+// Round numbers for such bins: powers of ten, or 1, 2, 5 times them.
+function logTicks(bins) {
+  const found = [];
+  const [low, high] = [bins[0].low, bins.at(-1).high];
+  const factors = high - low > 2.5 ? [1] : [1, 2, 5];
+  for (let p = Math.floor(low); p <= high; p++) {
+    for (const f of factors) found.push(p + Math.log10(f));
+  }
+  return found.filter((t) => t >= low && t <= high);
 }
 
 const power = (log) => number(10 ** log, 2);

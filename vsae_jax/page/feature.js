@@ -30,7 +30,7 @@ async function panel(side, latent) {
 function statistics(side, latent, f) {
   const c = side.columns;
   const rows = [
-    ["fires on", `${percent(c.rate[latent])} of tokens`], ["tokens", c.fired[latent].toLocaleString("en-US")],
+    ["share of tokens", percent(c.rate[latent])], ["firings", c.fired[latent].toLocaleString("en-US")],
     ["largest", number(c.max[latent], 4)], ["mean when active", number(c.mean[latent])],
     ["mean over all", number(c.mean_all[latent])], ["decoder norm", number(c.norm[latent])],
   ];
@@ -76,7 +76,7 @@ function logits(side, f) {
 function activations(side, f) {
   const { width, first, counts } = f.histogram;
   const bins = counts.map((count, i) => ({ low: (first + i) * width, high: (first + i + 1) * width, counts: [count] }));
-  return histogram(`Its ${f.fired.toLocaleString("en-US")} activations above nothing`, bins, { classes: [side.letter], log: true, label: "f", note: "Counts on a logarithmic axis." });
+  return histogram(`${f.fired.toLocaleString("en-US")} activations`, bins, { classes: [side.letter], log: true, label: "f", note: "Counts on a logarithmic axis." });
 }
 
 function related(side, f) {

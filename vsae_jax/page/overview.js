@@ -56,13 +56,11 @@ function tiles(sides) {
 function glance(sides, classes) {
   const key = sides.length > 1 ? " " + sides.map((s) => `${s.letter.toUpperCase()}: ${s.name}`).join(", ") : "";
   const rates = logBins(sides.map((s) => s.columns.rate));
-  const sizes = logBins(sides.map((s) => s.columns.max.map(Math.abs)), 8);
-  const whole = (bins) => bins.map((b) => b.low).filter(Number.isInteger);
+  const sizes = logBins(sides.map((s) => s.columns.max.map(Math.abs)));
   const silent = sides.map((s) => s.columns.fired.filter((n) => n === 0).length.toLocaleString("en-US")).join(" and ");
-  const some = (bins) => (whole(bins).length > 1 ? whole(bins) : undefined);
   return [
-    rates.length ? histogram("Firing rate", rates, { classes, xText: power, label: "share of tokens", xTicks: some(rates), note: `${silent} never fire.${key}` }) : null,
-    sizes.length ? histogram("Largest activation", sizes, { classes, xText: power, label: "largest |f|, logarithmic, all latents", xTicks: some(sizes), note: `Not clipped: every latent that fires is in a bar.${key}` }) : null,
+    rates.length ? histogram("Firing rate", rates, { classes, xText: power, label: "share of tokens", xTicks: logTicks(rates), note: `${silent} never fire.${key}` }) : null,
+    sizes.length ? histogram("Largest activation", sizes, { classes, xText: power, label: "largest |f|, logarithmic, all latents", xTicks: logTicks(sizes), note: `Not clipped: every latent that fires is in a bar.${key}` }) : null,
   ].filter((one) => one !== null);
 }
 

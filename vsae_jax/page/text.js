@@ -68,12 +68,7 @@ function percent(share) {
 function token(text, value, { most, effect = null, peak = false, label = "" }) {
   const node = el(`bdi.t${peak ? ".peak" : ""}`, {}, ...visible(text));
   const known = value !== null && value !== undefined;
-  const strength = known && most ? Math.min(Math.abs(value) / most, 1) : 0;
-  if (strength > 0) {
-    node.style.setProperty("--v", (0.12 + 0.88 * strength).toFixed(3));
-    node.classList.add(value > 0 ? "hot" : "cold");
-    if (strength > 0.6) node.classList.add("strong");
-  }
+  shade(node, known ? value : 0, most);
   const words = [known ? `activation ${number(value, 4)}` : "not counted"];
   if (effect !== null) {
     words.push(`loss without it ${effect > 0 ? "+" : ""}${number(effect)} nats`);
@@ -82,6 +77,14 @@ function token(text, value, { most, effect = null, peak = false, label = "" }) {
   }
   node.tip = `${plainly(text)}\n${label || words.join("\n")}`;
   return node;
+}
+
+function shade(node, value, most) {
+  const strength = most ? Math.min(Math.abs(value) / most, 1) : 0;
+  node.classList.toggle("hot", strength > 0 && value > 0);
+  node.classList.toggle("cold", strength > 0 && value < 0);
+  node.classList.toggle("strong", strength > 0.6);
+  node.style.setProperty("--v", (0.12 + 0.88 * strength).toFixed(3));
 }
 
 // The floating note: what an element's `tip` says, under the pointer or at a tap.

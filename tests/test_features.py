@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from planted import rows_of, write_planted
 from safetensors.numpy import load_file
-from tiny_runs import COMMANDS, D_MODEL, LENGTH, call, copied
+from tiny_runs import D_MODEL, LENGTH, call, copied
 
-from vsae_jax import features, lm
+from vsae_jax import lm
 from vsae_jax.config import EvalConfig
 from vsae_jax.feature_tables import open_source
 from vsae_jax.logit_effects import effects
 from vsae_jax.loss_effect import of_contexts
 from vsae_jax.shards import Activations
 from vsae_jax.token_text import token_texts
-
-COMMANDS["features"] = features.command, features.FeaturesConfig
 
 
 def read(run):

@@ -23,6 +23,8 @@ COMMANDS = [
     "vsae_jax.train",
     "vsae_jax.evaluate",
     "vsae_jax.convert",
+    "vsae_jax.features",
+    "vsae_jax.dashboard",
     "vsae_jax.demo",
     "experiments.make_small_lm",
 ]

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
-from vsae_jax import cli, convert, demo, evaluate, extract, runs, train
+from vsae_jax import (
+    cli,
+    convert,
+    dashboard,
+    demo,
+    evaluate,
+    extract,
+    features,
+    runs,
+    train,
+)
 from vsae_jax.config import ConvertConfig, EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.job import open_folder, plan
 
@@ -22,6 +32,8 @@ COMMANDS = {
     "evaluate": (evaluate.command, EvalConfig),
     "convert": (convert.command, ConvertConfig),
     "demo": (demo.command, demo.DemoConfig),
+    "features": (features.command, features.FeaturesConfig),
+    "dashboard": (dashboard.command, dashboard.DashboardConfig),
 }
 # 64 contexts of 15 rows are trained on, 16 are held out.
 TRAINING = {"d_sae": D_SAE, "k": 4, "steps": 20, "batch_size": 32, "held_out": 0.2}

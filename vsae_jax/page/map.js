@@ -49,9 +49,13 @@ function placed(map, canvas) {
   }));
 }
 
-// Blue to yellow, even in lightness (cividis' ends), by rank of a positive number.
+// Blue to yellow, for every kind of colour vision; its dark end is no darker than the
+// ground can bear.
+const STOPS = [[0, 48, 110], [90, 98, 112], [196, 168, 90], [240, 205, 40]];
+const STOPS_DARK = [[60, 110, 190], [120, 135, 150], [196, 180, 110], [253, 231, 80]];
+
 function ramp(share) {
-  const stops = [[0, 48, 110], [90, 98, 112], [166, 158, 110], [253, 231, 80]];
+  const stops = dark() ? STOPS_DARK : STOPS;
   const at = Math.min(share * 3, 2.999), low = Math.floor(at);
   const mixed = stops[low].map((v, i) => Math.round(v + (at - low) * (stops[low + 1][i] - v)));
   return `rgb(${mixed.join(",")})`;

@@ -83,7 +83,7 @@ function shade(node, value, most) {
   const strength = most ? Math.min(Math.abs(value) / most, 1) : 0;
   node.classList.toggle("hot", strength > 0 && value > 0);
   node.classList.toggle("cold", strength > 0 && value < 0);
-  node.classList.toggle("strong", strength > 0.6);
+  node.classList.toggle("strong", strength > 0.7);
   node.style.setProperty("--v", (0.12 + 0.88 * strength).toFixed(3));
 }
 

@@ -166,8 +166,14 @@ def test_matching_finds_a_permutation(planted, page, tmp_path):
     np.testing.assert_array_equal(order[partner[alive]], np.flatnonzero(alive))
     assert (partner[~alive] == -1).all()
     assert np.array(a["columns"]["cosine"])[alive] == pytest.approx(1)
-    assert sorted(partner[a["full"]].tolist()) == b["full"]
-    assert len(blocks["features-b-0"]) == 5
+    # Five of each side, spread over its rates, and the match of each of them.
+    assert (
+        sorted(partner[a["full"]].tolist()) == b["full"] and 5 <= len(a["full"]) <= 10
+    )
+    assert len(blocks["features-b-0"]) == len(b["full"])
+    assert call("dashboard", run=planted, compare=other, features="9,3", out=out) == 0
+    a, b = unpack(out.read_text())["overview"]["sides"]
+    assert a["full"] == [3, 9] and b["full"] == sorted(partner[[3, 9]].tolist())
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class DashboardConfig:
     out: str = flag("the page; unset: dashboard.html in the run folder", "")
     features: str = flag(
         "latents in full: how many, spread evenly over the firing rates, or a comma "
-        "list of latents (one alone as 7,)",
+        "list of latents (one alone as 7,); with --compare, their matches besides",
         "512",
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
@@ -110,9 +111,11 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
         features.run(FeaturesConfig(run=str(folder), **asked))
         info = runs.read_json(path)
     try:
-        with np.load(folder / FOLDER / ARRAYS, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError) as error:
+        # np.load leaves open a file that it finds to be no archive.
+        with (folder / FOLDER / ARRAYS).open("rb") as file:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, BadZipFile) as error:
         raise UserError(
             f"{folder / FOLDER / ARRAYS} cannot be read ({one_line(error)}); make it "
             f"again: python -m vsae_jax.features --run={folder}"
@@ -165,16 +168,13 @@ def choose(side: Features, asked: str) -> list[int]:
 
 def blocks(sides: list[Features], asked: str, called: list[str]) -> dict[str, Any]:
     """The page's data by id: the overview, and latents in full by sixteens."""
-    full = [choose(sides[0], asked)]
-    partners = _partners(sides) if len(sides) > 1 else None
-    if partners:
-        mine = partners[0][0][full[0]]
-        full.append(sorted(mine[mine >= 0].tolist()))
+    partners = _partners(sides) if len(sides) > 1 else []
+    full = _in_full(sides, partners, asked)
     overviews = [
         page_data.overview(side, chosen, name=name)
         for side, chosen, name in zip(sides, full, called, strict=True)
     ]
-    for one, pair in zip(overviews, partners or [], strict=False):
+    for one, pair in zip(overviews, partners, strict=False):
         one["columns"]["partner"] = pair[0].tolist()
         one["columns"]["cosine"] = page_data.shorts(pair[1])
     found: dict[str, Any] = {"overview": {"sides": overviews}}
@@ -183,6 +183,22 @@ def blocks(sides: list[Features], asked: str, called: list[str]) -> dict[str, An
             some = [page_data.feature(side, i) for i in chosen[start : start + CHUNK]]
             found[f"features-{letter}-{number}"] = some
     return found
+
+
+def _in_full(
+    sides: list[Features], partners: list[tuple[np.ndarray, np.ndarray]], asked: str
+) -> list[list[int]]:
+    """The latents in full of each side: the chosen ones of both, each with its
+    partner; of a list, which names latents of the first side, those and no others."""
+    full = [choose(sides[0], asked)]
+    if not partners:
+        return full
+    full.append([] if isinstance(wanted(asked), list) else choose(sides[1], asked))
+    more = [pair[0][chosen] for pair, chosen in zip(partners, full, strict=True)]
+    return [
+        sorted({*chosen, *others[others >= 0].tolist()})
+        for chosen, others in zip(full, reversed(more), strict=True)
+    ]
 
 
 def _partners(sides: list[Features]) -> list[tuple[np.ndarray, np.ndarray]]:

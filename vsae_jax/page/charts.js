@@ -67,10 +67,12 @@ function histogram(title, bins, { classes = ["a"], xText = number, log = false, 
   return figure(title, note, box);
 }
 
-// lines: [{x: [...], y: [...], class}]
+// lines: [{x: [...], y: [...], class}]. The frame holds all but the first tenth, where a
+// run starts far from where it ends.
 function curves(title, lines) {
   const box = frame(title);
-  const xs = lines.flatMap((l) => l.x), ys = lines.flatMap((l) => l.y).filter(Number.isFinite);
+  const later = (l) => l.y.slice(Math.floor(l.y.length / 10)).filter(Number.isFinite);
+  const xs = lines.flatMap((l) => l.x), ys = lines.flatMap(later);
   if (!ys.length) return null;
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
   let [y0, y1] = [Math.min(...ys), Math.max(...ys)];
@@ -79,7 +81,8 @@ function curves(title, lines) {
   const y = (v) => HIGH - FOOT - ((v - y0) / (y1 - y0)) * (HIGH - FOOT - TOP);
   axes(box, { x, y, xTicks: ticks(x0, x1), yTicks: ticks(y0, y1), label: "step" });
   for (const line of lines) {
-    const points = line.x.map((v, i) => (Number.isFinite(line.y[i]) ? `${x(v)},${y(line.y[i])}` : ""));
+    const seen = (v) => Number.isFinite(v) && v >= y0 && v <= y1;
+    const points = line.x.map((v, i) => (seen(line.y[i]) ? `${x(v)},${y(line.y[i])}` : ""));
     box.append(svg("polyline", { class: `line ${line.class}`, points: points.join(" ") }));
     const last = line.y.length - 1;
     const end = svg("circle", { class: `bar ${line.class}`, cx: x(line.x[last]), cy: y(line.y[last]), r: 3 });

@@ -86,7 +86,7 @@ function training(sides) {
     const chart = lines.length && moving ? curves(name, lines) : null;
     if (chart) drawn.push(chart);
   }
-  return drawn.length ? [el("h2", {}, "Training"), el("div.figures", {}, ...drawn)] : [];
+  return drawn.length ? [el("h2", {}, "Training"), el("div.figures", {}, ...drawn), el("p.note", {}, "The frames fit all but the first tenth of the steps.")] : [];
 }
 
 function settings(sides) {

@@ -15,6 +15,7 @@ async function start() {
   window.addEventListener("hashchange", () => show(state));
   await show(state);
   document.body.dataset.ready = "yes";
+  performance.mark("ready");
 }
 
 // The address after # as its parts: view, side, latent.

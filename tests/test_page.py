@@ -149,8 +149,8 @@ def test_a_planted_latent_shows_its_tokens_in_colour(browser, pages):
     for name, tip, colour in peaks:
         assert "hot" in name and "activation" in tip and "rgba(0, 0, 0, 0)" != colour
     weights = page.run(
-        "return [...document.querySelectorAll('.sequence')].slice(0, 20).map(s => "
-        "Number(s.querySelector('.value').innerText))"
+        "return [...document.querySelector('.card').querySelectorAll('.value')]"
+        ".map(value => Number(value.innerText))"
     )
     assert weights == sorted(weights, reverse=True) and weights[0] > 1
     assert "Effect on the logits" in page.text()

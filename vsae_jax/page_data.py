@@ -237,7 +237,9 @@ def _sequences(
     for n in np.flatnonzero(a[f"{kind}_context"][at] >= 0):
         ids = a[f"{kind}_ids"][at][n]
         inside = ids >= 0
-        measured = effects is not None and n < effects.shape[1]
+        measured = None
+        if effects is not None and n < effects.shape[1]:
+            measured = shorts(effects[at][n][inside])
         found.append(
             {
                 "context": int(a[f"{kind}_context"][at][n]),
@@ -245,7 +247,7 @@ def _sequences(
                 "ids": ids[inside].tolist(),
                 "values": shorts(a[f"{kind}_values"][at][n][inside]),
                 "peak": int(inside[:reach].sum()),
-                "effects": shorts(effects[at][n][inside]) if measured else None,
+                "effects": measured,
             }
         )
     return found

@@ -193,16 +193,13 @@ def test_searching_by_number_and_by_token(browser, pages):
 def test_sorting_by_a_column(browser, pages):
     page = Page(browser, pages["one"], "#/table")
     page.until("return document.querySelectorAll('.rows .row').length >= 20")
-    rates = page.run("return [...document.querySelectorAll('.rows .row .rate')].length")
-    assert rates >= 20
 
     def shown():
         time.sleep(0.2)
-        texts = page.run(
+        return page.run(
             "return [...document.querySelectorAll('.rows .row .cell.rate')]"
             ".map(c => parseFloat(c.innerText))"
         )
-        return [t for t in texts if t is not None]
 
     page.run("document.querySelector('[data-sort=rate]').click()")
     falling = shown()

@@ -26,6 +26,8 @@ COMMANDS = [
     "vsae_jax.maximise",
     "vsae_jax.tsne",
     "vsae_jax.plots",
+    "vsae_jax.features",
+    "vsae_jax.dashboard",
     "vsae_jax.demo",
     "experiments.make_small_lm",
 ]

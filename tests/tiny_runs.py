@@ -14,9 +14,11 @@ from tiny_models import make_stories, make_tiny_neox, write_jsonl
 from vsae_jax import (
     cli,
     convert,
+    dashboard,
     demo,
     evaluate,
     extract,
+    features,
     maximise,
     plots,
     runs,
@@ -36,6 +38,8 @@ COMMANDS = {
     "tsne": (tsne.command, tsne.MapConfig),
     "plots": (plots.command, plots.PlotsConfig),
     "demo": (demo.command, demo.DemoConfig),
+    "features": (features.command, features.FeaturesConfig),
+    "dashboard": (dashboard.command, dashboard.DashboardConfig),
 }
 # 64 contexts of 15 rows are trained on, 16 are held out.
 TRAINING = {"d_sae": D_SAE, "k": 4, "steps": 20, "batch_size": 32, "held_out": 0.2}

@@ -35,8 +35,9 @@ edges have a standard error of up to 5 % of the firings, and none where n_fired 
 or less. `features.json` holds the config, where the tokens are from, and the text of
 every token id in the arrays; `features/neuronpedia/` the same in SAEDashboard's names.
 
-Memory: 1.2 KB * (window + 1/2) per latent for the windows (100 + top), 0.3 GB for the
-correlations, one batch of latents (16 MB) and one float32 copy of the parameters.
+Memory: per latent (100 + top) windows of 4 (2 window + 5) bytes (14 KB as it is set),
+0.4 GB at most for the correlations, a few batches of latents (16 MB each) and one
+float32 copy of the parameters; of the tokens only their ids, 4 bytes each.
 """
 
 import hashlib

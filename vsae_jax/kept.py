@@ -6,6 +6,7 @@ kept depends on the firings alone, not on how they came in batches.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -101,7 +102,7 @@ def uniform(
     return (x >> np.uint64(11)) * 2.0**-53
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
+def _mix(x: Any) -> Any:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

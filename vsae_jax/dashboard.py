@@ -1,0 +1,251 @@
+"""`python -m vsae_jax.dashboard --run=RUN [--compare=RUN2]`: one HTML page to look at
+an autoencoder, or at two side by side.
+
+The page needs no network and no server. It holds its data (see page_data.py) as gzip
+in base64, in blocks that are opened when they are looked at; the files of page/ draw
+it.
+"""
+
+import base64
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vsae_jax import cli, features, page_data, runs
+from vsae_jax.config import Backend
+from vsae_jax.errors import UserError, one_line
+from vsae_jax.features import ARRAYS, FOLDER, INFO, FeaturesConfig
+from vsae_jax.fields import check_at_least, flag
+from vsae_jax.interop.loading import open_any
+from vsae_jax.matching import match
+from vsae_jax.npy import replace_file
+from vsae_jax.page_data import CHUNK, Features
+
+MOST_BYTES = 25 * 10**6
+_SCRIPTS = "text data charts map overview table feature prompts app".split()
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Writes one self-contained HTML page of a run's latents; with --compare of two
+    runs, their latents matched. Makes `features/` first where it is not there."""
+
+    run: str = flag("run folder, or a folder of any format that convert reads", "")
+    compare: str = flag("another such folder, to show beside it", "")
+    out: str = flag("the page; unset: dashboard.html in the run folder", "")
+    features: str = flag(
+        "latents in full: how many, spread evenly over the firing rates, or a comma "
+        "list of latents (one alone as 7,); with --compare, their matches besides",
+        "512",
+    )
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    layer: int | None = flag(
+        "block whose output is autoencoded, from 0; unset: the folder's"
+    )
+    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
+    activations: str = flag("folder that extract wrote; unset: the run's", "")
+    num_tokens: int | None = flag(
+        "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"
+    )
+
+    def __post_init__(self):
+        check_at_least(self, 1, "num_tokens")
+        check_at_least(self, 0, "layer")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder")
+        wanted(self.features)
+
+
+def command(configs: Sequence[DashboardConfig]) -> None:
+    """Writes the page."""
+    run(configs[0])
+
+
+def run(c: DashboardConfig) -> Path:
+    """Writes the page; returns it."""
+    folders = [Path(folder) for folder in (c.run, c.compare) if folder]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; name what train wrote")
+        if (folder / runs.GRID).is_file():
+            raise UserError(f"{folder} is a grid; name one of the runs in it")
+    sides = [ready(folder, c) for folder in folders]
+    out = Path(c.out) if c.out else folders[0] / "dashboard.html"
+    page = assemble(blocks(sides, c.features, names(folders)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(out, page)
+    print(f"wrote {out}: {len(page) / 1e6:.1f} MB; open it in a browser")
+    if len(page) > MOST_BYTES:
+        print(f"note: it is over {MOST_BYTES // 10**6} MB; lower --features")
+    return out
+
+
+def names(folders: list[Path]) -> list[str]:
+    """What to call the runs: their folders' names, with the parent's where equal."""
+    short = [folder.resolve().name for folder in folders]
+    if len(set(short)) == len(short):
+        return short
+    return ["/".join(folder.resolve().parts[-2:]) for folder in folders]
+
+
+def ready(folder: Path, c: DashboardConfig) -> Features:
+    """The run's `features/`, made where it is not there or of other parameters."""
+    opened = open_any(folder)
+    path = folder / FOLDER / INFO
+    info = runs.read_json(path) if path.is_file() else {}
+    if reason := _stale(info, opened, c):
+        print(f"{folder}: {reason}, looking at held-out tokens")
+        shared = "model layer backend activations".split()
+        asked = {name: getattr(c, name) for name in shared}
+        if c.num_tokens is not None:
+            asked["num_tokens"] = c.num_tokens
+        features.run(FeaturesConfig(run=str(folder), **asked))
+        info = runs.read_json(path)
+    try:
+        # np.load leaves open a file that it finds to be no archive.
+        with (folder / FOLDER / ARRAYS).open("rb") as file:
+            with np.load(file, allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise UserError(
+            f"{folder / FOLDER / ARRAYS} cannot be read ({one_line(error)}); make it "
+            f"again: python -m vsae_jax.features --run={folder}"
+        ) from None
+    return Features(opened, arrays, info)
+
+
+def _stale(info: dict[str, Any], opened: runs.Run, c: DashboardConfig) -> str:
+    """Why `features/` must be made (again), or an empty string."""
+    if not info:
+        return f"no {FOLDER}/ yet"
+    if info.get("parameters") != features.parameters_hash(opened):
+        return f"{FOLDER}/ is of other parameters"
+    made = info.get("config", {})
+    asked = {"num_tokens": c.num_tokens, "activations": c.activations or None}
+    for name, value in asked.items():
+        if value is not None and made.get(name) != value:
+            return f"{FOLDER}/ was made with --{name}={made.get(name)}"
+    return ""
+
+
+def wanted(asked: str) -> int | list[int]:
+    """`--features` as a number or a list of latents."""
+    parts = [part.strip() for part in asked.split(",")]
+    numbers = [part for part in parts if part]
+    if not numbers or not all(re.fullmatch(r"\d{1,9}", part) for part in numbers):
+        raise UserError(
+            f"--features={asked} must be a number of latents, or a comma list of them"
+        )
+    return int(numbers[0]) if len(parts) == 1 else [int(part) for part in numbers]
+
+
+def choose(side: Features, asked: str) -> list[int]:
+    """The latents shown in full, in the order of their numbers."""
+    found, d_sae = wanted(asked), side.run.sae.d_sae
+    if isinstance(found, list):
+        if max(found) >= d_sae:
+            raise UserError(
+                f"--features={max(found)} is no latent of {side.run.folder}, which has "
+                f"{d_sae}, from 0"
+            )
+        return sorted(set(found))
+    if found >= d_sae:
+        return list(range(d_sae))
+    fired = side.arrays["n_fired"]
+    alive = np.argsort(fired, kind="stable")[int((fired == 0).sum()) :]
+    places = np.linspace(0, len(alive) - 1, min(found, len(alive))).astype(int)
+    return sorted(alive[np.unique(places)].tolist())
+
+
+def blocks(sides: list[Features], asked: str, called: list[str]) -> dict[str, Any]:
+    """The page's data by id: the overview, and latents in full by sixteens."""
+    partners = _partners(sides) if len(sides) > 1 else []
+    full = _in_full(sides, partners, asked)
+    overviews = [
+        page_data.overview(side, chosen, name=name)
+        for side, chosen, name in zip(sides, full, called, strict=True)
+    ]
+    for one, pair in zip(overviews, partners, strict=False):
+        one["columns"]["partner"] = pair[0].tolist()
+        one["columns"]["cosine"] = page_data.shorts(pair[1])
+    found: dict[str, Any] = {"overview": {"sides": overviews}}
+    for letter, side, chosen in zip("ab", sides, full, strict=False):
+        for number, start in enumerate(range(0, len(chosen), CHUNK)):
+            some = [page_data.feature(side, i) for i in chosen[start : start + CHUNK]]
+            found[f"features-{letter}-{number}"] = some
+    return found
+
+
+def _in_full(
+    sides: list[Features], partners: list[tuple[np.ndarray, np.ndarray]], asked: str
+) -> list[list[int]]:
+    """The latents in full of each side: the chosen ones of both, each with its
+    partner; of a list, which names latents of the first side, those and no others."""
+    full = [choose(sides[0], asked)]
+    if not partners:
+        return full
+    full.append([] if isinstance(wanted(asked), list) else choose(sides[1], asked))
+    more = [pair[0][chosen] for pair, chosen in zip(partners, full, strict=True)]
+    return [
+        sorted({*chosen, *others[others >= 0].tolist()})
+        for chosen, others in zip(full, reversed(more), strict=True)
+    ]
+
+
+def _partners(sides: list[Features]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each side's partners in the other, and the cosines of the pairs."""
+    a, b = sides
+    if a.run.sae.d_model != b.run.sae.d_model:
+        raise UserError(
+            f"{a.run.folder} has d_model={a.run.sae.d_model} and {b.run.folder} "
+            f"{b.run.sae.d_model}: they read different activations"
+        )
+    w_a, w_b = (np.asarray(side.run.variables["params"]["w_dec"]) for side in sides)
+    alive_a, alive_b = (side.arrays["n_fired"] > 0 for side in sides)
+    partner, cosine = match(w_a, w_b, alive_a=alive_a, alive_b=alive_b)
+    back = np.full(len(w_b), -1)
+    there = np.flatnonzero(partner >= 0)
+    back[partner[there]] = there
+    return [(partner, cosine), (back, np.where(back >= 0, cosine[back], 0.0))]
+
+
+def assemble(data: dict[str, Any]) -> bytes:
+    """The page: its parts in one file, which may run no script but its own and load
+    nothing (the Content-Security-Policy has their hashes)."""
+    folder = resources.files("vsae_jax") / "page"
+    read = {n: (folder / f"{n}.js").read_text(encoding="utf-8") for n in _SCRIPTS}
+    script = '"use strict";\n' + "\n".join(read[name] for name in _SCRIPTS)
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    parts = {
+        "script": script,
+        "style": style,
+        "script_hash": _csp_hash(script),
+        "style_hash": _csp_hash(style),
+        "data": "\n".join(_block(name, value) for name, value in data.items()),
+    }
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page).encode()
+
+
+def _block(name: str, value: Any) -> str:
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    return f'<script type="application/gzip" id="{name}">{packed}</script>'
+
+
+def _csp_hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+if __name__ == "__main__":
+    cli.main(command, DashboardConfig)

@@ -16,6 +16,7 @@ from vsae_jax import lm, progress, sae
 from vsae_jax.batches import read_ahead
 from vsae_jax.config import EvalConfig, SAEConfig
 from vsae_jax.errors import UserError
+from vsae_jax.evals import subjects
 from vsae_jax.firings import FeaturePass, Limits
 from vsae_jax.interop.loading import open_any
 from vsae_jax.layer_norm import normalise_rows

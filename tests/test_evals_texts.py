@@ -102,7 +102,7 @@ def test_the_output_says_how_much_there_was(evaluated):
 
 def test_a_summary_puts_arms_side_by_side(evaluated):
     text = (evaluated / "evals/summary.md").read_text()
-    assert "variant topk, beta 0.0 (n=1)" in text
+    assert "topk, k 4, beta 0.0 (n=1)" in text
     assert "| sae_top_1_test_accuracy |" in text
     assert "Not evaluated: 0 letters" in text
 

@@ -64,7 +64,8 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """One row per arm under short names of the main metrics."""
     columns = COLUMNS | _OF_TEXTS
-    known = [c for c in columns if any(c in metrics for metrics in results.values())]
+    there = {c for metrics in results.values() for c in metrics}
+    known = [c for c in columns if c in COLUMNS or c in there]
     rows = [["", *(columns[column] for column in known)]]
     for name, metrics in results.items():
         rows.append([name, *(_cell(metrics.get(column)) for column in known)])

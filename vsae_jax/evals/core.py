@@ -210,6 +210,7 @@ def _result(
     subject: Subject, tally: Tally, base: list[tuple[Losses, Losses]], quirks: Quirks
 ) -> dict[str, Any]:
     clean, ablated = zip(*base, strict=True)
+    losses = _loss_metrics(clean, tally.losses, ablated)
     density = tally.reconstruction.density
     per_latent = latent_statistics.per_latent(
         subject.run.variables["params"],
@@ -218,7 +219,7 @@ def _result(
         contexts_fired=tally.contexts_fired,
     )
     return {
-        "metrics": _loss_metrics(clean, tally.losses, ablated)
+        "metrics": losses
         | tally.reconstruction.metrics(
             mean_in_variance=quirks.mean_in_variance, batch_sums=quirks.batch_sums
         )

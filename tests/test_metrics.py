@@ -57,6 +57,7 @@ def reference(batches) -> dict[str, float]:
         "explained_variance_saebench": 1 - r / (s - (s / D_MODEL) ** 2),
         "explained_variance_legacy": np.concatenate(legacy).mean(),
         "mse": ((x - x_hat) ** 2).mean(),
+        "relative_reconstruction_bias": (norm_out**2).sum() / (x * x_hat).sum(),
         "cossim": ((x * x_hat).sum(1) / (norm_in * norm_out)).mean(),
         "l2_norm_in": norm_in.mean(),
         "l2_norm_out": norm_out.mean(),
@@ -83,6 +84,29 @@ def test_every_metric_equals_float64_numpy(data, batch_size):
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, rel=2e-5), name
+
+
+@pytest.mark.parametrize("batch_size", [60, 16])
+def test_saebenchs_sums_are_by_batches_and_signed(data, batch_size):
+    x, x_hat, f, keep = data
+    batches = [
+        tuple(a[i : i + batch_size][keep[i : i + batch_size]] for a in (x, x_hat, f))
+        for i in range(0, TOKENS, batch_size)
+    ]
+    metrics = measured(*data, batch_size=batch_size).metrics(
+        mean_in_variance=True, batch_sums=True
+    )
+    expected = reference(batches)
+    of_tokens = [((a - b) ** 2).sum(1) / len(a) for a, b, _ in batches]
+    bias = [(b**2).sum(1).mean() / (a * b).sum(1).mean() for a, b, _ in batches]
+    expected |= {
+        "explained_variance": expected["explained_variance_saebench"],
+        "mse": np.concatenate(of_tokens).mean(),
+        "l1": np.concatenate([c.sum(1) for _, _, c in batches]).mean(),
+        "relative_reconstruction_bias": np.mean(bias),
+    }
+    for name in ("explained_variance", "mse", "l1", "relative_reconstruction_bias"):
+        assert metrics[name] == pytest.approx(expected[name], rel=1e-4), name
 
 
 def test_only_what_saebench_averages_over_batches_depends_on_the_batch_size(data):

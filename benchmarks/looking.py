@@ -21,8 +21,8 @@ import numpy as np
 
 from vsae_jax import sae
 from vsae_jax.config import EvalConfig, SAEConfig
-from vsae_jax.feature_tables import encode_counted, open_source, pass_over
-from vsae_jax.firings import FeaturePass, Limits
+from vsae_jax.latents.feature_tables import encode_counted, open_source, pass_over
+from vsae_jax.latents.firings import FeaturePass, Limits
 
 _D_MODEL, _ROWS = 64, 127
 

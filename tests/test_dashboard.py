@@ -12,7 +12,7 @@ from planted import write_planted
 from tiny_runs import D_MODEL, call, copied, identity_arrays, write_run
 
 from vsae_jax import dashboard, runs
-from vsae_jax.matching import match
+from vsae_jax.latents.matching import match
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vsae_jax import correlations
-from vsae_jax.firings import BINS, FeaturePass, Limits
+from vsae_jax.latents import correlations
+from vsae_jax.latents.firings import BINS, FeaturePass, Limits
 
 M, ROWS = 24, 7
 LIMITS = Limits(top=4, sample=12, reach=2, prompts=3, per_token=3)

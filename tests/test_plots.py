@@ -9,8 +9,8 @@ from tiny_arms import KS, NS, make_arms, write_features
 from tiny_runs import D_SAE, call, copied
 
 from vsae_jax import arms as arms_module
-from vsae_jax import map_numbers
 from vsae_jax.figures import features, histograms, lines, maps, style
+from vsae_jax.latents import map_numbers
 
 
 @pytest.fixture

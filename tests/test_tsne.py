@@ -8,8 +8,9 @@ import pytest
 from tiny_arms import make_arms, write_features
 from tiny_runs import D_MODEL, D_SAE, call, copied, write_run
 
-from vsae_jax import map_numbers, sae, tsne
+from vsae_jax import sae, tsne
 from vsae_jax.interop.loading import open_any
+from vsae_jax.latents import map_numbers
 from vsae_jax.shards import Activations
 
 

@@ -20,15 +20,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vsae_jax import cli, features, page_data, runs
+from vsae_jax import cli, features, runs
 from vsae_jax.config import Backend
 from vsae_jax.errors import UserError, one_line
 from vsae_jax.features import ARRAYS, FOLDER, INFO, FeaturesConfig
 from vsae_jax.fields import check_at_least, flag
 from vsae_jax.interop.loading import open_any
-from vsae_jax.matching import match
+from vsae_jax.latents import page_data
+from vsae_jax.latents.matching import match
+from vsae_jax.latents.page_data import CHUNK, Features
 from vsae_jax.npy import replace_file
-from vsae_jax.page_data import CHUNK, Features
 
 MOST_BYTES = 25 * 10**6
 _SCRIPTS = "text data charts map overview table feature prompts app".split()

@@ -20,16 +20,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vsae_jax import cli, lm, progress, runs, sae
-from vsae_jax.ascent import Reading, Schedule, climb, pre_activations
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, core, subjects
 from vsae_jax.fields import check_above_zero, check_at_least, flag, to_json
 from vsae_jax.interop.loading import open_any
+from vsae_jax.latents.ascent import Reading, Schedule, climb, pre_activations
+from vsae_jax.latents.token_text import token_texts
 from vsae_jax.lm.files import locate, read_config
 from vsae_jax.lm.neox import NeoX
 from vsae_jax.sae import Variables
-from vsae_jax.token_text import token_texts
 
 FOLDER = "maximised"
 _OF_EVALUATION = (

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax import arms, cli, map_numbers, runs, sae
+from vsae_jax import arms, cli, runs, sae
 from vsae_jax.arms import Arm
 from vsae_jax.config import EvalConfig
 from vsae_jax.errors import UserError, missing_extra
 from vsae_jax.evals import subjects
 from vsae_jax.fields import check_at_least, check_below, flag, to_json
 from vsae_jax.interop.loading import open_any
+from vsae_jax.latents import map_numbers
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.npy import replace_file
 from vsae_jax.runs import Run

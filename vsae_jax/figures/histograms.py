@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from vsae_jax import arms as arms_module
 from vsae_jax.arms import Arm
 from vsae_jax.figures import style
-from vsae_jax.map_numbers import PAPER_RANGE, alive_counts
+from vsae_jax.latents.map_numbers import PAPER_RANGE, alive_counts
 from vsae_jax.tsne import Features, read_features
 
 _BINS = 40

@@ -9,10 +9,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from vsae_jax import arms as arms_module
-from vsae_jax import map_numbers
 from vsae_jax.arms import Arm
 from vsae_jax.figures import style
 from vsae_jax.interop.loading import open_any
+from vsae_jax.latents import map_numbers
 
 
 class Map(NamedTuple):

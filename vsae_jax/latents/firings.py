@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vsae_jax.correlations import TokenSample
-from vsae_jax.kept import Kept, best_of_context, uniform
+from vsae_jax.latents.correlations import TokenSample
+from vsae_jax.latents.kept import Kept, best_of_context, uniform
 
 # Half the bins of a histogram: those of one sign.
 BINS = 64

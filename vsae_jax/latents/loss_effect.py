@@ -13,12 +13,12 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vsae_jax import progress
-from vsae_jax.feature_tables import encode_counted
+from vsae_jax.latents.feature_tables import encode_counted
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.lm import identity
 
 if TYPE_CHECKING:
-    from vsae_jax.feature_tables import Source
+    from vsae_jax.latents.feature_tables import Source
 
 CONTEXTS = 5
 _AT_ONCE = 16

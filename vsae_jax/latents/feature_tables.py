@@ -17,8 +17,8 @@ from vsae_jax.batches import read_ahead
 from vsae_jax.config import EvalConfig, SAEConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import subjects
-from vsae_jax.firings import FeaturePass, Limits
 from vsae_jax.interop.loading import open_any
+from vsae_jax.latents.firings import FeaturePass, Limits
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.runs import Run
 from vsae_jax.sae import Variables

@@ -1,0 +1,1 @@
+"""What single latents are: firings, texts, effects on the logits, neighbours, maps."""

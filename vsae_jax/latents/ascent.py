@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax import sae
 from vsae_jax.config import SAEConfig
+from vsae_jax.evals.encoding import rows_of
 from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.lm.neox import NeoX
 from vsae_jax.sae import Variables
@@ -35,8 +36,7 @@ class Reading:
         self, residual: Float[Array, "batch time d_model"]
     ) -> Float[Array, "rows d_model"]:
         """The rows that the autoencoder was trained on, `batch * time` of them."""
-        x = residual.reshape(-1, residual.shape[-1])
-        x = x - jnp.mean(x, axis=-1, keepdims=True) if self.center else x
+        x = rows_of(residual, center=self.center)
         return normalise_rows(x)[0] if self.layer_norm else x
 
 

@@ -3,7 +3,7 @@ held-out activation rows, and what the decoder's rows say of each other."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from vsae_jax import lm, progress, sae
+from vsae_jax import lm, progress
 from vsae_jax.batches import read_ahead
 from vsae_jax.config import EvalConfig, SAEConfig
 from vsae_jax.errors import UserError
 from vsae_jax.evals import subjects
+from vsae_jax.evals.encoding import encode_rows
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.firings import FeaturePass, Limits
-from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.runs import Run
 from vsae_jax.sae import Variables
 from vsae_jax.shards import Activations
+from vsae_jax.sparsity import compiler_options
 
 NEIGHBOURS = 10
 # Latents in a batch: 16 MB in float32.
@@ -101,7 +102,6 @@ def pass_over(source: Source, *, limits: Limits, groups: int) -> dict[str, Any]:
     return streamed.finish(groups=groups)
 
 
-@partial(jax.jit, static_argnames=("config", "layer_norm"))
 def encode_counted(
     variables: Variables,
     x: Float[Array | np.ndarray, "rows d_model"],
@@ -111,9 +111,18 @@ def encode_counted(
     layer_norm: bool,
 ) -> Float[Array, "rows d_sae"]:
     """f of raw activation rows at the mean; 0 on rows that do not count."""
-    x = jnp.asarray(x, jnp.float32)
-    x = normalise_rows(x)[0] if layer_norm else x
-    return jnp.where(counts[:, None], sae.encode(variables, x, config=config), 0)
+    options = {"config": config, "layer_norm": layer_norm}
+    return _compiled()(variables, x, counts, **options)
+
+
+@cache
+def _compiled() -> Callable[..., Array]:
+    def encode(variables: Variables, x: Array, counts: Array, **options: Any) -> Array:
+        f, *_ = encode_rows(variables, x.astype(jnp.float32), **options)
+        return jnp.where(counts[:, None], f, 0)
+
+    static, options = ("config", "layer_norm"), compiler_options()
+    return jax.jit(encode, static_argnames=static, compiler_options=options)
 
 
 def _batches(source: Source, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -36,6 +36,9 @@ from vsae_jax.mesh import make, name
 from vsae_jax.step import hparams, variables
 from vsae_jax.watch import Watch
 
+# Calls to the device that may wait; a signal is heard after those.
+_AHEAD = 2
+
 
 class Chunk(NamedTuple):
     """Steps `start` to `stop` in one dispatch, and what follows them."""
@@ -183,7 +186,9 @@ def _loop(
     stop = 0
     try:
         with bar, signals.caught() as caught:
-            for chunk, rows in zip(chunks, batches, strict=True):
+            for i, (chunk, rows) in enumerate(zip(chunks, batches, strict=True)):
+                if i % _AHEAD == 0:
+                    jax.block_until_ready([group.state for group in groups])
                 groups = sweep.advance(groups, rows, chunk.stop - chunk.start)
                 if chunk.log:
                     groups = watch.log(groups, chunk.stop)

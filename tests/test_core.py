@@ -342,7 +342,8 @@ def test_another_model_of_the_same_shape_is_used(tiny_run, tmp_path):
     assert result["metrics"][clean] != evaluated(tiny_run)["metrics"][clean]
 
 
-def test_a_grid_is_one_table_with_a_row_and_a_file_an_arm(tiny_grid, capsys):
+def test_a_grid_is_one_table_with_a_row_and_a_file_an_arm(tiny_grid, tmp_path, capsys):
+    tiny_grid = copied(tiny_grid, tmp_path / "grid")
     assert call("evaluate", run=tiny_grid) == 0
     out = capsys.readouterr().out
     arms = [folder.name for folder in runs.run_folders(tiny_grid)]

@@ -65,6 +65,12 @@ def measured(folder, lm, tokens, *, batch_size=16, **data) -> dict:
     return result["metrics"]
 
 
+@pytest.fixture
+def tiny_run(tiny_run, tmp_path) -> Path:
+    """`evaluate` writes into the run's folder."""
+    return copied(tiny_run, tmp_path / "trained")
+
+
 def evaluated(folder, **flags) -> dict:
     """`evals/core.json` after the real command; NaN and Infinity are no JSON."""
     assert call("evaluate", run=folder, **flags) == 0

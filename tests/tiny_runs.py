@@ -1,7 +1,7 @@
 """Small folders made by the real commands: activations, a run, a grid of runs.
 
 Each folder is made once a session (conftest.py hands the fixtures to all modules):
-a test that changes one changes a copy (`copied`).
+a test that changes one changes a copy (`copied`); one that does not is failed.
 """
 
 import shutil
@@ -50,6 +50,25 @@ def call(name: str, *arguments: str, **flags: object) -> int:
     command, config_class = COMMANDS[name]
     argv = [name, *(f"--{flag}={value}" for flag, value in flags.items()), *arguments]
     return cli.run(command, config_class, argv)
+
+
+_shared: list[Path] = []
+
+
+def shared(folder: Path) -> Path:
+    """The folder, from now on one that no test may change."""
+    _shared.append(folder)
+    return folder
+
+
+def shared_files() -> dict[Path, dict[str, int]]:
+    """The sizes of the files in each of the session's folders."""
+    return {folder: sizes(folder) for folder in _shared}
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
 def copied(folder: Path, to: Path) -> Path:
@@ -108,7 +127,7 @@ def extracted(tmp_path_factory, tiny_model, tiny_corpus):
             "out": out,
         }
         assert call("extract", **arguments | flags) == 0
-        return out
+        return shared(out)
 
     return make
 
@@ -124,7 +143,7 @@ def tiny_run(tiny_rows, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "topk"
     flags = {"activations": tiny_rows, "variant": "topk", "out": out, **TRAINING}
     assert call("train", **flags) == 0
-    return out
+    return shared(out)
 
 
 @pytest.fixture(scope="session")
@@ -133,4 +152,4 @@ def tiny_grid(tiny_rows, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("grid") / "grid"
     grid = {"variant": "topk,vsae_topk", "beta": "0,2"}
     assert call("train", activations=tiny_rows, out=out, **TRAINING, **grid) == 0
-    return out
+    return shared(out)

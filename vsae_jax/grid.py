@@ -14,9 +14,13 @@ from vsae_jax.job import plan, run_name
 
 
 def run(
-    arms: Sequence[TrainConfig], *, train: Callable[[Sequence[TrainConfig]], None]
+    arms: Sequence[TrainConfig],
+    *,
+    train: Callable[[Sequence[TrainConfig]], None],
+    names: Sequence[str] = (),
 ) -> Path:
-    """Trains all arms by `train`; started again, it goes on.
+    """Trains all arms by `train`; started again, it goes on. `names` are those of the
+    arms' folders; unset, the swept fields and their values.
 
     Writes `grid.json` (the arms and the fields that differ between them) and, also when
     training ends early, `summary.csv` (those fields and each finished arm's last
@@ -24,8 +28,10 @@ def run(
     """
     swept = swept_fields(arms)
     folder = Path(arms[0].out or f"runs/grid_{'_'.join(swept)}_{_common_name(arms)}")
+    names = names or [arm_name(arm, swept) for arm in arms]
     arms = [
-        dataclasses.replace(arm, out=str(folder / arm_name(arm, swept))) for arm in arms
+        dataclasses.replace(arm, out=str(folder / name))
+        for arm, name in zip(arms, names, strict=True)
     ]
     # Every arm is checked before the first is trained.
     jobs = [plan(arm) for arm in arms]

@@ -18,6 +18,17 @@ from vsae_jax.interop.loading import open_any
 from vsae_jax.runs import Run
 from vsae_jax.shards import Activations
 
+# Of a config, what only training reads: autoencoders that differ in nothing else are
+# evaluated by one compiled program.
+_OF_THE_LOSS = {
+    "noise": False,
+    "penalty": "none",
+    "kl_over": "all",
+    "auxk": False,
+    "k_aux": 1,
+    "auxk_units": "loss",
+    "decoder_norm": "unit",
+}
 _TEXTS = (".jsonl", ".txt", ".parquet")
 _OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
 # What subjects that are evaluated together have in common.
@@ -67,7 +78,8 @@ def subject_of(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
     language_model = load_model(run, c, load)
     tokens, tokens_from = _tokens(run, c, language_model)
     # Whatever it was trained in, it is evaluated in float32, as the config says.
-    run = run._replace(sae=dataclasses.replace(run.sae, dtype="float32"))
+    static = dataclasses.replace(run.sae, dtype="float32", **_OF_THE_LOSS)
+    run = run._replace(sae=static)
     return Subject(
         run=run,
         lm=language_model,

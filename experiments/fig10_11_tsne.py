@@ -1,0 +1,69 @@
+"""Figures 10 and 11: t-SNE maps of the latents, and numbers on how they lie.
+
+Claim (paper 4.3): the vSAE's latents are more dispersed, in fewer tight clusters, and
+more evenly used.
+
+Command:
+
+    python -m experiments.reproduce --scale=standin --only=fig10_11_tsne --out=DIR
+
+The paper shows one map of each and no number but cluster sizes (56 to 151 against 60 to
+152). Every number here stands beside its value by chance. Ours:
+experiments/results/standin/report.md.
+"""
+
+from experiments import paper_grids
+from experiments.report import Section, Table
+from experiments.study import Arms, Study
+from vsae_jax import arms as arms_module
+from vsae_jax import runs, tsne
+from vsae_jax.arms import Arm
+from vsae_jax.errors import UserError
+
+MAP = (tsne.FOLDER, "maps.json")
+
+
+def grids(study: Study) -> dict[str, Arms]:
+    """The paper's grids."""
+    return paper_grids.grids(study)
+
+
+def run(study: Study) -> Section:
+    """Maps and numbers of the preset `paper`, smallest k."""
+    from vsae_jax.figures import maps
+
+    name = paper_grids.trained(study)[0]
+    arms = paper_grids.with_first_k(study, name)
+    study.find_features(arms, study.scale.figures.feature_tokens)
+    mapped = [arm for arm in arms if _mapped(study, arm)]
+    drawn = paper_grids.draw(
+        study, [name], maps.panels, label="fig10_11", arms=lambda _: mapped, kind="png"
+    )
+    return paper_grids.section(
+        "fig10_11_tsne",
+        [*drawn, *([_numbers(mapped)] if mapped else ["No arm could be mapped."])],
+        title="Figures 10 and 11: maps",
+        claim="the vSAE's latents are more dispersed and more evenly used",
+        paper="one map of each; cluster sizes 56 to 151 (vSAE), 60 to 152 (SAE)",
+    )
+
+
+def _mapped(study: Study, arm: Arm) -> bool:
+    """Whether there is a map; an arm with too few latents for one has none."""
+    if not arm.folder.joinpath(*MAP).is_file():
+        try:
+            config = tsne.MapConfig(run=str(arm.folder), samples=study.scale.samples)
+            tsne.run(config)
+        except UserError as error:
+            print(error)
+            return False
+    return True
+
+
+def _numbers(arms: list[Arm]) -> Table:
+    rows = [["", "seeds", *tsne.COLUMNS.values()]]
+    for shared, members in arms_module.series_of(arms).items():
+        each = [runs.read_json(a.folder.joinpath(*MAP))["metrics"] for a in members]
+        cells = [arms_module.spread([m[c] for m in each]) for c in tsne.COLUMNS]
+        rows.append([arms_module.label(shared), str(len(members)), *cells])
+    return rows

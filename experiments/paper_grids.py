@@ -1,0 +1,166 @@
+"""The paper's comparison, TopK against vSAE over k, under both presets.
+
+`paper` is the paper's text, `released` the code that made its numbers (BUILD_NOTES.md,
+2). The figures of the paper are drawn from these grids; the text evaluations use the
+study's labelled texts.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.ablation import pick
+from experiments.paired import Interval, difference
+from experiments.report import Section
+from experiments.study import Arms, Study
+from vsae_jax.arms import Arm
+from vsae_jax.config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PRESETS, VARIANTS = ("paper", "released"), ("topk", "vsae_topk")
+TEXT_EVALS = "sparse_probing,scr,tpp"
+
+
+def grids(study: Study) -> dict[str, Arms]:
+    """One grid for each preset and layer."""
+    return {
+        f"{preset}-{layer}": _arms(study, preset, layer)
+        for preset in PRESETS
+        for layer in study.scale.text.layers
+    }
+
+
+def _arms(study: Study, preset: str, layer: int) -> Arms:
+    f = study.scale.figures
+    arms = {}
+    for variant in VARIANTS:
+        for k in f.k:
+            for d_sae in f.d_sae:
+                size = f"d_sae-{d_sae}_" if len(f.d_sae) > 1 else ""
+                for seed in range(f.seeds):
+                    name = f"variant-{variant}_k-{k}_{size}seed-{seed}"
+                    arms[name] = TrainConfig(
+                        activations=str(study.rows_path(preset, layer)),
+                        preset=preset,
+                        variant=variant,
+                        k=k,
+                        d_sae=d_sae,
+                        steps=f.steps,
+                        batch_size=f.batch_size,
+                        seed=seed,
+                    )
+    return arms
+
+
+def trained(study: Study, *evals: str) -> list[str]:
+    """Trains the grids and makes these evaluations; returns the grids' names."""
+    made = grids(study)
+    for name, arms in made.items():
+        preset, layer = name.rsplit("-", 1)
+        study.rows(preset, int(layer))
+        study.train(name, arms)
+        for each in evals:
+            study.evaluate(name, each)
+    return list(made)
+
+
+def with_first_k(study: Study, name: str) -> list[Arm]:
+    """The arms of a grid with the smallest k and d_sae."""
+    f = study.scale.figures
+    wanted = {"k": f.k[0], "d_sae": f.d_sae[0]}
+    return [
+        arm
+        for arm in study.arms(name)
+        if all(arm.settings.get(n, v) == v for n, v in wanted.items())
+    ]
+
+
+def draw(
+    study: Study,
+    names: Sequence[str],
+    figure: Callable[[Sequence[Arm]], "Iterator[tuple[str, Figure]]"],
+    *,
+    label: str,
+    arms: Callable[[str], list[Arm]],
+    kind: str = "svg",
+) -> list[Path]:
+    """A figure of `vsae_jax.figures` for each grid."""
+    from vsae_jax.figures import style
+
+    paths = []
+    for name in names:
+        with style.applied():
+            drawn = list(figure(arms(name)))
+        for i, (_, made) in enumerate(drawn):
+            number = f"_{i + 1}" if len(drawn) > 1 else ""
+            made.suptitle(f"preset and layer: {name}", fontsize=9)
+            paths.append(study.save(f"{label}_{name}{number}", made, kind=kind))
+    return paths
+
+
+def vsae_minus_topk(
+    study: Study, name: str, measure: str, evals: str = "core"
+) -> Interval:
+    """Paired over seeds; the mean over k (and d_sae) within a seed."""
+    found = study.metrics(name, evals)
+    return difference(
+        *(over_kinds(found, variant, measure) for variant in VARIANTS[::-1])
+    )
+
+
+def over_kinds(
+    found: Mapping[str, Mapping[int, Any]], variant: str, measure: str
+) -> dict[int, float]:
+    """The mean of a measure over a variant's kinds of arms, by seed."""
+    each = [
+        pick(seeds, measure)
+        for kind, seeds in found.items()
+        if kind.startswith(f"variant-{variant}_")
+    ]
+    seeds = set.intersection(*(set(values) for values in each)) if each else set()
+    return {s: sum(values[s] for values in each) / len(each) for s in sorted(seeds)}
+
+
+def difference_table(
+    study: Study, names: Sequence[str], measures: Mapping[str, str], evals: str
+) -> list[list[str]]:
+    """vSAE - TopK of each grid, the mean over k."""
+    rows = [["preset and layer", *measures.values()]]
+    for name in names:
+        cells = [str(vsae_minus_topk(study, name, m, evals)) for m in measures]
+        rows.append([name, *cells])
+    return rows
+
+
+def lines_section(
+    study: Study,
+    part: str,
+    *,
+    figure: str,
+    evals: str,
+    measures: Mapping[str, str],
+    **facts: str,
+) -> Section:
+    """The section of a figure of `vsae_jax.figures.lines`, with its differences."""
+    from vsae_jax.figures import lines
+
+    names = trained(study, evals)
+    drawn = draw(study, names, partial(lines.draw, figure), label=part, arms=study.arms)
+    return section(
+        part,
+        [
+            *drawn,
+            "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:",
+            difference_table(study, names, measures, figure),
+        ],
+        **facts,
+    )
+
+
+def section(part: str, parts: list[Any], **facts: str) -> Section:
+    """A section of the report, with the command that makes it."""
+    command = f"python -m experiments.reproduce --scale=standin --only={part} --out=DIR"
+    return Section(command=command, parts=parts, **facts)

@@ -1,0 +1,122 @@
+"""What the study found, as `report.md` and as one self-contained page."""
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from vsae_jax import arms
+from vsae_jax.npy import replace_file
+
+Table = list[list[str]]
+_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+_CODE = re.compile(r"`([^`]+)`")
+_STYLE = (
+    "body{font:15px/1.45 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;"
+    "color:#111;background:#fff}table{border-collapse:collapse;margin:1em 0;"
+    "font-size:13px}td,th{border-bottom:1px solid #ccc;padding:.2em .7em;"
+    "text-align:left}td{font-variant-numeric:tabular-nums}img{max-width:100%}"
+    "code{background:#f3f3f3;padding:.1em .3em;white-space:pre-wrap}"
+    ".wide{overflow-x:auto}"
+)
+
+
+class Section(NamedTuple):
+    """One experiment: what is claimed, what the paper has, how to make it, what came
+    out (paragraphs, tables with a header, files of figures)."""
+
+    title: str
+    claim: str
+    paper: str
+    command: str
+    parts: Sequence[str | Table | Path]
+
+
+def write(out: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
+    """Writes `out/report.md` and `out/report.html`."""
+    replace_file(out / "report.md", markdown(out, title, summary, sections).encode())
+    replace_file(out / "report.html", page(title, summary, sections).encode())
+
+
+def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -> str:
+    """The report, its figures by their place below `out`."""
+    lines = [f"# {title}", summary]
+    for section in sections:
+        lines += [f"## {section.title}", *_facts(section, "**{}:** {}")]
+        lines.append(f"```\n{section.command}\n```")
+        for part in section.parts:
+            if isinstance(part, Path):
+                lines.append(f"![{part.stem}]({part.relative_to(out).as_posix()})")
+            else:
+                lines.append(part if isinstance(part, str) else arms.markdown(part))
+    return "\n\n".join(lines) + "\n"
+
+
+def page(title: str, summary: str, sections: Sequence[Section]) -> str:
+    """The same as HTML that needs nothing else."""
+    body = [f"<h1>{html.escape(title)}</h1>", *_paragraphs(summary)]
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.title)}</h2>")
+        body += _facts(section, "<p><b>{}:</b> {}</p>", escape=True)
+        body.append(f"<p><code>{html.escape(section.command)}</code></p>")
+        for part in section.parts:
+            if isinstance(part, Path):
+                body.append(_image(part))
+            else:
+                body += _paragraphs(part) if isinstance(part, str) else [_table(part)]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _facts(section: Section, template: str, *, escape: bool = False) -> list[str]:
+    facts = {"Claim": section.claim, "The paper": section.paper}
+    return [
+        template.format(name, html.escape(text) if escape else text)
+        for name, text in facts.items()
+        if text
+    ]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Plain paragraphs, and lists whose lines start with `* `."""
+    blocks = []
+    for block in text.split("\n\n"):
+        if block.startswith("* "):
+            items = (_inline(item) for item in block[2:].split("\n* "))
+            blocks.append(f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>")
+        else:
+            blocks.append(f"<p>{_inline(block)}</p>")
+    return blocks
+
+
+def _table(rows: Table) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        return "".join(f"<{tag}>{_inline(cell)}</{tag}>" for cell in cells)
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows[1:])
+    return (
+        f'<div class="wide"><table><tr>{line(rows[0], "th")}</tr>{body}</table></div>'
+    )
+
+
+def _inline(text: str) -> str:
+    """A cell or a paragraph: `**bold**` as a whole cell, and `code`."""
+    text = html.escape(text)
+    if len(text) > 4 and text.startswith("**") and text.endswith("**"):
+        text = f"<b>{text[2:-2]}</b>"
+    return _CODE.sub(r"<code>\1</code>", text)
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    kind = _TYPES[path.suffix]
+    return (
+        f'<p><img alt="{html.escape(path.stem)}" src="data:{kind};base64,{data}"></p>'
+    )

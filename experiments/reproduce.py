@@ -1,0 +1,168 @@
+"""`python -m experiments.reproduce --scale=smoke|standin|paper`: the whole study.
+
+Extracts, trains every grid, evaluates, draws, and writes `report.md`, `report.html` and
+`figures/`; stopped or killed, the same command goes on. `--only` takes some of the
+parts, `--dry_run` prints what would be done and what it would take.
+
+`smoke` needs nothing but this repository. `standin` takes any small GPT-NeoX and any
+stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `paper`
+needs the hub and a GPU.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from experiments import (
+    ablation,
+    claims,
+    cross,
+    fig3_core,
+    fig4_scr,
+    fig5_tpp,
+    fig6_7_features,
+    fig8_9_histograms,
+    fig10_11_tsne,
+    ground_truth,
+    labels,
+    plan,
+    questions,
+    report,
+    signal_to_noise,
+    without_topk,
+)
+from experiments.scales import SCALES, Scale
+from experiments.study import Study, say
+from vsae_jax import cli, text
+from vsae_jax.errors import UserError
+from vsae_jax.fields import flag
+
+# In the order in which they need each other.
+PARTS: dict[str, ModuleType] = {
+    module.__name__.rsplit(".", 1)[-1]: module
+    for module in (
+        signal_to_noise,
+        ablation,
+        cross,
+        ground_truth,
+        without_topk,
+        fig3_core,
+        fig4_scr,
+        fig5_tpp,
+        fig6_7_features,
+        fig8_9_histograms,
+        fig10_11_tsne,
+        questions,
+        claims,
+    )
+}
+# What a reader wants first.
+_FIRST = ("questions", "claims")
+_SETS_OF_PAPER = "bias_in_bios,amazon_reviews,ag_news"
+
+
+@dataclass(frozen=True)
+class ReproduceConfig:
+    """Runs the study: trains, evaluates and compares, and writes a report."""
+
+    scale: Literal["smoke", "standin", "paper"] = flag("how large", "smoke")
+    out: str = flag("folder; unset: experiments/results/<scale>", "")
+    only: str = flag("comma list of parts; unset: all", "")
+    dry_run: bool = flag("print arms, steps, disk, memory and time; do nothing", False)
+    model: str = flag("hub id or local folder; unset: the scale's", "")
+    dataset: str = flag("hub id or file of text; unset: the scale's", "")
+    labelled: str = flag(
+        "comma list of labelled .jsonl files, as in evaluate; unset: made from the "
+        "text by a rule, or SAEBench's sets at --scale=paper",
+        "",
+    )
+    label_column: str = flag("as in evaluate", "label")
+    attribute_column: str = flag("as in evaluate", "")
+
+
+def command(configs: Sequence[ReproduceConfig]) -> None:
+    """Runs the parts and writes the report."""
+    (c,) = configs
+    names = [name.strip() for name in c.only.split(",")] if c.only else list(PARTS)
+    for name in names:
+        if name not in PARTS:
+            there = ", ".join(PARTS)
+            raise UserError(f"--only={name} is not a part; there is {there}")
+    study = open_study(c)
+    if c.dry_run:
+        print(plan.table(study, [PARTS[name] for name in names]))
+        return
+    if not study.labelled:
+        study = dataclasses.replace(study, labelled=labelled_by_rule(study))
+    sections = {}
+    for name in names:
+        say(name)
+        sections[name] = PARTS[name].run(study)
+    order = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
+    report.write(
+        study.out,
+        f"The study at scale {c.scale}",
+        _summary(c, study),
+        [sections[name] for name in order],
+    )
+    print(f"wrote {study.out / 'report.md'} and report.html")
+
+
+def open_study(c: ReproduceConfig) -> Study:
+    """The study that the flags describe; nothing is written."""
+    scale = _with_text(SCALES[c.scale], c)
+    labelled = {}
+    sets = c.labelled or (_SETS_OF_PAPER if c.scale == "paper" else "")
+    if sets:
+        labelled = {
+            "labelled": sets,
+            "label_column": c.label_column,
+            "attribute_column": c.attribute_column,
+        }
+    out = Path(c.out or f"experiments/results/{c.scale}")
+    return Study(scale=scale, out=out, labelled=labelled)
+
+
+def _with_text(scale: Scale, c: ReproduceConfig) -> Scale:
+    given = {
+        name: getattr(c, name) for name in ("model", "dataset") if getattr(c, name)
+    }
+    return dataclasses.replace(scale, text=dataclasses.replace(scale.text, **given))
+
+
+def labelled_by_rule(study: Study) -> dict[str, str]:
+    """The flags of evaluations on the study's own text."""
+    stories = text.documents(study.dataset, split="train", text_column="text")
+    path = labels.write(
+        study.out / "texts" / "stories.jsonl",
+        stories,
+        most=study.scale.train_size + study.scale.test_size,
+    )
+    return {
+        "labelled": str(path),
+        "label_column": labels.LABEL,
+        "attribute_column": labels.ATTRIBUTE,
+    }
+
+
+def _summary(c: ReproduceConfig, study: Study) -> str:
+    flags = {"scale": c.scale, "only": c.only}
+    given = " ".join(f"--{name}={value}" for name, value in flags.items() if value)
+    model, dataset = (
+        "the bundled model" if not study.scale.text.model else Path(study.model).name,
+        "its own stories" if not study.scale.text.dataset else Path(study.dataset).name,
+    )
+    layers = ", ".join(map(str, study.scale.text.layers))
+    return (
+        f"Language model: {model}; text: {dataset}; layer {layers}. Intervals are "
+        "95 %, Student's t, of differences paired over seeds; an interval that excludes 0 is "
+        "bold, without correction for the number of comparisons. Made by "
+        f"`python -m experiments.reproduce {given}`."
+    )
+
+
+if __name__ == "__main__":
+    cli.main(command, ReproduceConfig)

@@ -1,0 +1,215 @@
+"""The study's three sizes: what is trained, on how much, how often.
+
+* `smoke`: minutes on two cores, from the bundled model and its stories; shows that all
+  of it runs, and nothing about the question.
+* `standin`: hours on two cores, with any small model and any stories.
+* `paper`: Pythia-70M, TinyStories, the paper's shapes; needs a network and a GPU.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Text:
+    """What is read: "" is the bundled model, and its stories."""
+
+    model: str = ""
+    backend: str = "jax"
+    dataset: str = ""
+    layers: tuple[int, ...] = (2,)
+    num_tokens: int = 390_000
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The paper's own comparison: presets by layer, variants, sizes, k."""
+
+    d_sae: tuple[int, ...]
+    k: tuple[int, ...]
+    seeds: int
+    steps: int
+    batch_size: int
+    feature_tokens: int
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """Arms that differ in one switch: same rows, initial weights and schedule.
+
+    norms: root mean square norms of the scaled rows, in sqrt(d_model); 0 is norm 1.
+    lrs: learning rates that every kind of arm is tried with.
+    smaller: d_sae of TopK arms with fewer latents.
+    """
+
+    d_sae: int
+    k: int
+    other_k: tuple[int, ...]
+    smaller: tuple[int, ...]
+    seeds: int
+    steps: int
+    batch_size: int
+    lrs: tuple[float, ...]
+    norms: tuple[float, ...]
+    map_betas: tuple[float, ...]
+    map_lrs: tuple[float, ...]
+    map_steps: int
+    map_seeds: int
+    cross_steps: int
+    cross_seeds: int
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Synthetic rows from known features."""
+
+    d_model: int
+    n_features: int
+    group: int
+    active: int
+    n_rows: int
+    steps: int
+    batch_size: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One size of the study; the last four are of the evaluations."""
+
+    text: Text
+    figures: Figures
+    controlled: Controlled
+    truth: Truth
+    eval_tokens: int
+    train_size: int
+    test_size: int
+    samples: int
+
+
+SMOKE = Scale(
+    text=Text(num_tokens=60_000),
+    figures=Figures(
+        d_sae=(256,), k=(16,), seeds=2, steps=120, batch_size=128, feature_tokens=3_000
+    ),
+    controlled=Controlled(
+        d_sae=128,
+        k=8,
+        other_k=(),
+        smaller=(64,),
+        seeds=2,
+        steps=80,
+        batch_size=64,
+        lrs=(3e-3,),
+        norms=(0.0, 10.0),
+        map_betas=(0.0, 0.1),
+        map_lrs=(3e-3,),
+        map_steps=60,
+        map_seeds=2,
+        cross_steps=20,
+        cross_seeds=2,
+    ),
+    truth=Truth(
+        d_model=32,
+        n_features=64,
+        group=8,
+        active=4,
+        n_rows=20_000,
+        steps=200,
+        batch_size=64,
+        seeds=2,
+    ),
+    eval_tokens=3_000,
+    train_size=160,
+    test_size=40,
+    samples=1_000,
+)
+STANDIN = Scale(
+    text=Text(num_tokens=2_200_000),
+    figures=Figures(
+        d_sae=(2048,),
+        k=(32, 64),
+        seeds=3,
+        steps=2000,
+        batch_size=1024,
+        feature_tokens=100_000,
+    ),
+    controlled=Controlled(
+        d_sae=512,
+        k=32,
+        other_k=(16, 64),
+        smaller=(64, 128, 256),
+        seeds=5,
+        steps=2000,
+        batch_size=256,
+        lrs=(5e-4, 1.5e-3, 4.5e-3),
+        norms=(0.0, 0.3, 1.0, 3.0, 10.0),
+        map_betas=(0.0, 0.01, 0.1, 1.0),
+        map_lrs=(1e-3, 4e-3),
+        map_steps=1000,
+        map_seeds=3,
+        cross_steps=1000,
+        cross_seeds=3,
+    ),
+    truth=Truth(
+        d_model=64,
+        n_features=256,
+        group=8,
+        active=8,
+        n_rows=500_000,
+        steps=3000,
+        batch_size=256,
+        seeds=5,
+    ),
+    eval_tokens=25_000,
+    train_size=1000,
+    test_size=400,
+    samples=10_000,
+)
+PAPER = Scale(
+    text=Text(
+        model="EleutherAI/pythia-70m-deduped",
+        dataset="roneneldan/TinyStories",
+        layers=(0, 3),
+        num_tokens=22_000_000,
+    ),
+    figures=Figures(
+        d_sae=(2048, 8192),
+        k=(64, 128, 256, 512),
+        seeds=5,
+        steps=20_000,
+        batch_size=1024,
+        feature_tokens=1_000_000,
+    ),
+    controlled=Controlled(
+        d_sae=2048,
+        k=64,
+        other_k=(128, 256),
+        smaller=(256, 512, 1024),
+        seeds=5,
+        steps=20_000,
+        batch_size=1024,
+        lrs=(2e-4, 6e-4, 1.8e-3),
+        norms=(0.0, 0.3, 1.0, 3.0, 10.0),
+        map_betas=(0.0, 0.01, 0.1, 1.0),
+        map_lrs=(5e-4, 2e-3),
+        map_steps=10_000,
+        map_seeds=3,
+        cross_steps=5_000,
+        cross_seeds=3,
+    ),
+    truth=Truth(
+        d_model=256,
+        n_features=2048,
+        group=8,
+        active=16,
+        n_rows=2_000_000,
+        steps=20_000,
+        batch_size=1024,
+        seeds=5,
+    ),
+    eval_tokens=400_000,
+    train_size=4000,
+    test_size=1000,
+    samples=20_000,
+)
+SCALES = {"smoke": SMOKE, "standin": STANDIN, "paper": PAPER}

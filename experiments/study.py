@@ -1,0 +1,196 @@
+"""The folder of a study: its activations, its grids of arms, their evaluations.
+
+    OUT/rows/<preset>-<layer>/   activations
+    OUT/texts/                   labelled texts
+    OUT/grids/<grid>/<arm>/      one run folder per arm
+    OUT/figures/                 what the report shows
+
+Everything that is there and finished is left alone, so that a study that was stopped
+goes on.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.scales import Scale
+from vsae_jax import evaluate, extract, features, grid, runs, train
+from vsae_jax.arms import Arm, open_arms
+from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
+from vsae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Arms = dict[str, TrainConfig]
+BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
+STORIES = BUNDLED / "sampled_stories.jsonl"
+_SEED = re.compile(r"(.*)_seed-(\d+)")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One size of the study in one folder; `labelled` are flags of evaluations on
+    texts."""
+
+    scale: Scale
+    out: Path
+    labelled: Mapping[str, str]
+
+    @property
+    def model(self) -> str:
+        """Hub id or folder of the language model."""
+        return self.scale.text.model or str(BUNDLED)
+
+    @property
+    def dataset(self) -> str:
+        """Hub id or file of the text."""
+        return self.scale.text.dataset or str(STORIES)
+
+    @property
+    def layer(self) -> int:
+        """Where the controlled arms read: the first of the scale's layers."""
+        return self.scale.text.layers[0]
+
+    def rows_path(self, preset: str, layer: int) -> Path:
+        """Where the activations under a preset of `extract` are."""
+        return self.out / "rows" / f"{preset}-{layer}"
+
+    def rows(self, preset: str, layer: int, **fields: Any) -> Path:
+        """Activations, extracted where they are not there yet."""
+        out = fields.pop("out", self.rows_path(preset, layer))
+        settings = {
+            "preset": preset,
+            "model": self.model,
+            "backend": self.scale.text.backend,
+            "layer": layer,
+            "dataset": self.dataset,
+            "num_tokens": self.scale.text.num_tokens,
+            "out": str(out),
+        }
+        extract.run(ExtractConfig(**{**settings, **fields}))
+        return out
+
+    def train(self, name: str, arms: Arms) -> Path:
+        """Trains arms, by the names of their folders, as one grid."""
+        folder = self.grid(name)
+        if not all(is_over(folder / arm) for arm in arms):
+            say(f"training {name}: {len(arms)} arms")
+            configs = [replace(config, out=str(folder)) for config in arms.values()]
+            try:
+                grid.run(configs, train=train.run_arms, names=list(arms))
+            except UserError as error:
+                # An arm that diverged is a result: it is missing in the tables.
+                if not all(is_over(folder / arm) for arm in arms):
+                    raise
+                print(error)
+        return folder
+
+    def grid(self, name: str) -> Path:
+        """The folder of a grid."""
+        return self.out / "grids" / name
+
+    def arms(self, name: str) -> list[Arm]:
+        """The arms of a grid that did not diverge."""
+        return open_arms(self.grid(name))
+
+    def evaluate(self, name: str, evals: str) -> None:
+        """Evaluates the arms of a grid, where any of them is not yet."""
+        files = [f"{each}.json" for each in evals.split(",")]
+        paths = [a.folder / runs.EVALS / f for a in self.arms(name) for f in files]
+        if not all(path.is_file() for path in paths):
+            say(f"evaluating {name}: {evals}")
+            evaluate.run(
+                EvalConfig(
+                    run=str(self.grid(name)),
+                    evals=evals,
+                    num_tokens=self.scale.eval_tokens,
+                    train_size=self.scale.train_size,
+                    test_size=self.scale.test_size,
+                    **({} if evals == "core" else self.labelled),
+                )
+            )
+
+    def metrics(self, name: str, evals: str = "core") -> dict[str, dict[int, Any]]:
+        """Each kind of arm: its metrics by seed, of all these evaluations; arms that
+        have not been evaluated are left out."""
+        found: dict[str, dict[int, Any]] = {}
+        for arm in self.arms(name):
+            kind, seed = kind_and_seed(arm.folder.name)
+            paths = [arm.folder / runs.EVALS / f"{e}.json" for e in evals.split(",")]
+            if all(path.is_file() for path in paths):
+                merged = found.setdefault(kind, {}).setdefault(seed, {})
+                for path in paths:
+                    merged |= measures(runs.read_json(path))
+        return found
+
+    def find_features(self, arms: Sequence[Arm], tokens: int, **fields: Any) -> None:
+        """Feature passes of arms that have none yet."""
+        for arm in arms:
+            if not (arm.folder / features.FOLDER / features.ARRAYS).is_file():
+                say(f"features of {arm.folder.name}")
+                features.run(
+                    features.FeaturesConfig(
+                        run=str(arm.folder), num_tokens=tokens, **fields
+                    )
+                )
+
+    def save(self, name: str, figure: "Figure", *, kind: str = "svg") -> Path:
+        """Writes a figure of the report; `kind` is png where points are many."""
+        from vsae_jax.figures import style
+
+        with style.applied():
+            paths = style.save(figure, self.out / "figures" / name)
+        kept = next(path for path in paths if path.suffix == f".{kind}")
+        for path in paths:
+            if path != kept:
+                path.unlink()
+        return kept
+
+
+def is_over(folder: Path) -> bool:
+    """Whether a run is finished, or diverged."""
+    return any((folder / name).is_file() for name in (runs.PARAMETERS, runs.DIVERGED))
+
+
+def kind_and_seed(name: str) -> tuple[str, int]:
+    """`topk_noise`, 3 from `topk_noise_seed-3`."""
+    match = _SEED.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} does not end in _seed-N")
+    return match[1], int(match[2])
+
+
+def measures(result: Mapping[str, Any]) -> dict[str, float | None]:
+    """The metrics of an evaluation, and what the study derives from them: the number
+    of alive latents, the mean nearest decoder cosine of those, and the means of SCR
+    and TPP over 2 to 50 ablated latents, so that no number of them is picked."""
+    found = dict(result["metrics"])
+    if "per_latent" in result:
+        latents = result["per_latent"]
+        density = latents["feature_density"]
+        near = latents["max_decoder_cosine_sim"]
+        alive = [c for d, c in zip(density, near, strict=True) if d]
+        found["alive"] = float(len(alive))
+        found["decoder_cosine"] = sum(alive) / len(alive) if alive else None
+    for name, template in _OVER_N.items():
+        values = [found.get(template.format(n)) for n in _NS]
+        if all(value is not None for value in values):
+            found[name] = sum(v for v in values if v is not None) / len(values)
+    return found
+
+
+_NS = (2, 5, 10, 20, 50)
+_OVER_N = {
+    "scr": "scr_metric_threshold_{}",
+    "tpp": "tpp_threshold_{}_total_metric",
+    "tpp_unintended": "tpp_threshold_{}_unintended_diff_only",
+}
+
+
+def say(text: str) -> None:
+    """A line that stands out among those of the commands."""
+    print(f"\n=== {text}", flush=True)

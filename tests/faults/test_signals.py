@@ -15,10 +15,14 @@ NUMBERS = [signal.SIGTERM, signal.SIGINT]
 
 
 def stopped(name: str, number: int, said: str, *, wait_s: float, **flags) -> float:
-    """Seconds until a command that has said so much ended after the signal."""
+    """Seconds until a command that has said so much ended after the signal; `extract`
+    is waited for until a shard is there."""
     process = start(name, **flags)
     for _ in lines_until(process, said):
         pass
+    while name == "extract" and not any(flags["out"].glob("activations-*.npy")):
+        assert process.poll() is None
+        time.sleep(0.01)
     time.sleep(wait_s)
     began = time.monotonic()
     process.send_signal(number)

@@ -196,7 +196,9 @@ def init(
     """Variables at the start: decoder rows uniform on the sphere of radius
     `decoder_init_norm`, the encoder their transpose, biases 0 unless `b_dec` is given
     (in normalised units). The key is consumed."""
-    variables = SAE(config).init(key, jnp.zeros((1, config.d_model)))
+    # The cheapest method: all parameters are made in `setup`.
+    row = jnp.zeros((1, config.d_model))
+    variables = SAE(config).init(key, row, method="normalise")
     params = cast(dict[str, Array], dict(variables["params"]))
     params["w_dec"] = params["w_dec"] * decoder_init_norm
     params["w_enc"] = params["w_enc"] * decoder_init_norm

@@ -88,7 +88,7 @@ def grids(study: Study) -> dict[str, Arms]:
                 k=t.active,
                 steps=t.steps,
                 batch_size=t.batch_size,
-                input_scale=10 * math.sqrt(t.d_model),
+                input_scale=_norm(study),
                 checkpoint_every=t.steps,
                 log_every=max(t.steps // 4, 1),
             )
@@ -213,14 +213,17 @@ def _caution() -> str:
 
 
 def _setting(study: Study) -> str:
-    t = study.scale.truth
+    t, norm = study.scale.truth, _norm(study)
+    # Amplitudes have mean 1.5 and mean square 3.25.
+    height = norm * 1.5 / math.sqrt(3.25 * t.active)
     return (
         f"{t.n_features} random directions in {t.d_model} dimensions, {t.active} on a "
         f"row in the mean, alone or in groups of {t.group} of which each member fires "
         f"half the time; {t.n_rows:,} rows. d_sae {t.n_features}, k {t.active}, "
         f"{t.steps} steps of {t.batch_size} rows, seeds 0 to {t.seeds - 1}, the "
-        f"preset's learning rate for every kind; measured on {_ROWS:,} fresh rows at "
-        "the mean. "
+        f"preset's learning rate for every kind; rows scaled to root mean square norm "
+        f"{norm:.1f}, at which a feature that fires is about {height:.0f} sigma of the "
+        f"noise high; measured on {_ROWS:,} fresh rows at the mean. "
         f"Recovered: share of features whose latent (matched one to one) has cosine > "
         f"{recovery.FOUND}. Duplicates: share of alive latents that are a feature that "
         "another one is already. Merged: share of alive latents with cosine > "
@@ -274,6 +277,11 @@ def _features(study: Study, way: str) -> synthetic.Features:
 
 def _in_words(way: str) -> str:
     return "in groups" if WAYS[way] else "each on its own"
+
+
+def _norm(study: Study) -> float:
+    """Root mean square norm of the scaled rows."""
+    return 10 * math.sqrt(study.scale.truth.d_model)
 
 
 def _grid(way: str) -> str:

@@ -158,8 +158,8 @@ def _summary(c: ReproduceConfig, study: Study) -> str:
     layers = ", ".join(map(str, study.scale.text.layers))
     return (
         f"Language model: {model}; text: {dataset}; layer {layers}. Intervals are "
-        "95 %, Student's t, of differences paired over seeds; an interval that excludes 0 is "
-        "bold, without correction for the number of comparisons. Made by "
+        "95 %, Student's t, of differences paired over seeds; one that "
+        "excludes 0 is bold, without correction for the number of comparisons. Made by "
         f"`python -m experiments.reproduce {given}`."
     )
 

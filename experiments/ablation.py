@@ -78,7 +78,8 @@ def kinds(study: Study) -> dict[str, dict[str, Any]]:
         for k in c.other_k
     }
     smaller = {f"topk_d-{d}": _TOPK | {"d_sae": d, "k": min(c.k, d)} for d in c.smaller}
-    return KINDS | other_k | smaller
+    main = {kind: KINDS[kind] for kind in c.kinds or KINDS}
+    return main | other_k | smaller
 
 
 def common(study: Study) -> dict[str, Any]:

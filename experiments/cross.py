@@ -54,7 +54,7 @@ def grids(study: Study) -> dict[str, Arms]:
     """Every combination, every seed."""
     c = study.scale.controlled
     rates = ablation.best_rates(study)
-    shared = ablation.common(study) | {
+    shared: dict[str, Any] = ablation.common(study) | {
         "variant": "vsae_topk",
         "steps": c.cross_steps,
         "checkpoint_every": c.cross_steps,
@@ -62,14 +62,14 @@ def grids(study: Study) -> dict[str, Arms]:
         "lr": rates.get("topk", c.lrs[0]),
     }
     arms = {}
-    for values in itertools.product(*SWITCHES.values()):
+    values_of = [v if n in c.crossed else list(v)[:1] for n, v in SWITCHES.items()]
+    for values in itertools.product(*values_of):
         fields: dict[str, Any] = {}
         for of_switch, value in zip(SWITCHES.values(), values, strict=True):
             fields |= of_switch[value]
         name = "_".join(map("-".join, zip(SWITCHES, values, strict=True)))
         for seed in range(c.cross_seeds):
-            config = TrainConfig(**(shared | fields | {"seed": seed}))
-            arms[f"{name}_seed-{seed}"] = config
+            arms[f"{name}_seed-{seed}"] = TrainConfig(**shared, **fields, seed=seed)
     return {GRID: arms}
 
 
@@ -112,8 +112,9 @@ def main_effects(found: Found) -> dict[str, dict[str, Interval]]:
     """`noise 1`, ...: against the first value, over all settings of the others."""
     return {
         f"{switch} {value}": {m: effect(found, switch, value, m) for m in _SHOWN}
-        for switch, values in SWITCHES.items()
+        for place, (switch, values) in enumerate(SWITCHES.items())
         for value in list(values)[1:]
+        if any(setting[place] == value for setting in found)
     }
 
 
@@ -143,9 +144,12 @@ def effect(
 
 def _interactions(found: Found) -> Table:
     rows = [["switch", "where", "alive latents"]]
+    there = [set(values) for values in zip(*found, strict=True)]
+    place = {name: i for i, name in enumerate(SWITCHES)}
     for switch, other in _PAIRS:
         for value in list(SWITCHES[switch])[1:]:
             for given in SWITCHES[other]:
-                change = effect(found, switch, value, "alive", {other: given})
-                rows.append([f"{switch} {value}", f"{other} {given}", str(change)])
+                if value in there[place[switch]] and given in there[place[other]]:
+                    change = effect(found, switch, value, "alive", {other: given})
+                    rows.append([f"{switch} {value}", f"{other} {given}", str(change)])
     return rows

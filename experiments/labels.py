@@ -1,8 +1,8 @@
 """Labelled texts made from stories by a rule, for a study without labelled data.
 
 The label is the animal that a story's beginning names, where it names just one; the
-attribute is whether its words for people are at least two to one of one gender. Written as JSON
-lines with the columns text, animal and hero.
+attribute is whether its words for people are at least two to one of one gender. Written
+as JSON lines with the columns text, animal and hero.
 """
 
 import json

@@ -15,12 +15,13 @@ from experiments.paired import Interval, difference
 from experiments.report import Section
 from experiments.study import Arms, Study
 from vsae_jax.arms import Arm
-from vsae_jax.config import TrainConfig
+from vsae_jax.config import Preset, TrainConfig, Variant
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PRESETS, VARIANTS = ("paper", "released"), ("topk", "vsae_topk")
+PRESETS: tuple[Preset, ...] = ("paper", "released")
+VARIANTS: tuple[Variant, ...] = ("topk", "vsae_topk")
 TEXT_EVALS = "sparse_probing,scr,tpp"
 
 
@@ -33,7 +34,7 @@ def grids(study: Study) -> dict[str, Arms]:
     }
 
 
-def _arms(study: Study, preset: str, layer: int) -> Arms:
+def _arms(study: Study, preset: Preset, layer: int) -> Arms:
     f = study.scale.figures
     arms = {}
     for variant in VARIANTS:

@@ -39,6 +39,7 @@ class Controlled:
     norms: root mean square norms of the scaled rows, in sqrt(d_model); 0 is norm 1.
     lrs: learning rates that every kind of arm is tried with.
     smaller: d_sae of TopK arms with fewer latents.
+    kinds: those of the ablation; all, unset. crossed: switches of the full cross.
     """
 
     d_sae: int
@@ -56,6 +57,8 @@ class Controlled:
     map_seeds: int
     cross_steps: int
     cross_seeds: int
+    kinds: tuple[str, ...] = ()
+    crossed: tuple[str, ...] = ("noise", "relu", "decoder", "auxk", "penalty")
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,15 @@ SMOKE = Scale(
         map_seeds=2,
         cross_steps=20,
         cross_seeds=2,
+        kinds=(
+            "topk",
+            "topk_noise",
+            "topk_kl",
+            "vsae",
+            "vsae_no_noise",
+            "vsae_no_penalty",
+        ),
+        crossed=("noise", "relu"),
     ),
     truth=Truth(
         d_model=32,

@@ -69,7 +69,7 @@ def norms(study: Study) -> list[float]:
 def grids(study: Study) -> dict[str, Arms]:
     """TopK and the vSAE at every norm, decoder, learning rate and seed."""
     c = study.scale.controlled
-    shared = {
+    shared: dict[str, Any] = {
         "activations": str(study.rows_path("paper", study.layer)),
         "d_sae": c.d_sae,
         "k": c.k,
@@ -78,7 +78,7 @@ def grids(study: Study) -> dict[str, Arms]:
         "checkpoint_every": c.map_steps,
         "log_every": max(c.map_steps // 2, 1),
     }
-    kinds = {"topk": {"variant": "topk", "auxk": 0.0}} | {
+    kinds: dict[str, dict[str, Any]] = {"topk": {"variant": "topk", "auxk": 0.0}} | {
         f"vsae_beta-{beta:g}": {"variant": "vsae_topk", "beta": beta}
         for beta in c.map_betas
     }

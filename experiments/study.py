@@ -38,7 +38,7 @@ class Study:
 
     scale: Scale
     out: Path
-    labelled: Mapping[str, str]
+    labelled: Mapping[str, Any]
 
     @property
     def model(self) -> str:

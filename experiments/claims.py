@@ -208,15 +208,15 @@ def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
     of_topk, of_vsae = (ablation.of_switches(found, n) for n in ("topk", "vsae"))
     penalty = {
         "KL on TopK": of_topk["topk_kl"]["alive"],
-        "no KL on the vSAE": _negative(of_vsae["vsae_no_penalty"]["alive"]),
+        "no KL on the vSAE": negative(of_vsae["vsae_no_penalty"]["alive"]),
     }
     noise = {
         "noise on TopK": of_topk["topk_noise"]["alive"],
-        "no noise on the vSAE": _negative(of_vsae["vsae_no_noise"]["alive"]),
+        "no noise on the vSAE": negative(of_vsae["vsae_no_noise"]["alive"]),
     }
     apart = {
         "noise on TopK": of_topk["topk_noise"]["decoder_cosine"],
-        "no noise on the vSAE": _negative(of_vsae["vsae_no_noise"]["decoder_cosine"]),
+        "no noise on the vSAE": negative(of_vsae["vsae_no_noise"]["decoder_cosine"]),
     }
     equal = questions.at_equal_alive(found, "vsae")
     return [
@@ -251,6 +251,6 @@ def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
     ]
 
 
-def _negative(found: Interval) -> Interval:
+def negative(found: Interval) -> Interval:
     """The effect of adding what the arm leaves out."""
     return Interval(-found.mean, -found.high, -found.low, found.n)

@@ -1,0 +1,296 @@
+"""The study: its intervals, effects, verdicts and labels from numbers that are known,
+its plan, and the whole of it at scale `smoke`."""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from experiments import (
+    ablation,
+    claims,
+    cross,
+    labels,
+    plan,
+    questions,
+    report,
+    reproduce,
+    signal_to_noise,
+)
+from experiments.paired import Interval, difference, interval
+from experiments.reproduce import PARTS, ReproduceConfig, open_study
+from experiments.scales import SCALES
+from experiments.study import STORIES, kind_and_seed, measures
+from vsae_jax import cli, runs
+from vsae_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_an_interval_is_scipys():
+    values = [0.3, -0.1, 0.4, 0.2, 0.25]
+    low, high = stats.t.interval(
+        0.95, 4, loc=statistics.fmean(values), scale=stats.sem(values)
+    )
+    found = interval(values)
+    assert found.low == pytest.approx(low)
+    assert found.high == pytest.approx(high)
+    assert found.n == 5
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have():
+    # Seeds differ by 100, arms by 1 to 1.2: only pairs show it.
+    a = {0: 1.0, 1: 101.1, 2: 201.2, 3: 7.0}
+    b = {2: 200.0, 1: 100.0, 0: 0.0}
+    found = difference(a, b)
+    assert found.n == 3
+    assert found.mean == pytest.approx(1.1)
+    assert found.sign == 1
+    assert difference(b, a).sign == -1
+
+
+def test_a_single_seed_proves_nothing():
+    found = difference({0: 5.0}, {0: 0.0})
+    assert math.isnan(found.low)
+    assert found.sign == 0
+    assert str(found) == "+5.0000 (n=1)"
+
+
+UP, DOWN = Interval(1, 0.5, 1.5, 3), Interval(-1, -1.5, -0.5, 3)
+FLAT = Interval(0.1, -1, 1.2, 3)
+
+
+@pytest.mark.parametrize(
+    ("ours", "sign", "said"),
+    [
+        ({"a": UP, "b": UP}, 1, "holds"),
+        ({"a": UP, "b": FLAT}, 1, "holds only for a"),
+        ({"a": UP, "b": DOWN}, -1, "holds only for b"),
+        ({"a": DOWN, "b": FLAT}, 1, "does not hold"),
+        ({"a": FLAT}, 1, "not shown"),
+        ({"a": FLAT, "b": FLAT}, 0, "holds"),
+        ({"a": UP}, 0, "does not hold"),
+    ],
+)
+def test_verdicts(ours, sign, said):
+    assert claims.verdict(ours, sign) == said
+
+
+def test_leaving_out_is_the_negative_of_adding():
+    added = claims.negative(Interval(-2.0, -3.0, -1.0, 4))
+    assert added == Interval(2.0, 1.0, 3.0, 4)
+    assert added.sign == 1
+
+
+def of_cross(alive) -> dict:
+    """Metrics of a full cross: `alive(setting as a dict, seed)`."""
+    import itertools
+
+    found = {}
+    for setting in itertools.product(*cross.SWITCHES.values()):
+        named = dict(zip(cross.SWITCHES, setting, strict=True))
+        found[setting] = {s: {"alive": alive(named, s)} for s in range(3)}
+    return found
+
+
+def test_a_main_effect_of_the_cross_is_what_was_put_in():
+    found = of_cross(
+        lambda on, seed: (
+            100.0 + seed - 30 * (on["noise"] == "1") - 7 * (on["penalty"] == "kl")
+        )
+    )
+    assert cross.effect(found, "noise", "1", "alive").mean == pytest.approx(-30)
+    assert cross.effect(found, "noise", "learned", "alive").mean == pytest.approx(0)
+    assert cross.effect(found, "penalty", "kl", "alive").mean == pytest.approx(-7)
+
+
+def test_an_interaction_is_seen_where_it_is():
+    found = of_cross(
+        lambda on, seed: 100.0 - 40 * (on["noise"] == "1" and on["penalty"] == "kl")
+    )
+    for penalty, change in (("kl", -40), ("none", 0)):
+        where = {"penalty": penalty}
+        effect = cross.effect(found, "noise", "1", "alive", where)
+        assert effect.mean == pytest.approx(change)
+
+
+def test_equal_alive_latents_are_on_topks_curve():
+    """A curve of log2(alive) / 10: an arm above it by 0.05 gains that."""
+
+    def arm(alive: float, more: float = 0.0) -> dict:
+        value = math.log2(alive) / 10 + more
+        return {s: {"alive": alive, "explained_variance": value + s} for s in range(3)}
+
+    found = {"topk": arm(512), "topk_d-64": arm(64), "vsae": arm(200, 0.05)}
+    gain = questions.at_equal_alive(found, "vsae")["explained_variance"]
+    assert gain.mean == pytest.approx(0.05, abs=0.003)
+    found["vsae"] = arm(30)
+    assert questions.at_equal_alive(found, "vsae") == {}
+
+
+def test_kinds_that_sample_or_have_a_kl_are_variational():
+    assert not questions.is_variational("topk")
+    assert not questions.is_variational("topk_auxk")
+    assert not questions.is_variational("vsae_k-16")
+    for kind in ("topk_noise", "topk_kl", "vsae", "vsae_no_noise", "vsae_l1"):
+        assert questions.is_variational(kind), kind
+
+
+def test_every_arm_of_the_ablation_differs_from_its_base_in_one_switch():
+    base = {"topk": {"relu": True}, "vsae": {}}
+    for kind, fields in ablation.KINDS.items():
+        name = kind.split("_")[0]
+        changed = {
+            field
+            for field, value in fields.items()
+            if (base[name] | ablation.KINDS[name]).get(field) != value
+        }
+        # A penalty and the number that goes with it are one switch; so are a learned
+        # variance and the noise that it is of.
+        together = {"penalty", "beta"}, {"noise_std", "variance"}
+        together += ({"penalty", "beta", "kl_over"},)
+        assert len(changed) <= 1 or changed in together, kind
+
+
+def test_measures_are_of_alive_latents_and_of_no_chosen_number():
+    result = {
+        "metrics": {f"scr_metric_threshold_{n}": n / 10 for n in (2, 5, 10, 20, 50)},
+        "per_latent": {
+            "feature_density": [0.1, 0.0, 0.2],
+            "max_decoder_cosine_sim": [0.5, 1.0, 0.7],
+        },
+    }
+    found = measures(result)
+    assert found["alive"] == 2
+    assert found["decoder_cosine"] == pytest.approx(0.6)
+    assert found["scr"] == pytest.approx(1.74)
+    assert "tpp" not in found
+
+
+def test_names_of_arms():
+    assert kind_and_seed("vsae_beta-0.01_seed-12") == ("vsae_beta-0.01", 12)
+    with pytest.raises(ValueError, match="_seed-N"):
+        kind_and_seed("topk")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Tim had a dog. He ran.", ("dog", "boy")),
+        ("Sue had a cat. Her cat and she, and he.", ("cat", "girl")),
+        ("Sue and her dog saw a cat.", None),
+        ("A bird. She saw him.", None),
+        ("The dogs of him.", None),
+        ("A dog.", None),
+    ],
+)
+def test_labels_of_stories(text, found):
+    assert labels.labels_of(text) == found
+
+
+def test_labelled_stories_are_written_once(tmp_path):
+    stories = [
+        f"{hero} had a {a} {n}."
+        for n in range(30)
+        for a in labels.ANIMALS
+        for hero in ("She", "He")
+    ]
+    path = labels.write(tmp_path / "texts" / "stories.jsonl", stories, most=26)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 26 * 6
+    assert {row["hero"] for row in rows} == {"girl", "boy"}
+    labels.write(path, [], most=26)
+    with pytest.raises(UserError, match="too few texts"):
+        labels.write(tmp_path / "none.jsonl", stories[:60], most=26)
+
+
+def test_the_page_escapes_and_needs_nothing_else(tmp_path):
+    figure = tmp_path / "figures" / "one.svg"
+    figure.parent.mkdir()
+    figure.write_text("<svg/>")
+    section = report.Section(
+        "<T>", "a < b", "", "cmd --x", ["`x` & y", [["h"], ["**+1**"]], figure]
+    )
+    report.write(tmp_path, "Title", "* one\n* two", [section])
+    page = (tmp_path / "report.html").read_text()
+    assert "&lt;T&gt;" in page and "a &lt; b" in page
+    assert "<code>x</code> &amp; y" in page and "<td><b>+1</b></td>" in page
+    assert (
+        "data:image/svg+xml;base64," in page and "http" not in page.split("</head>")[1]
+    )
+    assert "![one](figures/one.svg)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_the_plan_of_every_scale(scale, tmp_path, capsys):
+    """Counts every grid once, writes nothing, needs neither hub nor GPU."""
+    out = tmp_path / "out"
+    argv = ["reproduce", f"--scale={scale}", "--dry_run", f"--out={out}"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 0
+    text = capsys.readouterr().out
+    study = open_study(ReproduceConfig(scale=scale, out=str(out)))
+    arms = {n: a for part in PARTS.values() for n, a in part.grids(study).items()}
+    total = sum(map(len, arms.values()))
+    assert f"| all | {total:,} |" in text
+    assert not out.exists()
+
+
+def test_the_plan_counts_steps_and_operations(tmp_path):
+    study = open_study(ReproduceConfig(scale="smoke", out=str(tmp_path / "out")))
+    grid = signal_to_noise.grids(study)[signal_to_noise.GRID]
+    c = SCALES["smoke"].controlled
+    needs = plan.of_grid(study, grid)
+    arms = len(c.norms) * 2 * (1 + len(c.map_betas)) * len(c.map_lrs) * c.map_seeds
+    assert needs.arms == arms == len(grid)
+    assert needs.steps == arms * c.map_steps
+    products = 12 * 128 * c.d_sae * c.batch_size
+    assert needs.operations == needs.steps * products
+
+
+def test_an_unknown_part_is_named(capsys):
+    argv = ["reproduce", "--only=fig99"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 2
+    assert "--only=fig99 is not a part; there is signal_to_noise" in (
+        capsys.readouterr().err
+    )
+
+
+def reproduced(out: Path) -> str:
+    command = [sys.executable, "-m", "experiments.reproduce", "--scale=smoke"]
+    done = subprocess.run(
+        [*command, f"--out={out}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path):
+    """The study at its smallest: every part's section, table and figure; the second
+    run trains and evaluates nothing and says the same."""
+    out = tmp_path / "smoke"
+    first = reproduced(out)
+    assert "=== training" in first
+    text = (out / "report.md").read_text()
+    for title in (
+        "Three questions",
+        "The paper's claims",
+        "Signal to noise",
+        "Figure 3",
+    ):
+        assert f"## {title}" in text
+    assert text.count("## ") == len(PARTS)
+    pictures = {path.name for path in (out / "figures").iterdir()}
+    assert {"signal_to_noise.svg", "ablation_vsae.svg", "ground_truth.svg"} <= pictures
+    grids = out / "grids"
+    for arm in runs.run_folders(grids / "ablation"):
+        found = runs.read_json(arm / "evals" / "scr.json")
+        assert found["metrics"], arm
+    again = reproduced(out)
+    assert "=== training" not in again and "=== evaluating" not in again
+    assert (out / "report.md").read_text() == text
+    assert STORIES.is_file()

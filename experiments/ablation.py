@@ -25,7 +25,6 @@ from experiments.study import Arms, Study
 from vsae_jax import arms as arms_module
 from vsae_jax.config import TrainConfig
 
-COMMAND = "python -m experiments.reproduce --scale={scale} --only={name} --out=DIR"
 TUNING, GRID = "tuning", "ablation"
 # The seed of the search for a learning rate; the arms have others.
 _TUNING_SEED = 1000
@@ -159,7 +158,6 @@ def run(study: Study) -> Section:
         "the KL term kills features; the variational method makes features more "
         "independent (SCR, TPP)",
         "no ablation; the compared models differed in at least six things",
-        COMMAND.format(scale="standin", name="ablation"),
         parts,
     )
 

@@ -48,11 +48,10 @@ def run(study: Study) -> Section:
         *_of_causes(study, found),
     ]
     rows = [["the paper", "its files", "ours", "verdict"]]
-    rows += [[c.text, c.code, _ours(c), _said(c)] for c in claims]
+    rows += [[c.text, c.code, _ours(c), verdict(c.ours, c.sign)] for c in claims]
     rows += [[text, "-", "-", why] for text, why in _UNTESTED]
-    return paper_grids.section(
-        "claims",
-        [
+    return Section(
+        parts=[
             "`paper-L` and `released-L` are vSAE - TopK under the two presets at layer "
             "L, the mean over k; the others are arms of the ablation. "
             "`released` differs in six things at once.",
@@ -90,12 +89,8 @@ def verdict(ours: dict[str, Interval], sign: int) -> str:
 
 
 def _ours(claim: Claim) -> str:
-    return "; ".join(f"{name} {found}" for name, found in claim.ours.items())
-
-
-def _said(claim: Claim) -> str:
-    said = verdict(claim.ours, claim.sign)
-    return f"{said}; {claim.note}" if claim.note else said
+    numbers = "; ".join(f"{name} {found}" for name, found in claim.ours.items())
+    return f"{claim.note}: {numbers}" if claim.note else numbers
 
 
 def _of_core(study: Study, names: Sequence[str]) -> list[Claim]:
@@ -126,7 +121,7 @@ def _of_core(study: Study, names: Sequence[str]) -> list[Claim]:
             "80.0 % fewer where nothing is clipped",
             {n: _share(study, n, "alive") for n in names},
             -1,
-            "ours as a share of TopK's",
+            "as a share of TopK's",
         ),
         Claim(
             "latents of the vSAE are used more evenly (4.3)",
@@ -139,7 +134,7 @@ def _of_core(study: Study, names: Sequence[str]) -> list[Claim]:
             "one t-SNE of each",
             ours("decoder_cosine"),
             -1,
-            "by the nearest decoder cosine of alive latents, lower is more dispersed",
+            "nearest decoder cosine of alive latents, lower is more dispersed",
         ),
     ]
 
@@ -253,4 +248,4 @@ def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
 
 def negative(found: Interval) -> Interval:
     """The effect of adding what the arm leaves out."""
-    return Interval(-found.mean, -found.high, -found.low, found.n)
+    return Interval(0.0 - found.mean, 0.0 - found.high, 0.0 - found.low, found.n)

@@ -95,7 +95,6 @@ def run(study: Study) -> Section:
         "The full cross",
         "none",
         "no such experiment",
-        ablation.COMMAND.format(scale="standin", name="cross"),
         parts,
     )
 

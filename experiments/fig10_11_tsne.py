@@ -39,9 +39,11 @@ def run(study: Study) -> Section:
     drawn = paper_grids.draw(
         study, [name], maps.panels, label="fig10_11", arms=lambda _: mapped, kind="png"
     )
-    return paper_grids.section(
-        "fig10_11_tsne",
-        [*drawn, *([_numbers(mapped)] if mapped else ["No arm could be mapped."])],
+    return Section(
+        parts=[
+            *drawn,
+            *([_numbers(mapped)] if mapped else ["No arm could be mapped."]),
+        ],
         title="Figures 10 and 11: maps",
         claim="the vSAE's latents are more dispersed and more evenly used",
         paper="one map of each; cluster sizes 56 to 151 (vSAE), 60 to 152 (SAE)",

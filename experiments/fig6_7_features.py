@@ -54,9 +54,8 @@ def run(study: Study) -> Section:
     drawn = paper_grids.draw(
         study, [name], features.pages, label="fig6_7", arms=lambda _: arms
     )
-    return paper_grids.section(
-        "fig6_7_features",
-        [
+    return Section(
+        parts=[
             "Picked by a rule, not by eye: the latent in the middle by firing rate of "
             "those that fire on 0.1 % to 5 % of the tokens.",
             *drawn,

@@ -40,9 +40,8 @@ def run(study: Study) -> Section:
         label="fig8_9",
         arms=lambda name: paper_grids.with_first_k(study, name),
     )
-    return paper_grids.section(
-        "fig8_9_histograms",
-        [*drawn, *(_counts(study, name) for name in names)],
+    return Section(
+        parts=[*drawn, *(_counts(study, name) for name in names)],
         title="Figures 8 and 9: maximum activations",
         claim="the vSAE has 82 % fewer latents that were recorded as active",
         paper="1,227 against 6,970 (82 % fewer) of a clipped histogram; 1,474 against "

@@ -121,7 +121,6 @@ def run(study: Study) -> Section:
         "sampling creates a dispersive pressure that organises features and keeps them "
         "from overlapping",
         "no test against known features",
-        ablation.COMMAND.format(scale="standin", name="ground_truth"),
         parts,
     )
 

@@ -30,8 +30,9 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes 0; else 0."""
-        return (self.low > 0) - (self.high < 0)
+        """1 or -1 where the interval excludes 0; else 0. Seeds that agree to the last
+        digit, as a few accuracies may, show nothing."""
+        return ((self.low > 0) - (self.high < 0)) * (self.low < self.high)
 
 
 def difference(a: Mapping[int, float], b: Mapping[int, float]) -> Interval:

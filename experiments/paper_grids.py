@@ -150,18 +150,6 @@ def lines_section(
 
     names = trained(study, evals)
     drawn = draw(study, names, partial(lines.draw, figure), label=part, arms=study.arms)
-    return section(
-        part,
-        [
-            *drawn,
-            "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:",
-            difference_table(study, names, measures, figure),
-        ],
-        **facts,
-    )
-
-
-def section(part: str, parts: list[Any], **facts: str) -> Section:
-    """A section of the report, with the command that makes it."""
-    command = f"python -m experiments.reproduce --scale=standin --only={part} --out=DIR"
-    return Section(command=command, parts=parts, **facts)
+    said = "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:"
+    table = difference_table(study, names, measures, figure)
+    return Section(parts=[*drawn, said, table], **facts)

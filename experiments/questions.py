@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import ablation, cross, paper_grids, signal_to_noise
+from experiments import ablation, cross, signal_to_noise
 from experiments.effects import MEASURES, effects_figure, effects_table
 from experiments.paired import Interval, difference
 from experiments.report import Section
@@ -56,9 +56,7 @@ def run(study: Study) -> Section:
         effects_table(equal, _EQUAL_ALIVE),
         study.save("equal_alive", figure),
     ]
-    return paper_grids.section(
-        "questions", parts, title="Three questions", claim="", paper=""
-    )
+    return Section(parts=parts, title="Three questions", claim="", paper="")
 
 
 def is_variational(kind: str) -> bool:

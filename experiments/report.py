@@ -24,14 +24,14 @@ _STYLE = (
 
 
 class Section(NamedTuple):
-    """One experiment: what is claimed, what the paper has, how to make it, what came
-    out (paragraphs, tables with a header, files of figures)."""
+    """One experiment: what is claimed, what the paper has, what came out (paragraphs,
+    tables with a header, files of figures), and the command, which the report adds."""
 
     title: str
     claim: str
     paper: str
-    command: str
     parts: Sequence[str | Table | Path]
+    command: str = ""
 
 
 def write(out: Path, title: str, summary: str, sections: Sequence[Section]) -> None:

@@ -100,7 +100,8 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
     sections = {}
     for name in names:
         say(name)
-        sections[name] = PARTS[name].run(study)
+        command = f"python -m experiments.reproduce --scale={c.scale} --only={name}"
+        sections[name] = PARTS[name].run(study)._replace(command=command)
     order = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
     report.write(
         study.out,

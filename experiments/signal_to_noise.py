@@ -162,8 +162,6 @@ def run(study: Study) -> Section:
         "Signal to noise",
         "sampling at sigma = 1 (paper 2.2.1)",
         "input scale and decoder norm are not mentioned; the code never samples",
-        "python -m experiments.reproduce --scale=standin --only=signal_to_noise "
-        "--out=DIR",
         [
             f"d_sae {c.d_sae}, k {c.k}, {c.map_steps} steps of {c.batch_size} rows, "
             f"{c.map_seeds} seeds, the better of learning rates "

@@ -13,7 +13,7 @@ experiments/results/standin/report.md.
 
 from typing import Any
 
-from experiments import ablation, paper_grids
+from experiments import ablation
 from experiments.report import Section
 from experiments.study import Arms, Study
 from vsae_jax import arms as arms_module
@@ -61,9 +61,8 @@ def run(study: Study) -> Section:
         values = (list(ablation.pick(seeds, m).values()) for m in _MEASURES)
         cells = [arms_module.spread(v) for v in values]
         rows.append([kind, str(len(seeds)), *cells])
-    return paper_grids.section(
-        "without_topk",
-        [
+    return Section(
+        parts=[
             f"d_sae {study.scale.controlled.d_sae}; L0 counts latents that are not 0, "
             "of the mean (evaluation does not sample). Mean ± standard deviation.",
             rows,

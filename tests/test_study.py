@@ -59,6 +59,7 @@ def test_a_single_seed_proves_nothing():
     assert math.isnan(found.low)
     assert found.sign == 0
     assert str(found) == "+5.0000 (n=1)"
+    assert difference({0: 5.0, 1: 5.0}, {0: 4.0, 1: 4.0}).sign == 0
 
 
 UP, DOWN = Interval(1, 0.5, 1.5, 3), Interval(-1, -1.5, -0.5, 3)
@@ -214,7 +215,7 @@ def test_the_page_escapes_and_needs_nothing_else(tmp_path):
     figure.parent.mkdir()
     figure.write_text("<svg/>")
     section = report.Section(
-        "<T>", "a < b", "", "cmd --x", ["`x` & y", [["h"], ["**+1**"]], figure]
+        "<T>", "a < b", "", ["`x` & y", [["h"], ["**+1**"]], figure], "cmd --x"
     )
     report.write(tmp_path, "Title", "* one\n* two", [section])
     page = (tmp_path / "report.html").read_text()

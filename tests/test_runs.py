@@ -191,6 +191,12 @@ def test_a_grid_that_names_a_folder_elsewhere_is_refused(tmp_path, name):
     assert f"grid.json: {name!r} is no folder in the grid" in message
 
 
+def test_an_arm_with_a_name_too_long_for_a_folder_is_refused(tmp_path):
+    runs.write_json(tmp_path / runs.GRID, {"arms": ["9" * 5000]})
+    with pytest.raises(UserError, match="too long for a folder"):
+        runs.run_folders(tmp_path)
+
+
 @pytest.mark.parametrize("grid", [{}, {"arms": []}, {"arms": "abc"}])
 def test_a_grid_without_arms_is_refused(tmp_path, grid):
     runs.write_json(tmp_path / "grid.json", grid)

@@ -4,6 +4,7 @@ A grid's folder holds one run folder per arm, and grid.json names them.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,8 @@ CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summar
 DIVERGED = "diverged.json"
 _JSON_LIMIT = 2**26
 _LINE_LIMIT = 2**20
+# Bytes in the name of a file, on all common file systems.
+_NAME_LIMIT = 255
 # What evaluation reads of a run's `data`.
 DATA = {
     "manifest": str,
@@ -130,6 +133,8 @@ def _arm_name(arm: Any, grid: Path) -> str:
     name = arm.get("folder") if isinstance(arm, dict) else arm
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise UserError(f"{grid}: {name!r} is no folder in the grid")
+    if len(os.fsencode(name)) > _NAME_LIMIT:
+        raise UserError(f"{grid}: {name[:40]!r}... is too long for a folder")
     return name
 
 

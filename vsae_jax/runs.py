@@ -4,7 +4,6 @@ A grid's folder holds one run folder per arm, and grid.json names them.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -133,7 +132,7 @@ def _arm_name(arm: Any, grid: Path) -> str:
     name = arm.get("folder") if isinstance(arm, dict) else arm
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise UserError(f"{grid}: {name!r} is no folder in the grid")
-    if len(os.fsencode(name)) > _NAME_LIMIT:
+    if len(name.encode(errors="replace")) > _NAME_LIMIT:
         raise UserError(f"{grid}: {name[:40]!r}... is too long for a folder")
     return name
 

@@ -207,7 +207,15 @@ def words(study: Study, found: list[Cell]) -> str:
 
 
 def _named(found: list[Cell]) -> str:
-    names = [f"{c.decoder} decoder, norm {c.norm:g}, beta {c.beta:g}" for c in found]
+    """`unit decoder at norm 1 (beta 0, 0.1)`, ...; `none`."""
+    betas: dict[tuple[bool, float], list[str]] = {}
+    for cell in sorted(found, key=lambda c: (c.decoder != "unit", c.norm, c.beta)):
+        place = cell.decoder != "unit", cell.norm
+        betas.setdefault(place, []).append(f"{cell.beta:g}")
+    names = [
+        f"{'free' if free else 'unit'} decoder at norm {norm:g} (beta {', '.join(of)})"
+        for (free, norm), of in betas.items()
+    ]
     return "; ".join(names) or "none"
 
 

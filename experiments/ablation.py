@@ -200,7 +200,7 @@ def _values(study: Study, found: Mapping[str, Mapping[int, Any]]) -> list[list[s
     rows = [
         [
             kind,
-            f"{rates[kind]:g}",
+            f"{rates[kind]:g}" if kind in rates else "-",
             str(len(seeds)),
             *(arms_module.spread(list(pick(seeds, m).values())) for m in MEASURES),
         ]

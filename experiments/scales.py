@@ -159,7 +159,7 @@ STANDIN = Scale(
         map_lrs=(1e-3, 4e-3),
         map_steps=600,
         map_seeds=3,
-        cross_steps=500,
+        cross_steps=300,
         cross_seeds=3,
     ),
     truth=Truth(

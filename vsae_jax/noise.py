@@ -41,5 +41,6 @@ def _normal_of(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     from_one_to_two = lax.bitcast_convert_type(
         (bits >> 9) | jnp.uint32(0x3F800000), jnp.float32
     )
-    u = from_one_to_two * 2 - np.float32(3 - 2**-23)
+    # Exact in float32; 3 - 2^-23 is not, and a u of -1 would be an eps of -inf.
+    u = (from_one_to_two - np.float32(1.5)) * 2 + np.float32(2**-23)
     return np.float32(np.sqrt(2)) * lax.erf_inv(u)

@@ -13,12 +13,14 @@ the bundled model's own stories, which may be printed. Ours:
 experiments/results/standin/report.md.
 """
 
+import shutil
+
 import numpy as np
 
 from experiments import paper_grids
 from experiments.report import Section
 from experiments.study import STORIES, Arms, Study
-from vsae_jax import maximise, tsne
+from vsae_jax import maximise, runs, tsne
 from vsae_jax.arms import Arm
 from vsae_jax.errors import UserError
 
@@ -42,6 +44,7 @@ def run(study: Study) -> Section:
         if arm.settings.get("seed", 0) == 0
     ]
     stories = _stories(study, name)
+    arms = [_copy(study, arm) for arm in arms]
     study.find_features(arms, study.scale.figures.feature_tokens, activations=stories)
     for arm in arms:
         latent = middle(arm)
@@ -64,6 +67,16 @@ def run(study: Study) -> Section:
         claim="no large difference in interpretability",
         paper="two latents picked by eye",
     )
+
+
+def _copy(study: Study, arm: Arm) -> Arm:
+    """The trained arm once more, for what is made of these texts alone: the other
+    figures have their own passes over the held-out text."""
+    folder = study.out / "stories" / arm.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (runs.CONFIG, runs.PARAMETERS):
+        shutil.copyfile(arm.folder / name, folder / name)
+    return arm._replace(folder=folder)
 
 
 def _stories(study: Study, name: str) -> str:

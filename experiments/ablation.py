@@ -184,13 +184,15 @@ def pick(seeds: Mapping[int, Mapping[str, Any]], measure: str) -> dict[int, floa
 
 
 def _setting(study: Study) -> str:
-    c = study.scale.controlled
+    c, rates = study.scale.controlled, best_rates(study)
+    at_the_edge = sum(rate == max(c.lrs) for rate in rates.values())
     return (
         f"d_sae {c.d_sae}, k {c.k}, {c.steps} steps of {c.batch_size} rows, root mean "
         f"square row norm {signal_to_noise.recommended(study):g}, seeds 0 to "
         f"{c.seeds - 1}; evaluated at the mean on {study.scale.eval_tokens:,} held-out "
         "tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
-        f"Learning rates tried for every kind: {', '.join(f'{r:g}' for r in c.lrs)}."
+        f"Learning rates tried for every kind: {', '.join(f'{r:g}' for r in c.lrs)}; "
+        f"the largest was the best of {at_the_edge} of {len(rates)} kinds."
     )
 
 

@@ -68,7 +68,7 @@ def measured(folder, lm, tokens, *, batch_size=16, **data) -> dict:
 @pytest.fixture
 def tiny_run(tiny_run, tmp_path) -> Path:
     """`evaluate` writes into the run's folder."""
-    return copied(tiny_run, tmp_path / "trained")
+    return copied(tiny_run, tmp_path / tiny_run.name)
 
 
 def evaluated(folder, **flags) -> dict:

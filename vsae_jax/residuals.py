@@ -111,6 +111,9 @@ def write(
     last: futures.Future[Piece] | None = None
 
     def finish_first() -> None:
+        # What waits to be written may be much, of small pieces on a slow disk.
+        if caught.signal:
+            raise _interrupted(writer, caught.signal)
         bar.update(written.popleft().result().n_contexts * m.context_length)
 
     disk = futures.ThreadPoolExecutor(1, "disk")

@@ -13,6 +13,7 @@ from vsae_jax.npy import replace_file
 Table = list[list[str]]
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 _CODE = re.compile(r"`([^`]+)`")
+_BOLD = re.compile(r"\*\*(.+?)\*\*")
 _STYLE = (
     "body{font:15px/1.45 sans-serif;max-width:72em;margin:2em auto;padding:0 1em;"
     "color:#111;background:#fff}table{border-collapse:collapse;margin:1em 0;"
@@ -107,11 +108,9 @@ def _table(rows: Table) -> str:
 
 
 def _inline(text: str) -> str:
-    """A cell or a paragraph: `**bold**` as a whole cell, and `code`."""
-    text = html.escape(text)
-    if len(text) > 4 and text.startswith("**") and text.endswith("**"):
-        text = f"<b>{text[2:-2]}</b>"
-    return _CODE.sub(r"<code>\1</code>", text)
+    """A cell or a paragraph, with `**bold**` and `code`."""
+    bold = _BOLD.sub(r"<b>\1</b>", html.escape(text))
+    return _CODE.sub(r"<code>\1</code>", bold)
 
 
 def _image(path: Path) -> str:

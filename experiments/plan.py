@@ -1,18 +1,20 @@
 """What a study would take: arms, steps, disk, memory, time, before anything is done."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 from experiments.study import Arms, Study
 from vsae_jax import arms as arms_module
-from vsae_jax import sweep
+from vsae_jax import runs, sweep
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.progress import size
 
 # Of the matrix products of a step, what two CPU cores and a large GPU have reached
 # (BUILD_NOTES.md, 3; the GPU's number is an estimate: a tenth of its bfloat16 peak).
 _RATES = {"two CPU cores": 6e10, "one H100 (estimate)": 1e14}
+_PYTHIA_70M = 512
 # Float32 parameters and two moments in one checkpoint, and the parameters once more.
 _COPIES = 4
 
@@ -65,10 +67,12 @@ def _of_arm(study: Study, config: TrainConfig) -> Needs:
 
 
 def d_model_of(study: Study, config: TrainConfig) -> int:
-    """Of the language model, or of the synthetic rows."""
-    if "truth" in config.activations:
+    """Of the synthetic rows, or of the language model: a local one's own, else that of
+    Pythia-70M."""
+    if Path(config.activations).name.startswith("truth"):
         return study.scale.truth.d_model
-    return 512 if study.scale.text.model.endswith("pythia-70m-deduped") else 128
+    path = Path(study.model) / "config.json"
+    return runs.read_json(path)["hidden_size"] if path.is_file() else _PYTHIA_70M
 
 
 def _total(needs: Sequence[Needs]) -> Needs:
@@ -94,7 +98,7 @@ def _time(seconds: float) -> str:
 
 
 def _rows(study: Study) -> str:
-    d_model = 512 if study.scale.text.model else 128
+    d_model = d_model_of(study, TrainConfig())
     bytes_each = 2 * d_model * study.scale.text.num_tokens
     n = 2 * len(study.scale.text.layers)
     return f"{n} folders of {size(bytes_each)}"

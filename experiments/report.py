@@ -35,10 +35,18 @@ class Section(NamedTuple):
     command: str = ""
 
 
-def write(out: Path, title: str, summary: str, sections: Sequence[Section]) -> None:
-    """Writes `out/report.md` and `out/report.html`."""
-    replace_file(out / "report.md", markdown(out, title, summary, sections).encode())
-    replace_file(out / "report.html", page(title, summary, sections).encode())
+def write(
+    stem: Path, title: str, summary: str, sections: Sequence[Section]
+) -> list[Path]:
+    """Writes `stem`.md and `stem`.html, in the folder that holds the figures; returns
+    both."""
+    texts = {
+        stem.with_suffix(".md"): markdown(stem.parent, title, summary, sections),
+        stem.with_suffix(".html"): page(title, summary, sections),
+    }
+    for path, text in texts.items():
+        replace_file(path, text.encode())
+    return list(texts)
 
 
 def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -> str:

@@ -2,7 +2,8 @@
 
 Extracts, trains every grid, evaluates, draws, and writes `report.md`, `report.html` and
 `figures/`; stopped or killed, the same command goes on. `--only` takes some of the
-parts, `--dry_run` prints what would be done and what it would take.
+parts (and writes `report_<parts>.md`), `--dry_run` prints what would be done and what
+it would take.
 
 `smoke` needs nothing but this repository. `standin` takes any small GPT-NeoX and any
 stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `paper`
@@ -103,13 +104,15 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
         command = f"python -m experiments.reproduce --scale={c.scale} --only={name}"
         sections[name] = PARTS[name].run(study)._replace(command=command)
     order = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
-    report.write(
-        study.out,
+    # Some of the parts do not take the whole report's place.
+    stem = "_".join(["report", *names]) if c.only else "report"
+    written = report.write(
+        study.out / stem,
         f"The study at scale {c.scale}",
         _summary(c, study),
         [sections[name] for name in order],
     )
-    print(f"wrote {study.out / 'report.md'} and report.html")
+    print(f"wrote {written[0]} and {written[1].name}")
 
 
 def open_study(c: ReproduceConfig) -> Study:

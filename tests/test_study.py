@@ -217,7 +217,7 @@ def test_the_page_escapes_and_needs_nothing_else(tmp_path):
     section = report.Section(
         "<T>", "a < b", "", ["`x` & y", [["h"], ["**+1**"]], figure], "cmd --x"
     )
-    report.write(tmp_path, "Title", "* one\n* two", [section])
+    report.write(tmp_path / "report", "Title", "* one\n* two", [section])
     page = (tmp_path / "report.html").read_text()
     assert "&lt;T&gt;" in page and "a &lt; b" in page
     assert "<code>x</code> &amp; y" in page and "<td><b>+1</b></td>" in page

@@ -117,12 +117,15 @@ def grids(study: Study) -> dict[str, Arms]:
         for kind, fields in kinds(study).items()
         for seed in range(c.seeds)
     }
-    return {TUNING: tuning, GRID: arms}
+    return ({TUNING: tuning} if len(c.lrs) > 1 else {}) | {GRID: arms}
 
 
 def best_rates(study: Study) -> dict[str, float]:
     """Of each kind the learning rate with the best explained variance on held-out
     rows; empty before the search."""
+    lrs = study.scale.controlled.lrs
+    if len(lrs) == 1:
+        return dict.fromkeys(kinds(study), lrs[0])
     if not (study.grid(TUNING) / "grid.json").is_file():
         return {}
     best: dict[str, tuple[float, float]] = {}
@@ -138,8 +141,9 @@ def run(study: Study) -> Section:
     """Trains, evaluates and compares."""
     study.rows("paper", study.layer)
     signal_to_noise.measured(study)
-    study.train(TUNING, grids(study)[TUNING])
-    study.evaluate(TUNING, "core")
+    if TUNING in grids(study):
+        study.train(TUNING, grids(study)[TUNING])
+        study.evaluate(TUNING, "core")
     study.train(GRID, grids(study)[GRID])
     study.evaluate(GRID, "core")
     study.evaluate(GRID, "scr,tpp")

@@ -104,7 +104,7 @@ SMOKE = Scale(
         batch_size=64,
         lrs=(3e-3,),
         norms=(0.0, 10.0),
-        map_betas=(0.0, 0.1),
+        map_betas=(0.1,),
         map_lrs=(3e-3,),
         map_steps=60,
         map_seeds=2,
@@ -118,7 +118,7 @@ SMOKE = Scale(
             "vsae_no_noise",
             "vsae_no_penalty",
         ),
-        crossed=("noise", "relu"),
+        crossed=("noise",),
     ),
     truth=Truth(
         d_model=32,

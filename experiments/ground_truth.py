@@ -77,7 +77,7 @@ HeldOut = Callable[[], tuple[np.ndarray, np.ndarray]]
 def grids(study: Study) -> dict[str, Arms]:
     """Every kind and seed on the rows of each way; writes nothing."""
     t = study.scale.truth
-    kinds = [kind for kind in KINDS if kind in ablation.kinds(study)]
+    kinds = [kind for kind in t.kinds or KINDS if kind in ablation.kinds(study)]
     return {
         _grid(way): {
             f"{kind}_seed-{seed}": ablation.configured(

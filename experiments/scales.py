@@ -63,7 +63,7 @@ class Controlled:
 
 @dataclass(frozen=True)
 class Truth:
-    """Synthetic rows from known features."""
+    """Synthetic rows from known features. kinds: of arms; those of the part, unset."""
 
     d_model: int
     n_features: int
@@ -73,6 +73,7 @@ class Truth:
     steps: int
     batch_size: int
     seeds: int
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ SMOKE = Scale(
         steps=200,
         batch_size=64,
         seeds=2,
+        kinds=("topk", "vsae"),
     ),
     eval_tokens=3_000,
     train_size=160,

@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax import cli, extract, text
-from vsae_jax.config import ExtractConfig, resolve_extract
-from vsae_jax.fields import check_at_least, flag
+from vsae_jax import extract
+from vsae_jax.activations import text
+from vsae_jax.config import ExtractConfig, cli, resolve_extract
+from vsae_jax.config.fields import check_at_least, flag
 from vsae_jax.lm import (
     LanguageModel,
     check_layer,

@@ -21,9 +21,9 @@ from benchmarks.gpu_cases import Case
 from benchmarks.table import markdown
 from benchmarks.train_step import Shape, read_shapes
 from benchmarks.turns import ROOT
-from vsae_jax import cli
-from vsae_jax.errors import UserError
-from vsae_jax.fields import check_above_zero, check_at_least, flag
+from vsae_jax.config import cli
+from vsae_jax.config.fields import check_above_zero, check_at_least, flag
+from vsae_jax.system.errors import UserError
 
 SHAPES = (
     "2048x64x1024,8192x256x1024,8192x256x8192,2048x256x8192,8192x512x8192,2048x512x1024"

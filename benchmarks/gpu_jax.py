@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu_cases import Case, answer_all
 from benchmarks.ours import Product, first_state, resolved
-from vsae_jax.step import Hparams, compile_steps, hparams
+from vsae_jax.training.step import Hparams, compile_steps, hparams
 
 DISPATCH = 10
 

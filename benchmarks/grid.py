@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from benchmarks.table import markdown
 from benchmarks.turns import ROOT
-from vsae_jax import cli, runs
-from vsae_jax.errors import UserError
-from vsae_jax.fields import check_at_least, flag
+from vsae_jax import runs
+from vsae_jax.config import cli
+from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.system.errors import UserError
 
 _SWEPT: tuple[str, ...] = ("variant", "k", "beta", "seed")
 _LINES = 10

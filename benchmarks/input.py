@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from vsae_jax import cli
-from vsae_jax.batches import ShuffledRows
-from vsae_jax.config import hook_name
-from vsae_jax.fields import check_at_least, flag
-from vsae_jax.shards import Activations
+from vsae_jax.activations.shards import Activations
+from vsae_jax.activations.shuffle import ShuffledRows
+from vsae_jax.config import cli, hook_name
+from vsae_jax.config.fields import check_at_least, flag
 
 _COLUMNS = "{:>10}{:>9}{:>14}{:>14}{:>14}{:>14}"
 _KEPT_BYTES = 2**26

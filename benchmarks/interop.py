@@ -23,9 +23,9 @@ import numpy as np
 
 import vsae_jax
 from vsae_jax import convert, interop, runs
+from vsae_jax.activations.shards import Activations
 from vsae_jax.config import ConvertConfig
-from vsae_jax.errors import UserError
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import UserError
 
 PEERS = Path(__file__).with_name("interop_peers.py")
 ROWS = 1000

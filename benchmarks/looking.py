@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vsae_jax import sae
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import EvalConfig, SAEConfig
 from vsae_jax.latents.feature_tables import encode_counted, open_source, pass_over
 from vsae_jax.latents.firings import FeaturePass, Limits

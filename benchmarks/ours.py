@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from benchmarks.turns import Steps, Task, serve
-from vsae_jax import sae
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig, TrainConfig, resolve_train, sae_config
-from vsae_jax.step import TrainState, compile_steps, hparams, init_state
+from vsae_jax.training.step import TrainState, compile_steps, hparams, init_state
 
 MATMUL = "matmul"
 # As the peers count it: no latent dies within a benchmark.

@@ -42,8 +42,8 @@ def main() -> None:
 def ours(run: Path, folder: Path, *, to: str, model: str, activations: str) -> None:
     """The export, and our core metrics with the tokens they are of."""
     from vsae_jax import convert, evaluate, runs
+    from vsae_jax.activations.shards import Activations
     from vsae_jax.config import ConvertConfig, EvalConfig
-    from vsae_jax.shards import Activations
 
     flags = {"input": str(run), "out": str(folder / "sae"), "activations": activations}
     convert.run(ConvertConfig(**flags, to=to))

@@ -22,9 +22,9 @@ import numpy as np
 
 from benchmarks import table
 from benchmarks.turns import Task, Worker, WorkerEnded
-from vsae_jax import cli
-from vsae_jax.errors import UserError
-from vsae_jax.fields import check_above_zero, check_at_least, flag
+from vsae_jax.config import cli
+from vsae_jax.config.fields import check_above_zero, check_at_least, flag
+from vsae_jax.system.errors import UserError
 
 PEERS = {
     "dictionary_learning": ("dictionary_learning",),

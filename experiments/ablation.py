@@ -22,8 +22,8 @@ from experiments.effects import MEASURES, effects_figure, effects_table
 from experiments.paired import Interval, difference
 from experiments.report import Section
 from experiments.study import Arms, Study
-from vsae_jax import arms as arms_module
 from vsae_jax.config import TrainConfig
+from vsae_jax.runs import series as arms_module
 
 TUNING, GRID = "tuning", "ablation"
 # The seed of the search for a learning rate; the arms have others.

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vsae_jax import arms, cli, runs
-from vsae_jax.errors import UserError
+from vsae_jax import runs
+from vsae_jax.config import cli
+from vsae_jax.config.fields import flag
 from vsae_jax.evaluate import COLUMNS
-from vsae_jax.fields import flag
+from vsae_jax.runs import series
+from vsae_jax.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,9 @@ def markdown(grids: Sequence[Path]) -> str:
     rows = [header]
     for grid in grids:
         for variant, metrics in _by_variant(grid).items():
-            cells = [arms.spread([m[name] for m in metrics]) for name in COLUMNS]
+            cells = [series.spread([m[name] for m in metrics]) for name in COLUMNS]
             rows.append([grid.name, variant, str(len(metrics)), *cells])
-    return arms.markdown(rows)
+    return series.markdown(rows)
 
 
 def _by_variant(grid: Path) -> dict[str, list[dict[str, float]]]:

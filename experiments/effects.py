@@ -41,7 +41,7 @@ def effects_figure(
     effects: Effects, title: str, measures: Mapping[str, str] = MEASURES
 ) -> "Figure":
     """One axes a measure, one line a switch, its interval as a bar."""
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     with style.applied():
         shown = [m for m in measures if any(m in e for e in effects.values())]

@@ -16,10 +16,10 @@ chance .266) against TopK's .307 (.282): closer together, not further apart.
 from experiments import paper_grids
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
-from vsae_jax import arms as arms_module
 from vsae_jax import runs, tsne
-from vsae_jax.arms import Arm
-from vsae_jax.errors import UserError
+from vsae_jax.runs import series as arms_module
+from vsae_jax.runs.series import Arm
+from vsae_jax.system.errors import UserError
 
 MAP = (tsne.FOLDER, "maps.json")
 
@@ -31,7 +31,7 @@ def grids(study: Study) -> dict[str, Arms]:
 
 def run(study: Study) -> Section:
     """Maps and numbers of the preset `paper`, smallest k."""
-    from vsae_jax.figures import maps
+    from vsae_jax.report.figures import maps
 
     name = paper_grids.trained(study)[0]
     arms = paper_grids.with_first_k(study, name)

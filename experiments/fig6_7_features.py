@@ -21,8 +21,8 @@ from experiments import paper_grids
 from experiments.report import Section
 from experiments.study import STORIES, Arms, Study
 from vsae_jax import maximise, runs, tsne
-from vsae_jax.arms import Arm
-from vsae_jax.errors import UserError
+from vsae_jax.runs.series import Arm
+from vsae_jax.system.errors import UserError
 
 _RATES = (0.001, 0.05)
 _STORY_TOKENS = 100_000
@@ -35,7 +35,7 @@ def grids(study: Study) -> dict[str, Arms]:
 
 def run(study: Study) -> Section:
     """A page for one latent of each variant, seed 0."""
-    from vsae_jax.figures import features
+    from vsae_jax.report.figures import features
 
     name = paper_grids.trained(study)[0]
     arms = [

@@ -16,9 +16,9 @@ under `paper`, 931 under `released`.
 from experiments import paper_grids
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
-from vsae_jax import arms as arms_module
 from vsae_jax import tsne
-from vsae_jax.latents.map_numbers import alive_counts
+from vsae_jax.latents.map_statistics import alive_counts
+from vsae_jax.runs import series as arms_module
 
 
 def grids(study: Study) -> dict[str, Arms]:
@@ -28,7 +28,7 @@ def grids(study: Study) -> dict[str, Arms]:
 
 def run(study: Study) -> Section:
     """Histograms and counts at the smallest k."""
-    from vsae_jax.figures import histograms
+    from vsae_jax.report.figures import histograms
 
     names = paper_grids.trained(study)
     for name in names:

@@ -29,9 +29,10 @@ from experiments.effects import effects_table
 from experiments.paired import Interval, difference, interval
 from experiments.report import Section, Table
 from experiments.study import Arms, Study, kind_and_seed
-from vsae_jax import arms as arms_module
-from vsae_jax import runs, sae
-from vsae_jax.sparsity import compiler_options
+from vsae_jax import runs
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.sparsity import compiler_options
+from vsae_jax.runs import series as arms_module
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,7 +233,7 @@ def _setting(study: Study) -> str:
 
 def _figure(found: Mapping[str, Found]) -> "Figure":
     """A panel a way: recovered share by kind, its 95 % interval over seeds."""
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     with style.applied():
         kinds = list(
@@ -256,7 +257,7 @@ def _figure(found: Mapping[str, Found]) -> "Figure":
 
 
 def _bar(ax: Any, place: int, kind: str, values: list[float]) -> None:
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     mean, low, high, n = interval(values)
     colour = style.BLUE if kind.startswith("topk") else style.VERMILLION

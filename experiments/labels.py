@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vsae_jax.errors import UserError
-from vsae_jax.npy import replace_file
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import replace_file
 
 ANIMALS = ("bird", "cat", "dog")
 HEROES = {"girl": ("she", "her", "hers", "girl"), "boy": ("he", "him", "his", "boy")}

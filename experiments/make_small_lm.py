@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vsae_jax import cli
-from vsae_jax.errors import UserError, missing_extra
-from vsae_jax.fields import flag
+from vsae_jax.config import cli
+from vsae_jax.config.fields import flag
+from vsae_jax.system.errors import UserError, missing_extra
 
 END = "<|endoftext|>"
 

@@ -14,8 +14,8 @@ from experiments.ablation import pick
 from experiments.paired import Interval, difference
 from experiments.report import Section
 from experiments.study import Arms, Study
-from vsae_jax.arms import Arm
 from vsae_jax.config import Preset, TrainConfig, Variant
+from vsae_jax.runs.series import Arm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def draw(
     kind: str = "svg",
 ) -> list[Path]:
     """A figure of `vsae_jax.figures` for each grid."""
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     paths = []
     for name in names:
@@ -146,7 +146,7 @@ def lines_section(
     **facts: str,
 ) -> Section:
     """The section of a figure of `vsae_jax.figures.lines`, with its differences."""
-    from vsae_jax.figures import lines
+    from vsae_jax.report.figures import lines
 
     names = trained(study, evals)
     drawn = draw(study, names, partial(lines.draw, figure), label=part, arms=study.arms)

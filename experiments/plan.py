@@ -6,10 +6,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 from experiments.study import Arms, Study
-from vsae_jax import arms as arms_module
-from vsae_jax import runs, sweep
+from vsae_jax import runs
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
-from vsae_jax.progress import size
+from vsae_jax.runs import series as arms_module
+from vsae_jax.system.progress import size
+from vsae_jax.training import groups
 
 # Of the matrix products of a step, what two CPU cores and a large GPU have reached
 # (BUILD_NOTES.md, 3; the GPU's number is an estimate: a tenth of its bfloat16 peak).
@@ -61,7 +62,7 @@ def _of_arm(study: Study, config: TrainConfig) -> Needs:
         arms=1,
         steps=resolved.steps,
         disk=4 * _COPIES * parameters,
-        memory=sweep.bytes_of_one(static, batch_size=resolved.batch_size),
+        memory=groups.bytes_of_one(static, batch_size=resolved.batch_size),
         operations=float(operations),
     )
 

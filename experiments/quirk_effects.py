@@ -12,8 +12,8 @@ Prints one Markdown row per quirk: each main score with that quirk alone, beside
 from collections.abc import Sequence
 from typing import Any
 
-from vsae_jax import cli, lm
-from vsae_jax.config import EvalConfig
+from vsae_jax import lm
+from vsae_jax.config import EvalConfig, cli
 from vsae_jax.evals import Subject, core, on_texts
 from vsae_jax.evals.encoding import encode_texts, tokenise
 from vsae_jax.evals.quirks import NAMES, Quirks, read_quirks

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from vsae_jax import arms
-from vsae_jax.npy import replace_file
+from vsae_jax.runs import series
+from vsae_jax.system.files import replace_file
 
 Table = list[list[str]]
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
@@ -59,7 +59,7 @@ def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -
             if isinstance(part, Path):
                 lines.append(f"![{part.stem}]({part.relative_to(out).as_posix()})")
             else:
-                lines.append(part if isinstance(part, str) else arms.markdown(part))
+                lines.append(part if isinstance(part, str) else series.markdown(part))
     return "\n\n".join(lines) + "\n"
 
 

@@ -37,9 +37,10 @@ from experiments import (
 )
 from experiments.scales import SCALES, Scale
 from experiments.study import Study, say
-from vsae_jax import cli, text
-from vsae_jax.errors import UserError
-from vsae_jax.fields import flag
+from vsae_jax.activations import text
+from vsae_jax.config import cli
+from vsae_jax.config.fields import flag
+from vsae_jax.system.errors import UserError
 
 # In the order in which they need each other.
 PARTS: dict[str, ModuleType] = {

@@ -27,11 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vsae_jax import cli, sae
-from vsae_jax.config import TrainConfig, resolve_train, sae_config
-from vsae_jax.fields import flag
-from vsae_jax.mesh import of_devices, over_data, shaped, shardings, tracing
-from vsae_jax.step import compile_steps, hparams, init_state
+from vsae_jax.autoencoder import sae
+from vsae_jax.config import TrainConfig, cli, resolve_train, sae_config
+from vsae_jax.config.fields import flag
+from vsae_jax.system.mesh import of_devices, over_data, shaped, shardings, tracing
+from vsae_jax.training.step import compile_steps, hparams, init_state
 
 # Assumed of an H100 SXM in a node of eight: dense bfloat16 products at half of the 989
 # TFLOP/s on its data sheet; memory at 80 % of 3.35 TB/s; NVLink at 80 % of 450 GB/s a

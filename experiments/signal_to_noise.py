@@ -22,8 +22,8 @@ from experiments.paired import Interval, difference
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
 from vsae_jax import runs
+from vsae_jax.activations.shards import Activations
 from vsae_jax.config import TrainConfig
-from vsae_jax.shards import Activations
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -221,7 +221,7 @@ def _named(found: list[Cell]) -> str:
 
 def _figure(found: list[Cell]) -> "Figure":
     """Rows are decoders, columns measures; each cell says vSAE - TopK."""
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     titles = ("explained variance", "alive latents", "effective latents")
     with style.applied():

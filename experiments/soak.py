@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vsae_jax import cli, runs
-from vsae_jax.errors import UserError
-from vsae_jax.fields import check_above_zero, check_at_least, flag
+from vsae_jax import runs
+from vsae_jax.config import cli
+from vsae_jax.config.fields import check_above_zero, check_at_least, flag
+from vsae_jax.system.errors import UserError
 
 _MAY_GROW = 0.02
 

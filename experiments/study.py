@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.scales import Scale
-from vsae_jax import evaluate, extract, features, grid, runs, train
-from vsae_jax.arms import Arm, open_arms
+from vsae_jax import evaluate, extract, features, runs, train
 from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
-from vsae_jax.errors import UserError
+from vsae_jax.runs.series import Arm, open_arms
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +141,7 @@ class Study:
 
     def save(self, name: str, figure: "Figure", *, kind: str = "svg") -> Path:
         """Writes a figure of the report; `kind` is png where points are many."""
-        from vsae_jax.figures import style
+        from vsae_jax.report.figures import style
 
         with style.applied():
             paths = style.save(figure, self.out / "figures" / name)

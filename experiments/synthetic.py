@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from experiments.scales import Truth
-from vsae_jax import lock
-from vsae_jax.errors import UserError
-from vsae_jax.manifest import Manifest, read_manifest
-from vsae_jax.shards import ShardWriter, is_missing
+from vsae_jax.activations.manifest import Manifest, read_manifest
+from vsae_jax.activations.shards import ShardWriter, is_missing
+from vsae_jax.system import locks
+from vsae_jax.system.errors import UserError
 
 FILE = "features.npy"
 CONTEXT_LENGTH = 128
@@ -94,7 +94,7 @@ def write(folder: Path, truth: Truth, *, correlated: bool, seed: int = 0) -> Pat
         )
     if found is not None and found.complete and not _missing(folder, found):
         return folder
-    with lock.held(folder, doing="synthetic"):
+    with locks.held(folder, doing="synthetic"):
         np.save(folder / FILE, features.directions, allow_pickle=False)
         writer = ShardWriter(folder, read_manifest(folder) or wanted)
         try:

@@ -17,8 +17,8 @@ from typing import Any
 from experiments import ablation
 from experiments.report import Section
 from experiments.study import Arms, Study
-from vsae_jax import arms as arms_module
 from vsae_jax.config import TrainConfig
+from vsae_jax.runs import series as arms_module
 
 GRID = "without_topk"
 _BETAS = (0.01, 0.1, 1.0, 10.0)

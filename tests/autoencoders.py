@@ -7,7 +7,7 @@ import numpy as np
 
 from vsae_jax import interop
 from vsae_jax.config import SAEConfig
-from vsae_jax.interop import note
+from vsae_jax.interop import sidecar
 from vsae_jax.interop.canonical import Autoencoder, with_rule
 
 DATA = {
@@ -71,7 +71,7 @@ def write(ae: Autoencoder, format: str, folder: Path) -> Path:
     module = interop.FORMATS[format]
     written = module.rewritten(ae)
     weights = module.write(written, folder)
-    note.write(written, folder, weights=weights, notes=[], check=None)
+    sidecar.write(written, folder, weights=weights, notes=[], check=None)
     return folder
 
 

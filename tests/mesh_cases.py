@@ -19,9 +19,11 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vsae_jax import mesh as meshes
-from vsae_jax import processes, sae, sparsity, step, sweep
+from vsae_jax.autoencoder import sae, sparsity
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
+from vsae_jax.system import mesh as meshes
+from vsae_jax.system import processes
+from vsae_jax.training import groups, step
 
 D, D_SAE, B, STEPS = 16, 64, 32, 20
 DEAD: dict[str, Any] = {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 40}
@@ -41,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> sweep.Arm:
+def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> groups.Arm:
     """A run's first state and numbers."""
     options = {"d_sae": D_SAE, "k": 4, "steps": 40, "batch_size": B, "lr": 2e-3}
     config = resolve_train(TrainConfig(**options | fields), d_model=D)
@@ -53,18 +55,18 @@ def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> sweep.Arm:
         return step.init_state(sae.init(weights, static), noise, static)
 
     numbers = meshes.make(lambda: step.hparams(config), mesh=mesh)
-    return sweep.Arm(static, numbers, meshes.make(state, mesh=mesh))
+    return groups.Arm(static, numbers, meshes.make(state, mesh=mesh))
 
 
-def trained(arms: list[sweep.Arm], *, mesh: Any, how: str = "loop") -> list[Any]:
+def trained(arms: list[groups.Arm], *, mesh: Any, how: str = "loop") -> list[Any]:
     """The states after 20 steps, as NumPy arrays."""
     x = 10 * np.random.default_rng(3).normal(size=(STEPS, B, D)).astype(np.float32)
     place = meshes.over_data(mesh, before=1)
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    plan = sweep.compile_pass(arms, shape, how=how, mesh=mesh)
+    plan = groups.compile_pass(arms, shape, how=how, mesh=mesh)
     if mesh is not None:
         x = jax.make_array_from_callback(x.shape, place, lambda index: x[index])
-    states = sweep.states(sweep.advance(plan.groups, x, STEPS))
+    states = groups.states(groups.advance(plan.groups, x, STEPS))
     gather = jax.device_get if mesh is None else processes.gathered
     return [gather(states[i]._replace(key=None)) for i in sorted(states)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tiny_runs import D_MODEL, identity_arrays, write_run
 
-from vsae_jax.manifest import Manifest
-from vsae_jax.shards import Activations, ShardWriter
+from vsae_jax.activations.manifest import Manifest
+from vsae_jax.activations.shards import Activations, ShardWriter
 
 
 def write_rows(folder: Path, like: Path, tokens: np.ndarray | None = None) -> Path:

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vsae_jax import batches
+from vsae_jax.activations import shuffle
 
 N = 1000
 
@@ -19,8 +19,8 @@ def stream(seed=0, monkeypatch=None, n_rows=N):
         return np.arange(start, stop)[:, None].repeat(2, axis=1)
 
     # A row claims to be large, so that a block holds ten of them.
-    row_bytes = batches._BLOCK_BYTES // 10
-    return batches.ShuffledRows(read, n_rows=n_rows, row_bytes=row_bytes, seed=seed)
+    row_bytes = shuffle._BLOCK_BYTES // 10
+    return shuffle.ShuffledRows(read, n_rows=n_rows, row_bytes=row_bytes, seed=seed)
 
 
 def test_every_row_exactly_once_an_epoch():
@@ -62,11 +62,11 @@ def test_reads_are_contiguous_and_only_what_is_needed():
         reads.append((start, stop))
         return np.zeros((stop - start, 2))
 
-    row_bytes = batches._BLOCK_BYTES // 10
-    rows = batches.ShuffledRows(read, n_rows=N, row_bytes=row_bytes, seed=0)
+    row_bytes = shuffle._BLOCK_BYTES // 10
+    rows = shuffle.ShuffledRows(read, n_rows=N, row_bytes=row_bytes, seed=0)
     rows.take(0, 40)
     rows.take(40, 40)
-    assert len(reads) == batches._BLOCKS_IN_GROUP
+    assert len(reads) == shuffle._BLOCKS_IN_GROUP
     assert all(stop - start == 10 for start, stop in reads)
 
 
@@ -84,7 +84,7 @@ def test_read_ahead_keeps_order_and_runs_ahead():
             made.append(i)
             yield i
 
-    ahead = batches.read_ahead(items(), depth=2)
+    ahead = shuffle.read_ahead(items(), depth=2)
     assert next(ahead) == 0
     deadline = time.monotonic() + 10
     while len(made) < 3 and time.monotonic() < deadline:
@@ -98,7 +98,7 @@ def test_read_ahead_hands_errors_over():
         yield 1
         raise OSError("the disk is gone")
 
-    ahead = batches.read_ahead(items())
+    ahead = shuffle.read_ahead(items())
     assert next(ahead) == 1
     with pytest.raises(OSError, match="the disk is gone"):
         next(ahead)
@@ -106,7 +106,7 @@ def test_read_ahead_hands_errors_over():
 
 def test_closing_ends_the_thread():
     before = threading.active_count()
-    ahead = batches.read_ahead(iter(range(10**9)))
+    ahead = shuffle.read_ahead(iter(range(10**9)))
     next(ahead)
     ahead.close()
     assert threading.active_count() == before
@@ -114,8 +114,8 @@ def test_closing_ends_the_thread():
 
 def prefetching(read, *, n_rows=N):
     """A stream whose thread loads ahead, in blocks of 10 rows and groups of 80."""
-    row_bytes = batches._BLOCK_BYTES // 10
-    return batches.ShuffledRows(
+    row_bytes = shuffle._BLOCK_BYTES // 10
+    return shuffle.ShuffledRows(
         read, n_rows=n_rows, row_bytes=row_bytes, seed=0, prefetch=True
     )
 
@@ -159,10 +159,10 @@ def test_the_next_group_is_read_in_another_thread_while_this_one_is_used():
 
     with prefetching(read) as rows:
         rows.take(0, 1)
-        wait_until(lambda: len(readers) == 2 * batches._BLOCKS_IN_GROUP)
+        wait_until(lambda: len(readers) == 2 * shuffle._BLOCKS_IN_GROUP)
         rows.take(1, 79)
-        assert len(readers) == 2 * batches._BLOCKS_IN_GROUP
-        later = readers[batches._BLOCKS_IN_GROUP :]
+        assert len(readers) == 2 * shuffle._BLOCKS_IN_GROUP
+        later = readers[shuffle._BLOCKS_IN_GROUP :]
     assert set(readers) - set(later) == {threading.current_thread()}
     assert threading.current_thread() not in later
 
@@ -228,7 +228,7 @@ def test_closing_read_ahead_closes_what_it_reads():
             closed.append(True)
 
     source = items()
-    ahead = batches.read_ahead(source)
+    ahead = shuffle.read_ahead(source)
     next(ahead)
     ahead.close()
     assert closed

@@ -14,7 +14,7 @@ from benchmarks.table import Timed
 from benchmarks.train_step import Shape, StepConfig
 from benchmarks.turns import Task, Worker, WorkerEnded
 from vsae_jax import losses
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 
 TASK = Task("sleep", "float32", 8, 2, 4, "rows.npy")
 WORKER = """

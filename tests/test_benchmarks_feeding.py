@@ -5,7 +5,7 @@ from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
 from benchmarks import extraction
 from benchmarks import input as batch_input
-from vsae_jax import cli
+from vsae_jax.config import cli
 
 
 def test_extraction_prints_a_ratio_for_each_layer(tmp_path, capsys):

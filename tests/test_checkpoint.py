@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import sae, step
-from vsae_jax.checkpoint import Checkpoints
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import step
+from vsae_jax.training.checkpoint import Checkpoints
 
 CONFIG = SAEConfig(d_model=4, d_sae=12, k=3)
 

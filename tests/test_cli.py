@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import cli
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
+from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, cli
+from vsae_jax.config.fields import flag
 from vsae_jax.demo import DemoConfig
-from vsae_jax.errors import Interrupted, UserError
-from vsae_jax.fields import flag
+from vsae_jax.system.errors import Interrupted, UserError
 
 
 def parse(*arguments: str, config_class=TrainConfig) -> list:

@@ -7,19 +7,19 @@ import math
 
 import pytest
 
-from vsae_jax import fields
 from vsae_jax.config import (
     PROCESS_FIELDS,
     EvalConfig,
     ExtractConfig,
     SAEConfig,
     TrainConfig,
+    fields,
     resolve_extract,
     resolve_train,
     sae_config,
 )
-from vsae_jax.errors import UserError
-from vsae_jax.presets import TRAIN_PRESETS, VARIANTS
+from vsae_jax.config.presets import TRAIN_PRESETS, VARIANTS
+from vsae_jax.system.errors import UserError
 
 D_MODEL = 512
 

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import D_MODEL, TRAINING, call, copied, write_run
 
 import vsae_jax
-from vsae_jax import evaluate, interop, runs, sae
+from vsae_jax import evaluate, interop, runs
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 
 FOREIGN = [name for name in interop.FORMATS if name != "vsae_jax"]
 NOTE = "vsae_jax_export.json"

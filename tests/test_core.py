@@ -24,11 +24,11 @@ from tiny_runs import (
 )
 
 from vsae_jax import evaluate, runs
-from vsae_jax.errors import UserError
+from vsae_jax.activations.shards import Activations
 from vsae_jax.evals import Subject, core
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.lm import load_language_model
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import UserError
 
 # By SAEBench's definition these are means over batches, not over tokens.
 PER_BATCH = {"explained_variance_saebench", "explained_variance_legacy"}

@@ -10,13 +10,14 @@ import pytest
 from tiny_models import make_stories
 from tiny_runs import call, copied
 
-from vsae_jax import lm, runs, sae
+from vsae_jax import lm, runs
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, encoding, first_letter, hub_sets, labelled, sampling
 from vsae_jax.evals import on_texts as texts
 from vsae_jax.evals.probes import Recipe, _optimizer, fit, fit_outputs
 from vsae_jax.evals.sampling import Sample
+from vsae_jax.system.errors import UserError
 
 pytest.importorskip("sklearn")
 

@@ -16,11 +16,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
-from vsae_jax import cli, extract, npy
-from vsae_jax.config import ExtractConfig
+from vsae_jax import extract
+from vsae_jax.activations.manifest import read_manifest
+from vsae_jax.activations.shards import Activations, ShardWriter
+from vsae_jax.config import ExtractConfig, cli
 from vsae_jax.lm import load_language_model, load_tokenizer
-from vsae_jax.manifest import read_manifest
-from vsae_jax.shards import Activations, ShardWriter
+from vsae_jax.system import files
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 16
@@ -360,7 +361,7 @@ def test_a_disk_that_fills_up_leaves_the_shards_that_are_there(
         fsync(descriptor)
 
     with monkeypatch.context() as patched:
-        patched.setattr(npy.os, "fsync", full)
+        patched.setattr(files.os, "fsync", full)
         assert run(arguments) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in error and "tokens-00001" in error

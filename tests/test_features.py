@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 from tiny_runs import D_MODEL, LENGTH, call, copied
 
 from vsae_jax import lm
+from vsae_jax.activations.shards import Activations
 from vsae_jax.config import EvalConfig
 from vsae_jax.latents.feature_tables import open_source
 from vsae_jax.latents.logit_effects import effects
 from vsae_jax.latents.loss_effect import of_contexts
 from vsae_jax.latents.token_text import token_texts
-from vsae_jax.shards import Activations
 
 
 def read(run):

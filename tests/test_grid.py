@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny_runs import TRAINING, call, copied
 
-from vsae_jax import grid, runs, sweep
-from vsae_jax.checkpoint import Checkpoints
+from vsae_jax import runs
 from vsae_jax.config import TrainConfig
+from vsae_jax.training import grid, groups
+from vsae_jax.training.checkpoint import Checkpoints
 
 ARMS = [
     "variant-topk_beta-0.0",
@@ -258,7 +259,7 @@ def test_a_grid_that_is_stopped_goes_on_as_a_whole(
 def test_a_grid_too_large_for_memory_takes_several_passes(
     mixed, tiny_rows, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(sweep, "free_bytes", lambda: 10 * 16 * 32 * 4 * 32)
+    monkeypatch.setattr(groups, "free_bytes", lambda: 10 * 16 * 32 * 4 * 32)
     folder = tmp_path / "grid"
     flags = {**TRAINING, **MIXED, "out": folder}
     capsys.readouterr()

@@ -9,8 +9,8 @@ from experiments import recovery, synthetic
 from experiments.ground_truth import verdict
 from experiments.paired import interval
 from experiments.scales import Truth
-from vsae_jax.errors import UserError
-from vsae_jax.shards import Activations
+from vsae_jax.activations.shards import Activations
+from vsae_jax.system.errors import UserError
 
 TRUTH = Truth(
     d_model=32,

@@ -15,10 +15,10 @@ from test_pt import archive
 from tiny_runs import call
 
 from vsae_jax import interop
-from vsae_jax.errors import UserError
 from vsae_jax.interop.canonical import check_k
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.tensors import read_safetensors
+from vsae_jax.system.errors import UserError
 
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
 

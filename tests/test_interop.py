@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from vsae_jax import interop, sae
-from vsae_jax.errors import UserError
+from vsae_jax import interop
+from vsae_jax.autoencoder import sae
 from vsae_jax.interop.canonical import RULES, folded, subtracting
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.pt_write import write_pt
+from vsae_jax.system.errors import UserError
 
 FORMATS = list(interop.FORMATS)
 FOREIGN = [name for name in FORMATS if name != "vsae_jax"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_lm_neox import CONFIG, TOKENS, write_neox
 
-from vsae_jax.errors import UserError
 from vsae_jax.lm import load_language_model, load_tokenizer
 from vsae_jax.lm.files import locate, model_facts
+from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

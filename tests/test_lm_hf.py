@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_lm_neox import TOKENS, write_neox
 
-from vsae_jax.errors import UserError
 from vsae_jax.lm import identity, load_language_model
+from vsae_jax.system.errors import UserError
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 

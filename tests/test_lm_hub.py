@@ -13,8 +13,8 @@ import pytest
 from test_lm_files import write_whole_model
 from test_lm_neox import ROOT, TOKENS
 
-from vsae_jax.errors import UserError
 from vsae_jax.lm import load_language_model, load_tokenizer
+from vsae_jax.system.errors import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -81,7 +81,7 @@ def hub(folder):
 
 SCRIPT = """
 import json, sys, numpy as np
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 from vsae_jax.lm import load_language_model, load_tokenizer
 
 TOKENS = json.loads(sys.argv[2])

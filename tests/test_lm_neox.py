@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vsae_jax.errors import UserError
 from vsae_jax.lm import (
     identity,
     load_language_model,
@@ -19,6 +18,7 @@ from vsae_jax.lm import (
     next_token_loss,
 )
 from vsae_jax.lm.neox_files import block_tensors, outer_tensors, read_neox_config
+from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 TOLERANCE = 1e-4

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_lm_neox import CONFIG, TOKENS, write_neox
 
-from vsae_jax.errors import UserError
 from vsae_jax.lm import load_language_model
+from vsae_jax.system.errors import UserError
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import losses, noise
+from vsae_jax import losses
+from vsae_jax.autoencoder import noise
 from vsae_jax.config import SAEConfig
 from vsae_jax.losses import Weights
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import matmul
+from vsae_jax.autoencoder import matmul
 
 # Rows and columns that do and do not divide into tiles, wide and tall.
 SHAPES = [

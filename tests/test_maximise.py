@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_runs import D_MODEL, D_SAE, LENGTH, call, copied, write_run
 
-from vsae_jax import lm, sae
+from vsae_jax import lm
+from vsae_jax.autoencoder import sae
 from vsae_jax.interop.loading import open_any
 
 FAST = {"length": 3, "steps": 200, "restarts": 16, "num_tokens": 400}

@@ -21,11 +21,13 @@ from mesh_cases import CASES
 from safetensors.numpy import load_file
 from tiny_runs import LENGTH, TRAINING, call
 
-from vsae_jax import job, mesh, processes, runs, sweep
-from vsae_jax.batches import Part, ShuffledRows
+from vsae_jax import runs
+from vsae_jax.activations.shared_shards import SharedShardWriter
+from vsae_jax.activations.shuffle import Part, ShuffledRows
 from vsae_jax.config import SAEConfig, TrainConfig
-from vsae_jax.errors import UserError
-from vsae_jax.shared_shards import SharedShardWriter
+from vsae_jax.system import mesh, processes
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import groups, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 # Float32 sums of other orders; measured below 1e-6 (BUILD_NOTES.md, 3).
@@ -341,7 +343,7 @@ def test_incomplete_process_flags(values, named):
 
 def test_one_device_has_no_mesh(tiny_rows):
     assert mesh.open_mesh("") is None and mesh.open_mesh("data:1") is None
-    planned = job.plan(TrainConfig(activations=str(tiny_rows), **TRAINING))
+    planned = plan.plan(TrainConfig(activations=str(tiny_rows), **TRAINING))
     assert planned.mesh is None
 
 
@@ -372,11 +374,11 @@ def test_an_arm_takes_its_share_on_each_device():
     config = SAEConfig(d_model=64, d_sae=4096)
     mesh: Any = SimpleNamespace(shape={"data": 4, "latents": 2})
     whole, share = (
-        sweep.bytes_of_one(config, batch_size=0, mesh=m) for m in (None, mesh)
+        groups.bytes_of_one(config, batch_size=0, mesh=m) for m in (None, mesh)
     )
     assert share == whole / 2
     rows = [
-        sweep.bytes_of_one(config, batch_size=8, mesh=m) - parameters
+        groups.bytes_of_one(config, batch_size=8, mesh=m) - parameters
         for m, parameters in ((None, whole), (mesh, share))
     ]
     assert rows[1] == 2 * (16 * 2048 + 20 * 64)

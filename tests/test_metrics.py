@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax.errors import UserError
-from vsae_jax.metrics import (
+from vsae_jax.evals.metrics import (
     DENSITY_EDGES,
     Reconstruction,
     batch_sums,
     density_histogram,
     density_metrics,
 )
+from vsae_jax.system.errors import UserError
 
 TOKENS, D_MODEL, D_SAE = 60, 8, 20
 # By SAEBench's definition these are means over batches, not over tokens.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vsae_jax import noise
+from vsae_jax.autoencoder import noise
 
 SHAPE = (512, 1024)
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 import vsae_jax
-from vsae_jax import cli
+from vsae_jax.config import cli
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

@@ -8,9 +8,9 @@ import pytest
 from tiny_arms import KS, NS, make_arms, write_features
 from tiny_runs import D_SAE, call, copied
 
-from vsae_jax import arms as arms_module
-from vsae_jax.figures import features, histograms, lines, maps, style
-from vsae_jax.latents import map_numbers
+from vsae_jax.latents import map_statistics
+from vsae_jax.report.figures import features, histograms, lines, maps, style
+from vsae_jax.runs import series as arms_module
 
 
 @pytest.fixture
@@ -304,4 +304,4 @@ def test_series_of_other_sweeps_stay_apart(tiny_grid):
 
 
 def test_the_papers_range_is_in_the_caption():
-    assert f"[0, {map_numbers.PAPER_RANGE[1]}]" in histograms.CAPTION
+    assert f"[0, {map_statistics.PAPER_RANGE[1]}]" in histograms.CAPTION

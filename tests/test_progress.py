@@ -2,7 +2,7 @@
 
 import io
 
-from vsae_jax import progress
+from vsae_jax.system import progress
 
 
 class Terminal(io.StringIO):

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsae_jax.errors import UserError
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.pt_write import write_pt
+from vsae_jax.system.errors import UserError
 
 STATE = {
     "encoder.weight": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import D_MODEL, D_SAE, copied
 
 from vsae_jax import __version__, runs
+from vsae_jax.activations.manifest import read_manifest
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
-from vsae_jax.manifest import read_manifest
+from vsae_jax.system.errors import UserError
 
 LEARNED = SAEConfig(d_model=3, d_sae=5, k=2, variance="learned")
 SHAPES = {

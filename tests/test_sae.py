@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import sae
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 
 D, M, K = 8, 24, 5
 

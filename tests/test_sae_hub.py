@@ -15,8 +15,8 @@ from autoencoders import make, write
 from test_lm_neox import ROOT
 
 from vsae_jax import interop
-from vsae_jax.errors import UserError
 from vsae_jax.interop import hub as sae_hub
+from vsae_jax.system.errors import UserError
 
 EXPORTED = ("cfg.json", "sae_weights.safetensors", "vsae_jax_export.json")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -141,7 +141,7 @@ def in_a_process(arguments: list[str], server, home: Path, *, token: str = ""):
 
 SCRIPT = """
 import json, sys, vsae_jax
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 for name, revision in json.loads(sys.argv[1]):
     try:
         loaded = vsae_jax.load(name, revision=revision)

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from vsae_jax import manifest as manifests
-from vsae_jax.errors import UserError
-from vsae_jax.manifest import Manifest, Shard, read_manifest
-from vsae_jax.shards import Activations, ShardWriter, is_missing
+from vsae_jax.activations import manifest as manifests
+from vsae_jax.activations.manifest import Manifest, Shard, read_manifest
+from vsae_jax.activations.shards import Activations, ShardWriter, is_missing
+from vsae_jax.system.errors import UserError
 
 D_MODEL, LENGTH, SHARD, CONTEXTS = 3, 4, 2, 5
 DTYPES = {

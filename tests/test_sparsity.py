@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsae_jax import sparsity
+from vsae_jax.autoencoder import sparsity
 
 
 def reference(z: np.ndarray, k: int) -> np.ndarray:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax import sae, step
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
+from vsae_jax.training import step
 
 D, B = 8, 16
 

@@ -26,8 +26,9 @@ from experiments.paired import Interval, difference, interval
 from experiments.reproduce import PARTS, ReproduceConfig, open_study
 from experiments.scales import SCALES
 from experiments.study import STORIES, kind_and_seed, measures
-from vsae_jax import cli, runs
-from vsae_jax.errors import UserError
+from vsae_jax import runs
+from vsae_jax.config import cli
+from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

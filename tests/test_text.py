@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import EOT, make_stories, make_tokenizer, write_jsonl
 
-from vsae_jax import text
-from vsae_jax.errors import UserError
+from vsae_jax.activations import text
+from vsae_jax.system.errors import UserError
 
 BOS = 0
 

@@ -17,11 +17,12 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
-from vsae_jax import extract, job, runs, train
+from vsae_jax import extract, runs, train
+from vsae_jax.activations.shards import Activations
 from vsae_jax.config import ExtractConfig, TrainConfig
-from vsae_jax.errors import Interrupted, UserError
-from vsae_jax.feed import Feed
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import Interrupted, UserError
+from vsae_jax.training import plan
+from vsae_jax.training.batches import Feed
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +276,8 @@ def test_nan_rows_stop_the_run_and_name_the_step(config, monkeypatch):
 )
 @pytest.mark.parametrize("center", [False, True])
 def test_input_scale_is_the_root_mean_square_row_norm(config, asked, norm, center):
-    planned = job.plan(replace(config, input_scale=asked, center_input=center))
-    norms = jax.device_get(job.first_state(planned, None).norm)
+    planned = plan.plan(replace(config, input_scale=asked, center_input=center))
+    norms = jax.device_get(plan.first_state(planned, None).norm)
     opened = planned.activations
     x = np.asarray(opened.rows(0, opened.n_rows), np.float64)
     x_n = norms["scale"] * (x - norms["mean"])
@@ -286,10 +287,10 @@ def test_input_scale_is_the_root_mean_square_row_norm(config, asked, norm, cente
 
 
 def test_b_dec_starts_at_the_geometric_median(config):
-    planned = job.plan(config)
+    planned = plan.plan(config)
     with Feed(planned) as feed:
         sample = feed.first(500)
-    state = job.first_state(planned, job.first_b_dec(planned, sample))
+    state = plan.first_state(planned, plan.first_b_dec(planned, sample))
     x_n = np.asarray(state.norm["scale"]) * np.asarray(sample)
     distance = np.linalg.norm(x_n - np.asarray(state.params["b_dec"]), axis=1).sum()
     from_mean = np.linalg.norm(x_n - x_n.mean(axis=0), axis=1).sum()
@@ -306,8 +307,8 @@ def test_rows_on_the_device_are_the_same_stream(config, tmp_path):
 
 
 def test_a_run_that_saved_nothing_takes_another_config(config, capsys):
-    folder = job.plan(config).folder
-    assert job.open_folder(job.plan(config))
+    folder = plan.plan(config).folder
+    assert plan.open_folder(plan.plan(config))
     train.run(replace(config, lr=0.01))
     assert "nothing was saved under another config (" in capsys.readouterr().out
     assert runs.open_run(folder).train.lr == 0.01

@@ -8,10 +8,11 @@ import pytest
 from tiny_arms import make_arms, write_features
 from tiny_runs import D_MODEL, D_SAE, call, copied, write_run
 
-from vsae_jax import sae, tsne
+from vsae_jax import tsne
+from vsae_jax.activations.shards import Activations
+from vsae_jax.autoencoder import sae
 from vsae_jax.interop.loading import open_any
-from vsae_jax.latents import map_numbers
-from vsae_jax.shards import Activations
+from vsae_jax.latents import map_statistics
 
 
 def two_groups(n: int, *, wide: float) -> np.ndarray:
@@ -24,38 +25,38 @@ def two_groups(n: int, *, wide: float) -> np.ndarray:
 
 def test_nearest_cosines_and_pairs_equal_the_plain_matrix():
     rows = np.random.default_rng(1).standard_normal((600, 5))
-    nearest, counts = map_numbers.cosines(rows)
+    nearest, counts = map_statistics.cosines(rows)
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosine = np.clip(unit @ unit.T, -1, 1)
     pairs = cosine[np.triu_indices(600, 1)]
-    expected = np.histogram(pairs, map_numbers.COSINE_EDGES)[0]
+    expected = np.histogram(pairs, map_statistics.COSINE_EDGES)[0]
     np.testing.assert_array_equal(counts, expected)
     np.fill_diagonal(cosine, -2)
     np.testing.assert_allclose(nearest, cosine.max(1), atol=1e-12)
 
 
 def test_identical_rows_have_nearest_cosine_1():
-    nearest, counts = map_numbers.cosines(np.tile([[3.0, 4.0]], (4, 1)))
+    nearest, counts = map_statistics.cosines(np.tile([[3.0, 4.0]], (4, 1)))
     np.testing.assert_allclose(nearest, 1)
     assert counts[-1] == counts.sum() == 6
 
 
 def test_a_zero_row_is_near_to_nothing():
-    nearest, _ = map_numbers.cosines(np.array([[0.0, 0], [1, 0], [1, 0]]))
+    nearest, _ = map_statistics.cosines(np.array([[0.0, 0], [1, 0], [1, 0]]))
     np.testing.assert_allclose(nearest, [0, 1, 1])
 
 
 def test_random_directions_are_nearer_the_more_there_are():
     few, many, wide = (
-        map_numbers.random_nearest_cosine(n, d, seed=0)
+        map_statistics.random_nearest_cosine(n, d, seed=0)
         for n, d in ((10, 16), (1000, 16), (1000, 256))
     )
     assert few < many and wide < many
-    assert map_numbers.random_nearest_cosine(2000, 2, seed=0) > 0.999
+    assert map_statistics.random_nearest_cosine(2000, 2, seed=0) > 0.999
 
 
 def test_uniform_firing_is_as_effective_as_there_are_latents():
-    counts = map_numbers.alive_counts(np.full(50, 0.02), np.ones(50))
+    counts = map_statistics.alive_counts(np.full(50, 0.02), np.ones(50))
     assert counts["entropy_effective_latents"] == pytest.approx(50)
     assert counts["effective_share_of_alive"] == pytest.approx(1)
 
@@ -63,7 +64,7 @@ def test_uniform_firing_is_as_effective_as_there_are_latents():
 def test_alive_counts_by_hand():
     rate = np.array([0, 1e-5, 1e-4, 2e-4, 0.05, 0.5])
     most = np.array([0, 0.1, 2.5, 2.6, 30.0, -4.0])
-    counts = map_numbers.alive_counts(rate, most)
+    counts = map_statistics.alive_counts(rate, most)
     alive = [counts[f"n_alive_above_{t}"] for t in ("0", "0.0001", "0.01", "0.1")]
     assert alive == [5, 3, 2, 1]
     assert counts["n_max_in_paper_range"] == 2
@@ -71,19 +72,19 @@ def test_alive_counts_by_hand():
 
 def test_clusters_that_differ_in_rate_and_clusters_that_do_not():
     labels = np.repeat([0, 1], [30, 10])
-    numbers = map_numbers.cluster_numbers(labels, 1.0 * (labels == 0), seed=0)
+    numbers = map_statistics.cluster_numbers(labels, 1.0 * (labels == 0), seed=0)
     assert numbers["cluster_rate_cv"] == 1
     assert numbers["cluster_rate_cv_shuffled"] < 0.2
     assert (numbers["cluster_size_min"], numbers["cluster_size_max"]) == (10, 30)
     assert numbers["cluster_size_cv"] == 0.5
-    even = map_numbers.cluster_numbers(labels, np.full(40, 0.3), seed=0)
+    even = map_statistics.cluster_numbers(labels, np.full(40, 0.3), seed=0)
     assert even["cluster_rate_cv"] == pytest.approx(0, abs=1e-12)
 
 
 def test_the_spread_of_a_random_labelling_is_what_chance_gives():
     rng = np.random.default_rng(0)
     labels, rate = rng.integers(0, 10, 3000), rng.exponential(size=3000)
-    numbers = map_numbers.cluster_numbers(labels, rate, seed=0)
+    numbers = map_statistics.cluster_numbers(labels, rate, seed=0)
     ratio = numbers["cluster_rate_cv"] / numbers["cluster_rate_cv_shuffled"]
     assert 0.5 < ratio < 1.6
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tiny_runs import D_MODEL, D_SAE, write_run
 
-from vsae_jax.arms import Arm, open_arms
+from vsae_jax.runs.series import Arm, open_arms
 
 VARIANTS, KS, SEEDS = ("topk", "vsae_topk"), (2, 4), (0, 1)
 NS = (2, 5, 10, 500)

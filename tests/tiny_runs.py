@@ -12,7 +12,6 @@ import pytest
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
 from vsae_jax import (
-    cli,
     convert,
     dashboard,
     demo,
@@ -25,8 +24,8 @@ from vsae_jax import (
     train,
     tsne,
 )
-from vsae_jax.config import ConvertConfig, EvalConfig, ExtractConfig, TrainConfig
-from vsae_jax.job import open_folder, plan
+from vsae_jax.config import ConvertConfig, EvalConfig, ExtractConfig, TrainConfig, cli
+from vsae_jax.training.plan import open_folder, plan
 
 LENGTH, D_MODEL, D_SAE, CONTEXTS = 16, 16, 32, 80
 COMMANDS = {

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax import cli, interop
-from vsae_jax.config import ConvertConfig
-from vsae_jax.errors import UserError
-from vsae_jax.interop import Autoencoder, Format, card, check, hub, note
-from vsae_jax.npy import TEMPORARY
+from vsae_jax import interop
+from vsae_jax.config import ConvertConfig, cli
+from vsae_jax.interop import Autoencoder, Format, card, check, hub, sidecar
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import TEMPORARY
 
 
 def command(configs: Sequence[ConvertConfig]) -> None:
@@ -79,9 +79,9 @@ def _write(
         print(f"note: {line}")
     weights = target.write(written, folder)
     # OpenAI's reader needs the note that says whether rows are normalised.
-    note.write(written, folder, weights=weights, notes=lines, check=None)
+    sidecar.write(written, folder, weights=weights, notes=lines, check=None)
     result = check.compare(ae, target.read(folder), rows, rows_from=rows_from)
-    note.write(written, folder, weights=weights, notes=lines, check=result._asdict())
+    sidecar.write(written, folder, weights=weights, notes=lines, check=result._asdict())
     print(check.said(result, k=ae.k))
     if rows_from != check.GENERATED and (result.explained_variance or 0) < 0:
         print(
@@ -121,7 +121,9 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
                 "to norm 1 and scales the latents to match"
             )
     if "w_var" in ae.params and target.NAME != "vsae_jax":
-        lines.append(f"{target.NAME} has the mean path; {note.EXTRA} the variance head")
+        lines.append(
+            f"{target.NAME} has the mean path; {sidecar.EXTRA} the variance head"
+        )
     return lines
 
 

@@ -20,16 +20,16 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vsae_jax import cli, features, runs
-from vsae_jax.config import Backend
-from vsae_jax.errors import UserError, one_line
+from vsae_jax import features, runs
+from vsae_jax.config import Backend, cli
+from vsae_jax.config.fields import check_at_least, flag
 from vsae_jax.features import ARRAYS, FOLDER, INFO, FeaturesConfig
-from vsae_jax.fields import check_at_least, flag
 from vsae_jax.interop.loading import open_any
-from vsae_jax.latents import page_data
 from vsae_jax.latents.matching import match
-from vsae_jax.latents.page_data import CHUNK, Features
-from vsae_jax.npy import replace_file
+from vsae_jax.report import page_data
+from vsae_jax.report.page_data import CHUNK, Features
+from vsae_jax.system.errors import UserError, one_line
+from vsae_jax.system.files import replace_file
 
 MOST_BYTES = 25 * 10**6
 _SCRIPTS = "text data charts map overview table feature prompts app".split()
@@ -222,7 +222,7 @@ def _partners(sides: list[Features]) -> list[tuple[np.ndarray, np.ndarray]]:
 def assemble(data: dict[str, Any]) -> bytes:
     """The page: its parts in one file, which may run no script but its own and load
     nothing (the Content-Security-Policy has their hashes)."""
-    folder = resources.files("vsae_jax") / "page"
+    folder = resources.files("vsae_jax") / "report/page"
     read = {n: (folder / f"{n}.js").read_text(encoding="utf-8") for n in _SCRIPTS}
     script = '"use strict";\n' + "\n".join(read[name] for name in _SCRIPTS)
     style = (folder / "style.css").read_text(encoding="utf-8")

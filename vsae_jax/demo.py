@@ -12,9 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import cli, evaluate, extract, train
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
-from vsae_jax.fields import check_at_least, flag
+from vsae_jax import evaluate, extract, train
+from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, cli
+from vsae_jax.config.fields import check_at_least, flag
 
 # The released code's vSAE needs a centred residual stream; all three get the same.
 _LAYER = 2

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import cli, runs
-from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
+from vsae_jax import runs
+from vsae_jax.config import EvalConfig, cli
 from vsae_jax.evals import Subject, absorption, core, on_texts, saebench_json, summary
 from vsae_jax.evals.labelled import TextSet
 from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
+from vsae_jax.system.errors import UserError
 
 EVALS = ("core", *on_texts.EVALS, "absorption")
 COLUMNS = {

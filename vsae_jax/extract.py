@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax import cli, lock, processes, progress, residuals, signals, text
-from vsae_jax.batches import read_ahead
-from vsae_jax.config import ExtractConfig, hook_name, resolve_extract
-from vsae_jax.errors import UserError
-from vsae_jax.fields import difference
+from vsae_jax.activations import extraction, text
+from vsae_jax.activations.manifest import Manifest, read_manifest
+from vsae_jax.activations.shards import Activations, ShardWriter, is_missing
+from vsae_jax.activations.shared_shards import open_writer
+from vsae_jax.activations.shuffle import read_ahead
+from vsae_jax.config import ExtractConfig, cli, hook_name, resolve_extract
+from vsae_jax.config.fields import difference
 from vsae_jax.lm import (
     LanguageModel,
     check_layer,
@@ -30,9 +32,8 @@ from vsae_jax.lm import (
 )
 from vsae_jax.lm.files import locate
 from vsae_jax.lm.weights import weights_hash
-from vsae_jax.manifest import Manifest, read_manifest
-from vsae_jax.shards import Activations, ShardWriter, is_missing
-from vsae_jax.shared_shards import open_writer
+from vsae_jax.system import locks, processes, progress, signals
+from vsae_jax.system.errors import UserError
 
 # Settings that a manifest can be compared in before any model is loaded.
 _ASKED = (
@@ -65,7 +66,7 @@ def run(config: ExtractConfig) -> Activations:
                 f"{found.n_rows:,} rows; nothing to do"
             )
             return Activations.open(folder)
-    with lock.held(folder, doing="extract"):
+    with locks.held(folder, doing="extract"):
         _extract(config, folder)
     return Activations.open(folder)
 
@@ -237,15 +238,15 @@ def write_shards(
     """Writes every shard that is not there yet; the finished manifest."""
     m = manifest
     total = m.n_contexts if m.complete else m.num_tokens // m.context_length
-    blocks = residuals.blocks(contexts, total=total, size=m.shard_contexts)
+    blocks = extraction.blocks(contexts, total=total, size=m.shard_contexts)
     first = next(blocks)
     with signals.caught() as caught:
         writer = open_writer(folder, manifest)
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
-        pieces = residuals.pieces(shards, writer, model, batch_size=batch_size)
+        pieces = extraction.pieces(shards, writer, model, batch_size=batch_size)
         try:
             with contextlib.closing(shards):
-                residuals.write(writer, pieces, caught, bar=_bar(folder, manifest))
+                extraction.write(writer, pieces, caught, bar=_bar(folder, manifest))
         except OSError as error:
             raise _more_room(error, writer) from None
         finally:

@@ -49,10 +49,9 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax import cli, lm, runs
-from vsae_jax.config import Backend, EvalConfig
-from vsae_jax.errors import UserError
-from vsae_jax.fields import check_at_least, flag, to_json
+from vsae_jax import lm, runs
+from vsae_jax.config import Backend, EvalConfig, cli
+from vsae_jax.config.fields import check_at_least, flag, to_json
 from vsae_jax.latents import neuronpedia
 from vsae_jax.latents.feature_tables import (
     Source,
@@ -65,8 +64,9 @@ from vsae_jax.latents.firings import Limits
 from vsae_jax.latents.logit_effects import logit_effects
 from vsae_jax.latents.loss_effect import loss_effects
 from vsae_jax.latents.token_text import token_texts
-from vsae_jax.npy import TEMPORARY, naming
 from vsae_jax.runs import Run
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import TEMPORARY, naming
 
 FOLDER, ARRAYS, INFO = "features", "features.npz", "features.json"
 _IDS = ("top_ids", "quantile_ids", "top_logit_tokens", "bottom_logit_tokens")

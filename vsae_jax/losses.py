@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vsae_jax.autoencoder.matmul import affine, column_counts
+from vsae_jax.autoencoder.sae import Forward, forward
+from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import SAEConfig
-from vsae_jax.matmul import affine, column_counts
-from vsae_jax.sae import Forward, forward
-from vsae_jax.sparsity import keep_top_k
 
 Params = Mapping[str, Array]
 

@@ -19,17 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vsae_jax import cli, lm, progress, runs, sae
-from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
+from vsae_jax import lm, runs
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.sae import Variables
+from vsae_jax.config import EvalConfig, cli
+from vsae_jax.config.fields import check_above_zero, check_at_least, flag, to_json
 from vsae_jax.evals import Subject, core, subjects
-from vsae_jax.fields import check_above_zero, check_at_least, flag, to_json
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.ascent import Reading, Schedule, climb, pre_activations
 from vsae_jax.latents.token_text import token_texts
 from vsae_jax.lm.files import locate, read_config
 from vsae_jax.lm.neox import NeoX
-from vsae_jax.sae import Variables
+from vsae_jax.system import progress
+from vsae_jax.system.errors import UserError
 
 FOLDER = "maximised"
 _OF_EVALUATION = (

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vsae_jax import cli
-from vsae_jax.arms import Arm, MissingFile, open_arms
-from vsae_jax.errors import UserError, missing_extra
-from vsae_jax.fields import flag
+from vsae_jax.config import cli
+from vsae_jax.config.fields import flag
+from vsae_jax.runs.series import Arm, MissingFile, open_arms
+from vsae_jax.system.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,7 +73,7 @@ def run(c: PlotsConfig) -> list[Path]:
 
 
 def _draw(draw: Draw, arms: Sequence[Arm], out: Path) -> list[Path]:
-    from vsae_jax.figures import style
+    from vsae_jax.report.figures import style
 
     written = []
     with style.applied():
@@ -86,7 +86,7 @@ def _draw(draw: Draw, arms: Sequence[Arm], out: Path) -> list[Path]:
 def figures() -> dict[str, Draw]:
     """Every figure by its name, in the paper's order."""
     try:
-        from vsae_jax.figures import features, histograms, lines, maps
+        from vsae_jax.report.figures import features, histograms, lines, maps
     except ImportError as error:
         if (error.name or "").split(".")[0] != "matplotlib":
             raise

@@ -14,27 +14,28 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from vsae_jax import (
-    cli,
-    grid,
-    lock,
-    memory,
-    processes,
-    progress,
-    runs,
-    signals,
-    start,
-    sweep,
+from vsae_jax import runs
+from vsae_jax.activations.shuffle import read_ahead
+from vsae_jax.config import TrainConfig, cli
+from vsae_jax.system import locks, processes, progress, signals
+from vsae_jax.system.errors import Interrupted, UserError
+from vsae_jax.system.mesh import make, name
+from vsae_jax.training import grid, memory, resume
+from vsae_jax.training.batches import Feed
+from vsae_jax.training.checkpoint import Checkpoints
+from vsae_jax.training.groups import (
+    Arm,
+    Group,
+    Plan,
+    advance,
+    compile_pass,
+    free_bytes,
+    split,
+    states,
 )
-from vsae_jax.batches import read_ahead
-from vsae_jax.checkpoint import Checkpoints
-from vsae_jax.config import TrainConfig
-from vsae_jax.errors import Interrupted, UserError
-from vsae_jax.feed import Feed
-from vsae_jax.job import Job, explain, open_folder, plan, steps_at_once
-from vsae_jax.mesh import make, name
-from vsae_jax.step import hparams, variables
-from vsae_jax.watch import Watch
+from vsae_jax.training.plan import Job, explain, open_folder, plan, steps_at_once
+from vsae_jax.training.recorder import Watch
+from vsae_jax.training.step import hparams, variables
 
 # Calls to the device that may wait; a signal is heard after those.
 _AHEAD = 2
@@ -70,11 +71,11 @@ def run(config: TrainConfig) -> Path:
 
 def run_arms(configs: Sequence[TrainConfig]) -> None:
     """Trains every arm that is not finished, together where they can share batches."""
-    with contextlib.ExitStack() as locks:
-        _run_arms(configs, locks)
+    with contextlib.ExitStack() as locked:
+        _run_arms(configs, locked)
 
 
-def _run_arms(configs: Sequence[TrainConfig], locks: contextlib.ExitStack) -> None:
+def _run_arms(configs: Sequence[TrainConfig], locked: contextlib.ExitStack) -> None:
     streams: dict[tuple[int, int], list[Job]] = {}
     diverged: list[str] = []
     for number, config in enumerate(configs, start=1):
@@ -82,7 +83,7 @@ def _run_arms(configs: Sequence[TrainConfig], locks: contextlib.ExitStack) -> No
         if len(configs) > 1:
             print(f"arm {number} of {len(configs)}: {job.folder.name}")
         explain(job, asked=config)
-        locks.enter_context(lock.held(job.folder, doing="train"))
+        locked.enter_context(locks.held(job.folder, doing="train"))
         if (job.folder / runs.DIVERGED).is_file():
             diverged.append(job.folder.name)
         elif not processes.in_turn(open_folder, job):
@@ -117,20 +118,20 @@ def _train(jobs: Sequence[Job]) -> list[str]:
             for job in jobs
         }
         for job in jobs:
-            start.fork(job, saves[job.folder])
+            resume.fork(job, saves[job.folder])
         one = max(map(memory.of_one, jobs))
-        waiting = sweep.split(jobs, one)
+        waiting = split(jobs, one)
         if len(waiting) > 1:
             print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
         while waiting:
-            together, *later = start.together(waiting.pop(0), saves, feed)
+            together, *later = resume.together(waiting.pop(0), saves, feed)
             waiting[:0] = later
             diverged += _one_pass(together, saves, feed)
     return diverged
 
 
 def _one_pass(
-    started: list[start.Started],
+    started: list[resume.Started],
     saves: Mapping[Path, Checkpoints],
     feed: Feed,
 ) -> list[str]:
@@ -145,10 +146,10 @@ def _one_pass(
     n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
     mesh = jobs[0].mesh
     arms = [
-        sweep.Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
+        Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
         for s in started
     ]
-    compiled = sweep.compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
+    compiled = compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
     del arms
     started.clear()
@@ -160,7 +161,7 @@ def _one_pass(
     )
     watch = Watch(jobs, saves, step=step)
     groups = _loop(compiled.groups, chunks, read_ahead(stacks), watch)
-    for place, state in sweep.states(groups).items():
+    for place, state in states(groups).items():
         job = jobs[place]
         if job.folder.name not in watch.diverged:
             trained = processes.gathered(variables(state, job.sae))
@@ -171,11 +172,11 @@ def _one_pass(
 
 
 def _loop(
-    groups: Sequence[sweep.Group],
+    groups: Sequence[Group],
     chunks: Sequence[Chunk],
     batches: Generator[jax.Array, None, None],
     watch: Watch,
-) -> Sequence[sweep.Group]:
+) -> Sequence[Group]:
     config = watch.jobs[0].train
     bar = progress.bar(
         config.steps,
@@ -189,7 +190,7 @@ def _loop(
             for i, (chunk, rows) in enumerate(zip(chunks, batches, strict=True)):
                 if i % _AHEAD == 0:
                     jax.block_until_ready([group.state for group in groups])
-                groups = sweep.advance(groups, rows, chunk.stop - chunk.start)
+                groups = advance(groups, rows, chunk.stop - chunk.start)
                 if chunk.log:
                     groups = watch.log(groups, chunk.stop)
                     bar.show(watch.shown)
@@ -231,8 +232,8 @@ def _next(step: int, every: int) -> int:
     return (step // every + 1) * every
 
 
-def _describe(compiled: sweep.Plan, arms: int, mesh: Mesh | None) -> str:
-    free = sweep.free_bytes()
+def _describe(compiled: Plan, arms: int, mesh: Mesh | None) -> str:
+    free = free_bytes()
     where = "" if mesh is None else f" of each device ({name(mesh)})"
     many = f"{arms} arms, " if arms > 1 else ""
     programs = (

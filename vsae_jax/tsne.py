@@ -24,18 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax import arms, cli, runs, sae
-from vsae_jax.arms import Arm
-from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError, missing_extra
+from vsae_jax import runs
+from vsae_jax.activations.shards import Activations
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.layer_norm import normalise_rows
+from vsae_jax.config import EvalConfig, cli
+from vsae_jax.config.fields import check_at_least, check_below, flag, to_json
 from vsae_jax.evals import subjects
-from vsae_jax.fields import check_at_least, check_below, flag, to_json
 from vsae_jax.interop.loading import open_any
-from vsae_jax.latents import map_numbers
-from vsae_jax.layer_norm import normalise_rows
-from vsae_jax.npy import replace_file
-from vsae_jax.runs import Run
-from vsae_jax.shards import Activations
+from vsae_jax.latents import map_statistics
+from vsae_jax.runs import Run, series
+from vsae_jax.runs.series import Arm
+from vsae_jax.system.errors import UserError, missing_extra
+from vsae_jax.system.files import replace_file
 
 FOLDER = "maps"
 FEATURES = ("features", "features.npz")
@@ -102,7 +103,7 @@ def command(configs: Sequence[MapConfig]) -> None:
 
 def run(c: MapConfig) -> dict[str, dict[str, Any]]:
     """Writes `maps/` in every run folder; returns the metrics by folder."""
-    found = arms.open_arms(c.run)
+    found = series.open_arms(c.run)
     chosen = [_chosen(arm, read_features(arm), c) for arm in found]
     results = {}
     for arm, latents in zip(found, chosen, strict=True):
@@ -119,11 +120,11 @@ def run(c: MapConfig) -> dict[str, dict[str, Any]]:
 def table(found: Sequence[Arm], results: dict[str, dict[str, Any]]) -> str:
     """A Markdown row for each series: mean ± standard deviation over seeds."""
     rows = [["", "seeds", *COLUMNS.values()]]
-    for shared, members in arms.series_of(found).items():
+    for shared, members in series.series_of(found).items():
         metrics = [results[arm.folder.name] for arm in members]
-        cells = [arms.spread([m[name] for m in metrics]) for name in COLUMNS]
-        rows.append([arms.label(shared), str(len(members)), *cells])
-    return arms.markdown(rows)
+        cells = [series.spread([m[name] for m in metrics]) for name in COLUMNS]
+        rows.append([series.label(shared), str(len(members)), *cells])
+    return series.markdown(rows)
 
 
 def read_features(arm: Arm) -> Features:
@@ -153,12 +154,12 @@ def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, 
         raise UserError(f"{arm.folder}: features/ are of another autoencoder")
     latents, points = _points(opened, latents, c)
     embedding, cluster = embed(points, clusters=c.clusters, seed=c.seed)
-    nearest, counts = map_numbers.cosines(w_dec[latents])
+    nearest, counts = map_statistics.cosines(w_dec[latents])
     rate = features.firing_rate[latents]
     metrics = {
         "n_points": float(len(latents)),
-        **map_numbers.alive_counts(features.firing_rate, features.max_activation),
-        **map_numbers.cluster_numbers(cluster, rate, seed=c.seed),
+        **map_statistics.alive_counts(features.firing_rate, features.max_activation),
+        **map_statistics.cluster_numbers(cluster, rate, seed=c.seed),
         **_nearness(w_dec, latents, features.firing_rate, seed=c.seed),
         **_silhouettes(points, embedding, cluster),
     }
@@ -170,7 +171,7 @@ def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, 
         "mean_activation": features.mean_activation[latents],
         "nearest_cosine": nearest,
         "cosine_counts": counts,
-        "cosine_edges": map_numbers.COSINE_EDGES,
+        "cosine_edges": map_statistics.COSINE_EDGES,
     }
     result = {"metrics": metrics, "config": dict(arm.settings) | {"map": to_json(c)}}
     folder = arm.folder / FOLDER
@@ -193,7 +194,7 @@ def _points(
     """What the latents are as points; without those that do not vary in the sample."""
     if c.points == "decoder":
         rows = np.asarray(run.variables["params"]["w_dec"])[latents]
-        return latents, map_numbers.unit_rows(rows)
+        return latents, map_statistics.unit_rows(rows)
     f = sampled_latents(run, latents, c)
     varies = f.std(0) > 0
     latents, f = latents[varies], f[:, varies]
@@ -273,12 +274,14 @@ def _nearness(
     numbers = {}
     for name, some in (("nn_cosine", latents), ("nn_cosine_alive", rate > 0)):
         rows = w_dec[some]
-        nearest = map_numbers.cosines(rows)[0]
+        nearest = map_statistics.cosines(rows)[0]
         numbers |= {
             f"{name}_mean": float(nearest.mean()),
             f"{name}_median": float(np.median(nearest)),
             f"{name}_above_0.9": float((nearest > 0.9).mean()),
-            f"{name}_random": map_numbers.random_nearest_cosine(*rows.shape, seed=seed),
+            f"{name}_random": map_statistics.random_nearest_cosine(
+                *rows.shape, seed=seed
+            ),
         }
     return numbers
 

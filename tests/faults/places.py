@@ -83,7 +83,7 @@ def rewrite(path: Path, change) -> None:
     import dataclasses
     import hashlib
 
-    from vsae_jax.manifest import MANIFEST, read_manifest
+    from vsae_jax.activations.manifest import MANIFEST, read_manifest
 
     rows = np.load(path, allow_pickle=False)
     change(rows)

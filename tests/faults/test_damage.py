@@ -13,11 +13,13 @@ from tiny_models import make_stories, make_tiny_neox, write_jsonl
 from tiny_runs import LENGTH, TRAINING, call, copied
 
 from faults.places import one_error
-from vsae_jax import runs, sae, step
-from vsae_jax.checkpoint import Checkpoints
+from vsae_jax import runs
+from vsae_jax.activations.manifest import MANIFEST, read_manifest
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
-from vsae_jax.manifest import MANIFEST, read_manifest
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import step
+from vsae_jax.training.checkpoint import Checkpoints
 
 
 def flip(path: Path) -> None:

@@ -9,10 +9,11 @@ import pytest
 from tiny_runs import LENGTH, call
 
 from faults.places import contents, fill, one_error, small_disk  # noqa: F401  a fixture
-from vsae_jax import extract, loggers, runs
-from vsae_jax.checkpoint import Checkpoints
-from vsae_jax.manifest import read_manifest
-from vsae_jax.shards import ShardWriter
+from vsae_jax import extract, runs
+from vsae_jax.activations.manifest import read_manifest
+from vsae_jax.activations.shards import ShardWriter
+from vsae_jax.training import loggers
+from vsae_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture

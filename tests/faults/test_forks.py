@@ -7,7 +7,7 @@ from tiny_runs import TRAINING, call, copied
 
 from faults.places import contents, one_error
 from vsae_jax import runs
-from vsae_jax.checkpoint import Checkpoints
+from vsae_jax.training.checkpoint import Checkpoints
 
 
 @pytest.fixture

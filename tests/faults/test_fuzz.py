@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_runs import COMMANDS
 
-from vsae_jax import cli, runs
-from vsae_jax.errors import UserError
-from vsae_jax.manifest import MANIFEST, read_manifest
+from vsae_jax import runs
+from vsae_jax.activations.manifest import MANIFEST, read_manifest
+from vsae_jax.config import cli
+from vsae_jax.system.errors import UserError
 
 MANY = [
     pytest.param(150, id="hundreds"),

@@ -19,8 +19,8 @@ from tiny_runs import LENGTH, call
 
 from faults.places import contents, lines_until, start
 from vsae_jax import runs
-from vsae_jax.lock import LOCK
-from vsae_jax.npy import TEMPORARY
+from vsae_jax.system.files import TEMPORARY
+from vsae_jax.system.locks import LOCK
 
 KILLS = int(os.environ.get("FAULTS_KILLS", "50"))
 SEED = int(os.environ.get("FAULTS_SEED", "0"))

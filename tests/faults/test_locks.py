@@ -10,13 +10,14 @@ import pytest
 from tiny_runs import LENGTH, TRAINING, call, copied
 
 from faults.places import ROOT, one_error
-from vsae_jax import lock, runs
-from vsae_jax.errors import UserError
+from vsae_jax import runs
+from vsae_jax.system import locks
+from vsae_jax.system.errors import UserError
 
 HOLD = """
 import sys, time, pathlib
-from vsae_jax import lock
-with lock.held(pathlib.Path(sys.argv[1]), doing="train"):
+from vsae_jax.system import locks
+with locks.held(pathlib.Path(sys.argv[1]), doing="train"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -50,14 +51,14 @@ def test_another_process_is_refused_by_name_until_it_is_killed(
         line = one_error(capfd.readouterr().err)
         assert f"{out} is being written by train, process {holder.pid} on" in line
         assert time.monotonic() - began < 5
-        assert [path.name for path in out.iterdir()] == [lock.LOCK]
+        assert [path.name for path in out.iterdir()] == [locks.LOCK]
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert (out / lock.LOCK).is_file()
+    assert (out / locks.LOCK).is_file()
     assert call("train", **train) == 0
     said = capfd.readouterr().out
     assert f"process {holder.pid} on" in said and "is gone; going on" in said
-    assert not (out / lock.LOCK).exists() and (out / runs.PARAMETERS).is_file()
+    assert not (out / locks.LOCK).exists() and (out / runs.PARAMETERS).is_file()
 
 
 def test_each_arm_of_a_grid_has_a_lock_of_its_own(
@@ -68,7 +69,7 @@ def test_each_arm_of_a_grid_has_a_lock_of_its_own(
     (arm / runs.PARAMETERS).unlink()
     flags = {"activations": tiny_rows, **TRAINING, "variant": "topk,vsae_topk"}
     flags |= {"beta": "0,2", "out": out}
-    with lock.held(arm, doing="train"):
+    with locks.held(arm, doing="train"):
         assert call("train", **flags) == 2
     assert f"{arm} is being written by train, pro" in one_error(capfd.readouterr().err)
     assert call("train", **flags) == 0
@@ -76,21 +77,21 @@ def test_each_arm_of_a_grid_has_a_lock_of_its_own(
 
 
 def test_a_folder_is_left_as_it_was(tmp_path):
-    with lock.held(tmp_path / "a" / "b", doing="x"):
-        assert (tmp_path / "a" / "b" / lock.LOCK).is_file()
+    with locks.held(tmp_path / "a" / "b", doing="x"):
+        assert (tmp_path / "a" / "b" / locks.LOCK).is_file()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "kept").mkdir()
-    with lock.held(tmp_path / "kept", doing="x"):
+    with locks.held(tmp_path / "kept", doing="x"):
         (tmp_path / "kept" / "file").write_text("")
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["file"]
 
 
 def test_a_hostile_lock_file_is_one_short_line(tmp_path, capsys):
-    (tmp_path / lock.LOCK).write_bytes(b"\x1b[2J\n" * 10_000 + b"\xff")
-    with lock.held(tmp_path, doing="x"):
+    (tmp_path / locks.LOCK).write_bytes(b"\x1b[2J\n" * 10_000 + b"\xff")
+    with locks.held(tmp_path, doing="x"):
         said = capsys.readouterr().out
         with pytest.raises(UserError) as refused:
-            with lock.held(tmp_path, doing="y"):
+            with locks.held(tmp_path, doing="y"):
                 pass
     assert "\x1b" not in said and said.count("\n") == 1 and len(said) < 500
     assert "is being written by x, process" in str(refused.value)
@@ -100,25 +101,25 @@ def test_without_locks_a_note_says_so(tmp_path, monkeypatch, capsys):
     def none(descriptor, how):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(lock.fcntl, "flock", none)
-    with lock.held(tmp_path, doing="x"):
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    with locks.held(tmp_path, doing="x"):
         assert "file system without locks" in capsys.readouterr().out
 
 
 def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     """Between opening and locking the file, its holder removed it and ended."""
-    flock, calls = lock.fcntl.flock, []
+    flock, calls = locks.fcntl.flock, []
 
     def late(descriptor, how):
         if not calls:
-            (tmp_path / lock.LOCK).unlink()
+            (tmp_path / locks.LOCK).unlink()
         calls.append(descriptor)
         flock(descriptor, how)
 
-    monkeypatch.setattr(lock.fcntl, "flock", late)
-    with lock.held(tmp_path, doing="x"):
+    monkeypatch.setattr(locks.fcntl, "flock", late)
+    with locks.held(tmp_path, doing="x"):
         assert len(calls) == 2
-        monkeypatch.setattr(lock.fcntl, "flock", flock)
+        monkeypatch.setattr(locks.fcntl, "flock", flock)
         with pytest.raises(UserError, match="is being written by x"):
-            with lock.held(tmp_path, doing="y"):
+            with locks.held(tmp_path, doing="y"):
                 pass

@@ -6,8 +6,9 @@ import pytest
 from tiny_runs import TRAINING, call
 
 from faults.places import one_error
-from vsae_jax import job, runs, sweep
+from vsae_jax import runs
 from vsae_jax.config import TrainConfig
+from vsae_jax.training import groups, plan
 
 
 @pytest.fixture
@@ -20,9 +21,9 @@ def test_few_steps_at_once_need_few_rows(flags):
     asked = {"steps_per_dispatch": 2**30, "steps": 2**30, "log_every": 2**30}
     named = TrainConfig(**{n: str(v) for n, v in flags.items() if n[0] in "ao"})
     config = replace(named, **{**TRAINING, **asked}, checkpoint_every=2**30)
-    assert 100 < job.steps_at_once([job.plan(config)]) < 10**6
+    assert 100 < plan.steps_at_once([plan.plan(config)]) < 10**6
     large = replace(config, d_sae=2**16, batch_size=2**14)
-    assert job.steps_at_once([job.plan(large)]) == 1
+    assert plan.steps_at_once([plan.plan(large)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_few_steps_at_once_need_few_rows(flags):
     ],
 )
 def test_what_does_not_fit(flags, capfd, tmp_path, monkeypatch, large, first):
-    monkeypatch.setattr(sweep, "free_bytes", lambda: 10**9)
+    monkeypatch.setattr(groups, "free_bytes", lambda: 10**9)
     assert call("train", **flags | large) == 2
     line = one_error(capfd.readouterr().err)
     assert "will not fit" in line and "1.0 GB are free" in line

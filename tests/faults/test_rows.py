@@ -5,13 +5,15 @@ import pytest
 from tiny_runs import TRAINING, call, copied
 
 from faults.places import one_error, rewrite
-from vsae_jax import bad_rows, job, runs
-from vsae_jax.bad_rows import Check
-from vsae_jax.batches import ShuffledRows
+from vsae_jax import runs
+from vsae_jax.activations import bad_rows
+from vsae_jax.activations.bad_rows import Check
+from vsae_jax.activations.shards import Activations
+from vsae_jax.activations.shuffle import ShuffledRows
 from vsae_jax.config import TrainConfig
-from vsae_jax.errors import UserError
-from vsae_jax.feed import Feed
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import plan
+from vsae_jax.training.batches import Feed
 
 # Row of the folder, and what one of its values becomes: two in shard 0, one in 1.
 BAD = {7: np.nan, 300: -np.inf, 500: 3e8}
@@ -51,9 +53,9 @@ def test_stop_is_the_default_and_names_the_first(spoilt, tmp_path, capfd, feed):
 
 @pytest.mark.parametrize("feed", ["stream", "device"])
 def test_skip_counts_them_and_never_trains_on_them(spoilt, tmp_path, feed, capsys):
-    planned = job.plan(config(spoilt, tmp_path / "run", feed=feed, bad_rows="skip"))
+    planned = plan.plan(config(spoilt, tmp_path / "run", feed=feed, bad_rows="skip"))
     assert planned.left_out.rows.tolist() == list(BAD)
-    job.explain(planned, asked=planned.train)
+    plan.explain(planned, asked=planned.train)
     said = capsys.readouterr().out
     assert "3 of 1200 rows are NaN, infinite or giant and left out" in said
     good = np.delete(Activations.open(spoilt).rows(0, 960), list(BAD), axis=0)

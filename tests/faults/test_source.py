@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import vsae_jax
-from vsae_jax.errors import UserError
-from vsae_jax.npy import open_verified
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import open_verified
 
 SOURCES = sorted(Path(vsae_jax.__file__).parent.rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

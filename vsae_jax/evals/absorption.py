@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float, Int
 
 from vsae_jax import lm
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import missing_extra
 from vsae_jax.evals import Subject, first_letter
 from vsae_jax.evals.encoding import encode_residuals
 from vsae_jax.evals.first_letter import LETTERS, Words
 from vsae_jax.evals.probes import Probe, Recipe, fit_outputs
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import generator
+from vsae_jax.system.errors import missing_extra
 
 LETTER_PROBE = Recipe(
     lr=1e-2, batch_size=64, epochs=50, weight_decay=1e-4, coupled=True, end_lr=1e-5

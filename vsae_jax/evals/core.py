@@ -19,22 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vsae_jax import progress, sae
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.sae import Variables
+from vsae_jax.autoencoder.sparsity import compiler_options
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, latent_statistics
 from vsae_jax.evals.encoding import encode_rows, rows_of
-from vsae_jax.evals.quirks import Quirks
-from vsae_jax.lm import LanguageModel, identity, next_token_loss
-from vsae_jax.metrics import (
+from vsae_jax.evals.metrics import (
     BatchSums,
     Reconstruction,
     batch_sums,
     density_histogram,
     ratio,
 )
-from vsae_jax.sae import Variables
-from vsae_jax.sparsity import compiler_options
+from vsae_jax.evals.quirks import Quirks
+from vsae_jax.lm import LanguageModel, identity, next_token_loss
+from vsae_jax.system import progress
+from vsae_jax.system.errors import UserError
 
 
 class Losses(NamedTuple):

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vsae_jax import progress, sae, text
+from vsae_jax.activations import text
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.layer_norm import normalise_rows
+from vsae_jax.autoencoder.sae import Variables
+from vsae_jax.autoencoder.sparsity import compiler_options
 from vsae_jax.config import SAEConfig
 from vsae_jax.evals import Subject
-from vsae_jax.layer_norm import normalise_rows
-from vsae_jax.sae import Variables
-from vsae_jax.sparsity import compiler_options
+from vsae_jax.system import progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax import text
+from vsae_jax.activations import text
 from vsae_jax.evals import Subject
 from vsae_jax.evals.encoding import residuals_at
 

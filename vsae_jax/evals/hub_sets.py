@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vsae_jax.errors import UserError, one_line
 from vsae_jax.lm.files import connection_errors
+from vsae_jax.system.errors import UserError, one_line
 
 # One file is at most 150 + 128 * 3 characters: the head holds the license.
 _CODE_HEAD, _CODE_LEAST = 150, 534

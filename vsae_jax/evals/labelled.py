@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError, one_line
 from vsae_jax.evals import hub_sets
+from vsae_jax.system.errors import UserError, one_line
 
 _MOST_VALUES = 100
 

@@ -10,13 +10,13 @@ import numpy as np
 
 from vsae_jax import lm
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject, hub_sets, sampling, scr, sparse_probing, tpp
 from vsae_jax.evals.encoding import encode_texts, tokenise
 from vsae_jax.evals.labelled import TextSet, read_sets
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Split
 from vsae_jax.evals.tasks import Metrics, Task, mean_metrics
+from vsae_jax.system.errors import UserError
 
 EVALS: dict[str, ModuleType] = {
     "sparse_probing": sparse_probing,

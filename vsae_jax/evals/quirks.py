@@ -7,7 +7,7 @@ in BUILD_NOTES.md.
 import dataclasses
 from dataclasses import dataclass
 
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 
 
 @dataclass(frozen=True)

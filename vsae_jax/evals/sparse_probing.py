@@ -9,11 +9,11 @@ import importlib.util
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax.errors import missing_extra
 from vsae_jax.evals import probes
 from vsae_jax.evals.encoding import Latents
 from vsae_jax.evals.sampling import Sample
 from vsae_jax.evals.tasks import Metrics, Task, fit_probes
+from vsae_jax.system.errors import missing_extra
 
 KS = (1, 2, 5)
 SETS_WEIGH_EQUALLY = True

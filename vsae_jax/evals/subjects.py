@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax import lm, runs, text
+from vsae_jax import lm, runs
+from vsae_jax.activations import text
+from vsae_jax.activations.shards import Activations
 from vsae_jax.config import EvalConfig
-from vsae_jax.errors import UserError
 from vsae_jax.evals import Subject
 from vsae_jax.interop.loading import open_any
 from vsae_jax.runs import Run
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import UserError
 
 # Of a config, what only training reads: autoencoders that differ in nothing else are
 # evaluated by one compiled program.

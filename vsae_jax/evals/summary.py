@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from vsae_jax import arms, runs
-from vsae_jax.npy import replace_file
+from vsae_jax import runs
+from vsae_jax.runs import series
+from vsae_jax.system.files import replace_file
 
 _CORE = (
     "ce_loss_score",
@@ -46,10 +47,10 @@ def markdown(folder: Path) -> str:
 
 def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     """What each run's evaluations wrote, by name, under the arm without its seed."""
-    series = arms.series_of(arms.open_arms(folder))
+    found = series.series_of(series.open_arms(folder))
     return {
-        arms.label(shared): [_results(arm.folder) for arm in each]
-        for shared, each in series.items()
+        series.label(shared): [_results(arm.folder) for arm in each]
+        for shared, each in found.items()
     }
 
 
@@ -71,8 +72,8 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> str:
     rows = [["metric", *(f"{arm} (n={len(r)})" for arm, r in each.items())]]
     for metric in metrics:
         columns = ([one["metrics"].get(metric) for one in r] for r in each.values())
-        rows.append([metric, *map(arms.spread, columns)])
-    return arms.markdown(rows)
+        rows.append([metric, *map(series.spread, columns)])
+    return series.markdown(rows)
 
 
 def _notes(found: dict[str, list[dict[str, Any]]]) -> str:

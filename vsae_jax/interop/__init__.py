@@ -4,16 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from vsae_jax.errors import UserError
 from vsae_jax.interop import (
     dictionary_learning,
-    note,
     openai,
     run_folder,
     saelens,
+    sidecar,
     sparsify,
 )
 from vsae_jax.interop.canonical import Autoencoder
+from vsae_jax.system.errors import UserError
 
 
 class Format(Protocol):
@@ -75,7 +75,7 @@ def read(folder: str | Path) -> Autoencoder:
     weights = module.weights(folder)
     if module is run_folder or weights is None:
         return ae
-    return note.apply(ae, folder, weights=weights)
+    return sidecar.apply(ae, folder, weights=weights)
 
 
 __all__ = ["FORMATS", "Autoencoder", "Format", "read", "recognised"]

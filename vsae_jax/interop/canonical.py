@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
+from vsae_jax.system.errors import UserError
 
 # relu_topk: the k largest of relu(z). topk: the k largest z, negative ones included.
 # abstopk: the k largest |z|, with their sign. relu: relu(z). none: z.

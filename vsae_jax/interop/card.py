@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from vsae_jax import interop
-from vsae_jax.interop import known
+from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import Autoencoder
-from vsae_jax.interop.note import NOTE
+from vsae_jax.interop.sidecar import NOTE
 from vsae_jax.interop.tensors import read_json
-from vsae_jax.npy import replace_file
+from vsae_jax.system.files import replace_file
 
 CARD = "README.md"
 _METRICS = {
@@ -69,7 +69,7 @@ def write(folder: Path, *, name: str, evals: dict[str, Any]) -> None:
 def _front(ae: Autoencoder, to: str) -> str:
     lines = ["---", "library_name: vsae_jax", "tags:", "- sparse-autoencoder"]
     lines += [f"- {to}"] if to != "vsae_jax" else []
-    model = known.model_name(ae)
+    model = provenance.model_name(ae)
     if model and model.count("/") == 1:
         lines += [f"base_model: {json.dumps(model)}"]
     return "\n".join([*lines, "---"])
@@ -78,9 +78,9 @@ def _front(ae: Autoencoder, to: str) -> str:
 def _facts(ae: Autoencoder) -> dict[str, Any]:
     train, data = ae.train or {}, ae.data
     return {
-        "language model": known.model_name(ae),
+        "language model": provenance.model_name(ae),
         "hook": data.get("hook_name"),
-        "text": known.public(data.get("dataset")),
+        "text": provenance.public(data.get("dataset")),
         "d_model": ae.config.d_model,
         "d_sae": ae.config.d_sae,
         "selection rule": ae.rule,

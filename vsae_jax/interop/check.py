@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vsae_jax import sae
+from vsae_jax.activations.shards import Activations
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.layer_norm import normalise_rows
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
 from vsae_jax.interop.canonical import Autoencoder
-from vsae_jax.layer_norm import normalise_rows
-from vsae_jax.shards import Activations
+from vsae_jax.system.errors import UserError
 
 GENERATED = "generated"
 _CHUNK = 128

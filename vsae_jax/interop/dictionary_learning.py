@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from vsae_jax import runs
-from vsae_jax.errors import UserError
-from vsae_jax.interop import known
+from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
     Autoencoder,
     check_k,
@@ -36,6 +35,7 @@ from vsae_jax.interop.tensors import (
     size_of,
     source_dtype,
 )
+from vsae_jax.system.errors import UserError
 
 NAME = "dictionary_learning"
 # The rule that its files say, where it is not the autoencoder's own.
@@ -146,7 +146,7 @@ def _data(trainer: dict[str, Any], buffer: Any) -> dict[str, Any]:
     layer = trainer.get("layer")
     hook = trainer.get("submodule_name")
     inside = isinstance(hook, str) and "resid" not in hook
-    return known.data(
+    return provenance.data(
         model=trainer.get("lm_name"),
         layer=layer if type(layer) is int and layer >= 0 and not inside else None,
         hook_name=hook if inside else None,
@@ -209,7 +209,7 @@ def _config(ae: Autoencoder) -> dict[str, Any]:
         "dict_size": c.d_sae,
         "device": "cpu",
         "layer": data.get("layer"),
-        "lm_name": known.model_name(ae) or "unknown",
+        "lm_name": provenance.model_name(ae) or "unknown",
         "wandb_name": ae.source.get("name"),
         "submodule_name": None,
     }

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vsae_jax.errors import UserError, one_line
-from vsae_jax.interop import note
+from vsae_jax.interop import sidecar
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
+from vsae_jax.system.errors import UserError, one_line
 
 # All that any format reads; the rest of a repository stays there. No `*`, which would
 # match in every folder below, too; OpenAI's files are numbered by layer.
@@ -20,8 +20,8 @@ _FILES = (
     "autoencoder.pt",
     "[0-9].pt",
     "[0-9][0-9].pt",
-    note.NOTE,
-    note.EXTRA,
+    sidecar.NOTE,
+    sidecar.EXTRA,
     "evals/core.json",
 )
 

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 
 from vsae_jax import interop, runs
 from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
-from vsae_jax.errors import UserError
-from vsae_jax.fields import from_json
-from vsae_jax.interop import check, hub, run_folder
+from vsae_jax.config.fields import from_json
+from vsae_jax.interop import check, hub, run_folder, sidecar
 from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.runs import Run
+from vsae_jax.system.errors import UserError
 
 _ROWS = 64
 
@@ -91,7 +91,7 @@ def open_any(folder: Path) -> Run:
     if len(found) != 1 or found[0] is run_folder and not _imported(folder):
         return runs.open_run(folder)
     ae = interop.read(folder)
-    where = str(folder / interop.note.NOTE)
+    where = str(folder / sidecar.NOTE)
     train = ae.train
     if train is not None:
         train = from_json(TrainConfig, train, where=where, may_lack=RUNTIME_FIELDS)

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax.errors import UserError
-from vsae_jax.interop import note
+from vsae_jax.interop import sidecar
 from vsae_jax.interop.canonical import (
     Autoencoder,
     check_k,
@@ -31,6 +30,7 @@ from vsae_jax.interop.tensors import (
     size_of,
     source_dtype,
 )
+from vsae_jax.system.errors import UserError
 
 NAME = "openai"
 # The rule that its files say, where it is not the autoencoder's own.
@@ -84,7 +84,7 @@ def read(folder: Path) -> Autoencoder:
         },
         rule=rule,
         k=k,
-        layer_norm=k is not None and note.layer_norm(folder),
+        layer_norm=k is not None and sidecar.layer_norm(folder),
         notes=("the statistics of OpenAI's latents were not carried over",),
         source={"format": NAME, "name": path.stem, "dtype": source_dtype(arrays)},
     )

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax.errors import UserError, one_line
 from vsae_jax.interop.unpickle import Storage, read_pickle
+from vsae_jax.system.errors import UserError, one_line
 
 MAX_PICKLE_BYTES = 2**20
 _MAX_ENTRIES = 1024

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax.npy import replace_file
+from vsae_jax.system.files import replace_file
 
 _STORAGES = {
     np.dtype(np.float32): "FloatStorage",

@@ -11,8 +11,7 @@ import numpy as np
 
 from vsae_jax import runs
 from vsae_jax.config import SAEConfig
-from vsae_jax.errors import UserError
-from vsae_jax.fields import from_json
+from vsae_jax.config.fields import from_json
 from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.interop.tensors import (
     as_float32,
@@ -20,6 +19,7 @@ from vsae_jax.interop.tensors import (
     read_json,
     read_safetensors,
 )
+from vsae_jax.system.errors import UserError
 
 NAME = "vsae_jax"
 SAYS: dict[str, str] = {}

@@ -13,8 +13,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from vsae_jax import runs
-from vsae_jax.errors import UserError
-from vsae_jax.interop import known
+from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import Autoencoder, check_k, folded, foreign, shown
 from vsae_jax.interop.tensors import (
     as_float32,
@@ -25,7 +24,8 @@ from vsae_jax.interop.tensors import (
     size_of,
     source_dtype,
 )
-from vsae_jax.npy import replace_file
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import replace_file
 
 NAME = "saelens"
 # The rule that its files say, where it is not the autoencoder's own.
@@ -126,7 +126,7 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
 def _data(metadata: dict[str, Any]) -> dict[str, Any]:
     """What SAELens knows of the language model, in a run's words."""
     bos = {"True": "keep", "False": "none"}.get(str(metadata.get("prepend_bos")))
-    return known.data(
+    return provenance.data(
         model=metadata.get("model_name"),
         hook_name=metadata.get("hook_name"),
         context_length=metadata.get("context_size"),
@@ -168,11 +168,11 @@ def _metadata(ae: Autoencoder) -> dict[str, Any]:
     return {
         "sae_lens_version": _VERSION,
         "sae_lens_training_version": None,
-        "model_name": known.model_name(ae),
+        "model_name": provenance.model_name(ae),
         "hook_name": data.get("hook_name"),
         "hook_head_index": None,
         "context_size": data.get("context_length"),
-        "dataset_path": known.public(data.get("dataset")),
+        "dataset_path": provenance.public(data.get("dataset")),
         "prepend_bos": data.get("bos") != "none" if "bos" in data else None,
         "seqpos_slice": [None],
         "model_from_pretrained_kwargs": centered,

@@ -14,8 +14,7 @@ from typing import Any
 from safetensors.numpy import save
 
 from vsae_jax import runs
-from vsae_jax.errors import UserError
-from vsae_jax.interop import known
+from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
     Autoencoder,
     check_k,
@@ -34,7 +33,8 @@ from vsae_jax.interop.tensors import (
     size_of,
     source_dtype,
 )
-from vsae_jax.npy import replace_file
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import replace_file
 
 NAME = "sparsify"
 # The rule that its files say, where it is not the autoencoder's own.
@@ -87,7 +87,7 @@ def read(folder: Path) -> Autoencoder:
         },
         rule="relu_topk",
         k=check_k(c.get("k"), d_sae=m, where=where),
-        data=known.data(layer=int(hookpoint[1]) if hookpoint else None),
+        data=provenance.data(layer=int(hookpoint[1]) if hookpoint else None),
         source={"format": NAME, "name": folder.name, "dtype": source_dtype(arrays)},
     )
 

@@ -14,8 +14,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from vsae_jax.errors import UserError
-from vsae_jax.strict_json import parse_object, read_object
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.strict_json import parse_object, read_object
 
 MAX_JSON_BYTES = 2**20
 DTYPES = {

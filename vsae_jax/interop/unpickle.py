@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from vsae_jax.errors import UserError, one_line
+from vsae_jax.system.errors import UserError, one_line
 
 _STORAGES = {
     "torch DoubleStorage": np.float64,

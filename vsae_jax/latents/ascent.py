@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vsae_jax import sae
+from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.layer_norm import normalise_rows
+from vsae_jax.autoencoder.sae import Variables
 from vsae_jax.config import SAEConfig
 from vsae_jax.evals.encoding import rows_of
-from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.lm.neox import NeoX
-from vsae_jax.sae import Variables
 
 
 @dataclass(frozen=True)

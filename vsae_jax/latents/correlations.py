@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vsae_jax.latents.kept import uniform
+from vsae_jax.latents.strongest import uniform
 
 # Of the sample, as its tokens with the most firings of one: firings (128 MB),
 # products of pairs (seconds); and tokens.

@@ -12,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from vsae_jax import lm, progress
-from vsae_jax.batches import read_ahead
+from vsae_jax import lm
+from vsae_jax.activations.shards import Activations
+from vsae_jax.activations.shuffle import read_ahead
+from vsae_jax.autoencoder.sae import Variables
+from vsae_jax.autoencoder.sparsity import compiler_options
 from vsae_jax.config import EvalConfig, SAEConfig
-from vsae_jax.errors import UserError
 from vsae_jax.evals import subjects
 from vsae_jax.evals.encoding import encode_rows
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.firings import FeaturePass, Limits
 from vsae_jax.runs import Run
-from vsae_jax.sae import Variables
-from vsae_jax.shards import Activations
-from vsae_jax.sparsity import compiler_options
+from vsae_jax.system import progress
+from vsae_jax.system.errors import UserError
 
 NEIGHBOURS = 10
 # Latents in a batch: 16 MB in float32.

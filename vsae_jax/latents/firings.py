@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from vsae_jax.latents.correlations import TokenSample
-from vsae_jax.latents.kept import Kept, best_of_context, uniform
+from vsae_jax.latents.strongest import Kept, best_of_context, uniform
 
 # Half the bins of a histogram: those of one sign.
 BINS = 64

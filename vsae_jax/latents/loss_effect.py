@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax import progress
+from vsae_jax.autoencoder.layer_norm import normalise_rows
 from vsae_jax.latents.feature_tables import encode_counted
-from vsae_jax.layer_norm import normalise_rows
 from vsae_jax.lm import identity
+from vsae_jax.system import progress
 
 if TYPE_CHECKING:
     from vsae_jax.latents.feature_tables import Source

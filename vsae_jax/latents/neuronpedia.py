@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vsae_jax.npy import replace_file
+from vsae_jax.system.files import replace_file
 
 _FEATURES_IN_FILE = 64
 _UNKNOWN_TABLES = (

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vsae_jax.errors import UserError, one_line
 from vsae_jax.lm.files import locate, read_config, read_vocab_size, tokenizer_source
+from vsae_jax.system.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

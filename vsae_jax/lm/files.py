@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vsae_jax.errors import UserError, one_line
-from vsae_jax.strict_json import read_object
+from vsae_jax.system.errors import UserError, one_line
+from vsae_jax.system.strict_json import read_object
 
 # Without it, importing transformers without torch prints that torch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

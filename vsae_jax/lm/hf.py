@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from vsae_jax.errors import UserError, missing_extra, one_line
 from vsae_jax.lm import (
     Splice,
     Tokens,
@@ -27,6 +26,7 @@ from vsae_jax.lm.files import (
     model_facts,
     transformers_source,
 )
+from vsae_jax.system.errors import UserError, missing_extra, one_line
 
 if TYPE_CHECKING:
     import torch

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vsae_jax.errors import UserError, one_line
 from vsae_jax.lm.files import ModelFiles, weight_files
+from vsae_jax.system.errors import UserError, one_line
 
 Params = dict[str, Any]
 

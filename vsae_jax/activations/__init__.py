@@ -1,0 +1,1 @@
+"""Text through a language model to rows on disk, and back as shuffled rows."""

@@ -1,0 +1,139 @@
+"""Activation rows that are not to be trained on: NaN, infinite, or giant.
+
+A row is giant when a value of it is beyond `--giant` times the median norm of the
+first rows. `--bad_rows=stop` names the first bad row that is read; `skip` reads all
+rows before the start and leaves the bad ones out, also of the mean and the norm.
+"""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from vsae_jax.activations.shards import Activations, activations_path
+from vsae_jax.system import progress
+from vsae_jax.system.errors import UserError
+
+_SAMPLE_ROWS = 4096
+# Rows looked at together stay in a core's cache.
+_AT_ONCE_BYTES = 2**20
+
+
+class LeftOut(NamedTuple):
+    """What `skip` found: the bad rows' numbers, ascending, and the mean and mean
+    squared norm of the others."""
+
+    rows: Int[np.ndarray, " bad"]
+    mean: Float[np.ndarray, " d_model"]
+    mean_squared_norm: float
+
+    def described(self) -> str:
+        """For a run's config: how many rows, and which by their hash."""
+        digest = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
+        return f"{len(self.rows)} rows, sha256 {digest[:16]}"
+
+
+class Check:
+    """Finds bad rows among those of a folder, `giant` as the flag."""
+
+    def __init__(self, activations: Activations, *, giant: float):
+        self._activations, self._giant = activations, giant
+        self._limit = _largest_value(activations, giant)
+
+    def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
+        """The rows start, ..., stop - 1, as `Activations.view`; none may be bad."""
+        rows = self._activations.view(start, stop)
+        bad = np.flatnonzero(self.bad(rows))
+        if len(bad):
+            raise UserError(self._named(start + bad, of=stop - start))
+        return rows
+
+    def bad(self, rows: Float[np.ndarray, "rows d_model"]) -> Bool[np.ndarray, " rows"]:
+        """Which rows are. Without their sign, floats are ordered as their bits are, and
+        infinity and NaN come last: one comparison finds all."""
+        whole = np.dtype(f"u{rows.dtype.itemsize}")
+        signed = np.dtype(f"i{rows.dtype.itemsize}")
+        sign = whole.type(1 << (8 * rows.dtype.itemsize - 1))
+        limit = np.array(self._limit, rows.dtype).view(whole)[()]
+        found = np.zeros(len(rows), bool)
+        step = max(_AT_ONCE_BYTES // max(rows.nbytes // max(len(rows), 1), 1), 1)
+        for at in range(0, len(rows), step):
+            bits = rows[at : at + step].view(whole)
+            if bits.max() > (sign | limit) or bits.view(signed).max() > limit:
+                found[at : at + step] = ((bits & ~sign) > limit).any(1)
+        return found
+
+    def survey(self) -> LeftOut:
+        """All bad rows, and the statistics without them."""
+        m, found = self._activations.manifest, []
+        total = np.array(m.mean) * m.n_rows
+        squares, kept = m.mean_squared_norm * m.n_rows, m.n_rows
+        step = max(_AT_ONCE_BYTES * 16 // m.row_bytes, 1)
+        with progress.bar(m.n_rows, unit="rows checked") as bar:
+            for start in range(0, m.n_rows, step):
+                rows = self._activations.view(start, min(start + step, m.n_rows))
+                found.append(start + np.flatnonzero(self.bad(rows)))
+                bar.update(len(rows))
+        bad = np.concatenate(found)
+        if len(bad):
+            total, squares, kept = self._statistics(bad, step)
+        return LeftOut(bad, total / kept, float(squares / kept))
+
+    def _statistics(self, bad: np.ndarray, step: int) -> tuple[np.ndarray, float, int]:
+        """Sum, sum of squares and number of the rows that are not bad, once more from
+        the rows: what a giant added to a sum cannot be taken out of it again."""
+        m = self._activations.manifest
+        total, squares = np.zeros(m.d_model), 0.0
+        for start in range(0, m.n_rows, step):
+            stop = min(start + step, m.n_rows)
+            numbers = np.arange(start, stop)
+            rows = self._activations.view(start, stop)[~np.isin(numbers, bad)]
+            exact = rows.astype(np.float64)
+            total += exact.sum(0)
+            squares += float(np.einsum("ij,ij->", exact, exact))
+        kept = m.n_rows - len(bad)
+        if not kept:
+            raise UserError(f"{self._activations.folder}: every row is bad")
+        return total, squares, kept
+
+    def _named(self, bad: np.ndarray, *, of: int) -> str:
+        m, first = self._activations.manifest, int(bad[0])
+        context, at = divmod(first, m.rows_per_context)
+        path = activations_path(self._activations.folder, context // m.shard_contexts)
+        return (
+            f"{path}: {len(bad)} of {of} rows are NaN, infinite or have a value beyond "
+            f"{self._limit:.4g} (--giant={self._giant:g} times the median norm); the "
+            f"first is that of context {context}, position {m.dropped_positions + at}; "
+            "--bad_rows=skip, in a new run, leaves them out"
+        )
+
+
+def _largest_value(activations: Activations, giant: float) -> float:
+    """What no value may exceed, in the rows' dtype."""
+    first = activations.view(0, min(_SAMPLE_ROWS, activations.n_rows))
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.linalg.norm(first.astype(np.float64), axis=1)
+    end = float(ml_dtypes.finfo(first.dtype).max)
+    median = float(np.median(norms[np.isfinite(norms)])) if len(norms) else 0.0
+    return min(giant * median, end) if median > 0 else end
+
+
+@functools.lru_cache(maxsize=4)
+def _left_out(folder: Path, manifest: str, giant: float) -> LeftOut:
+    """The survey of a folder with that manifest, made once for all arms."""
+    return Check(Activations.open(folder), giant=giant).survey()
+
+
+def left_out(
+    activations: Activations, *, bad_rows: str, giant: float
+) -> LeftOut | None:
+    """What a run leaves out of its activations; None where it leaves out nothing."""
+    if bad_rows == "stop":
+        return None
+    manifest = activations.manifest.hash
+    found = _left_out(activations.folder.absolute(), manifest, giant)
+    return found if len(found.rows) else None

@@ -1,0 +1,158 @@
+"""Contexts -> language model -> rows -> shards.
+
+Text is made into contexts in one thread and rows are written in another. The model
+runs in the main thread: torch's OpenMP is slow in any other.
+
+Every shard starts a new batch: what it holds depends on its own contexts alone, so a
+killed run goes on to the bits of an undisturbed one.
+"""
+
+import collections
+import functools
+import itertools
+from collections.abc import Iterator
+from concurrent import futures
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vsae_jax.activations.shards import ShardWriter
+from vsae_jax.lm import LanguageModel
+from vsae_jax.system import progress, signals
+from vsae_jax.system.errors import Interrupted
+
+# Rows that may wait for the disk; a sync of the shard before takes its time.
+_WAITING_BYTES = 2**26
+
+Tokens = Int[np.ndarray, "contexts context_length"]
+
+
+@functools.partial(jax.jit, static_argnames=("dropped", "center", "dtype"))
+def to_rows(
+    residual: Float[Array | np.ndarray, "batch time d_model"],
+    *,
+    dropped: int,
+    center: bool,
+    dtype: str,
+) -> Float[Array, "rows d_model"]:
+    """The rows of every position but the first `dropped`, in `dtype`; `center`
+    subtracts each row's mean over d_model."""
+    rows = jnp.asarray(residual)[:, dropped:].reshape(-1, residual.shape[-1])
+    if center:
+        rows = rows - rows.mean(axis=-1, keepdims=True)
+    return rows.astype(dtype)
+
+
+class Piece(NamedTuple):
+    """The rows of one batch, on their way to shard `index`.
+
+    tokens: those of the whole shard, `[contexts, context_length]`.
+    start: where in the shard the batch starts, in contexts.
+    rows: of the batch, still on the device, padding included.
+    n_contexts: in the batch without padding.
+    """
+
+    index: int
+    tokens: Tokens
+    start: int
+    rows: Float[Array, "rows d_model"]
+    n_contexts: int
+
+
+def blocks(
+    contexts: Iterator[Int[np.ndarray, " context_length"]], *, total: int, size: int
+) -> Iterator[Tokens]:
+    """At most `total` contexts, stacked by `size`."""
+    contexts = itertools.islice(contexts, total)
+    while block := list(itertools.islice(contexts, size)):
+        yield np.stack(block)
+
+
+def pieces(
+    shards: Iterator[Tokens],
+    writer: ShardWriter,
+    model: LanguageModel,
+    *,
+    batch_size: int,
+) -> Iterator[Piece | None]:
+    """Runs the model on the shards that are not there; None for one that is."""
+    m = writer.manifest
+    batch = min(batch_size, m.shard_contexts)
+    for index, tokens in enumerate(shards):
+        if writer.has(index, tokens):
+            yield None
+            continue
+        for start in range(0, len(tokens), batch):
+            part = tokens[start : start + batch]
+            padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
+            rows = to_rows(
+                model.residual(padded, m.layer),
+                dropped=m.dropped_positions,
+                center=m.center_residual,
+                dtype=m.dtype,
+            )
+            yield Piece(index, tokens, start, rows, len(part))
+
+
+def write(
+    writer: ShardWriter,
+    pieces: Iterator[Piece | None],
+    caught: signals.Caught,
+    *,
+    bar: progress.Bar | progress.Lines,
+) -> None:
+    """Writes the pieces, which come in order, in a thread: the model, which runs in
+    this one, goes on while bytes are hashed and synced."""
+    m = writer.manifest
+    written: collections.deque[futures.Future[Piece]] = collections.deque()
+    last: futures.Future[Piece] | None = None
+
+    def finish_first() -> None:
+        # What waits to be written may be much, of small pieces on a slow disk.
+        if caught.signal:
+            raise _interrupted(writer, caught.signal)
+        bar.update(written.popleft().result().n_contexts * m.context_length)
+
+    disk = futures.ThreadPoolExecutor(1, "disk")
+    try:
+        with bar:
+            for piece in pieces:
+                if caught.signal:
+                    raise _interrupted(writer, caught.signal)
+                if piece is None:
+                    continue
+                last = disk.submit(_write_piece, writer, piece, after=last)
+                written.append(last)
+                while len(written) > max(_WAITING_BYTES // piece.rows.nbytes, 2):
+                    finish_first()
+            while written:
+                finish_first()
+    finally:
+        disk.shutdown(cancel_futures=True)
+    writer.finish()
+
+
+def _write_piece(
+    writer: ShardWriter, piece: Piece, *, after: "futures.Future[Piece] | None"
+) -> Piece:
+    """Adds the piece to its shard; raises what the piece before it raised."""
+    if after is not None:
+        after.result()
+    if piece.start == 0:
+        writer.begin(piece.index, piece.tokens)
+    n_rows = piece.n_contexts * writer.manifest.rows_per_context
+    writer.add(np.asarray(piece.rows)[:n_rows])
+    if piece.start + piece.n_contexts == len(piece.tokens):
+        writer.commit()
+    return piece
+
+
+def _interrupted(writer: ShardWriter, number: int) -> Interrupted:
+    return Interrupted(
+        f"stopped by a signal; {len(writer.manifest.shards)} shards are in "
+        f"{writer.folder}: run the same command to go on",
+        signal_number=number,
+    )

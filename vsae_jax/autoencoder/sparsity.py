@@ -1,0 +1,184 @@
+"""Which latents stay: exact top-k selection, and which latents are dead.
+
+`top_k_lax` is the reference: `jax.lax.top_k`, a sort for most shapes. `top_k_count`
+finds the k-th value by counting instead, and keeps exactly the same latents.
+"""
+
+import math
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from vsae_jax.system import mesh
+
+# A block of rows is counted in a core's cache; blocks of several rows waste less time
+# between the passes, and each of at most this many loops over blocks has a core.
+_CPU_BLOCK_BYTES, _CPU_LOOPS = 2**19, 8
+
+
+def keep_top_k(
+    z: Float[Array, "batch d_sae"],
+    k: int | Int[Array, ""],
+    *,
+    k_max: int,
+    selection: Literal["value", "magnitude"] = "value",
+    method: Literal["auto", "lax"] = "auto",
+) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
+    """f = z where z is among its row's k largest, else 0; and the mask of those.
+
+    Exactly k stay; of equal values the lowest index stays, as `jax.lax.top_k` does.
+    `k` may be traced, up to the static `k_max`. `magnitude` ranks by |z| and keeps
+    the sign (the released code). z is finite.
+    """
+    rank = jnp.abs(z) if selection == "magnitude" else z
+    if method == "lax":
+        mask = top_k_lax(rank, k, k_max=k_max)
+    else:
+        mask = top_k_count(lax.stop_gradient(rank), k)
+    return jnp.where(mask, z, 0), mask
+
+
+def top_k_lax(
+    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, k_max: int
+) -> Bool[Array, "batch d_sae"]:
+    """The mask of each row's k largest values by `jax.lax.top_k` of width k_max."""
+    _, index = lax.top_k(z, k_max)
+    keep = jnp.broadcast_to(jnp.arange(k_max) < k, index.shape)
+    row = jnp.arange(z.shape[0])[:, None]
+    return jnp.zeros(z.shape, bool).at[row, index].set(keep)
+
+
+def top_k_count(
+    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
+) -> Bool[Array, "batch d_sae"]:
+    """The mask of each row's k largest values: those above the k-th, and of those
+    equal to it the first ones by index, up to k in all."""
+    z = z.astype(jnp.float32)
+    kth, last = _by_blocks(z, jnp.asarray(k, jnp.int32))
+    tied = (z == kth[:, None]) & (jnp.arange(z.shape[1])[None, :] <= last[:, None])
+    return (z > kth[:, None]) | tied
+
+
+def compiler_options() -> dict[str, str] | None:
+    """For what is compiled around `keep_top_k`: on a CPU XLA would store each
+    comparison of a counting pass before it adds."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
+
+
+def dead_latents(
+    rows_since_fired: Int[Array, " d_sae"], dead_after: Int[Array, ""]
+) -> Bool[Array, " d_sae"]:
+    """Latents that have not fired in the last `dead_after` rows."""
+    return rows_since_fired >= dead_after
+
+
+def _by_blocks(
+    z: Float[Array, "batch d_sae"], k: Int[Array, ""]
+) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+    """`_kth_value`; on one CPU device a block of rows at a time, in loops that run side
+    by side since no one needs another's result."""
+    n, width = z.shape
+    rows = math.gcd(n, max(2 ** round(math.log2(_CPU_BLOCK_BYTES / 4 / width)), 1))
+    if jax.default_backend() != "cpu" or mesh.is_split() or rows < 8:
+        return _kth_value(z, k)
+    loops = min(os.cpu_count() or 1, _CPU_LOOPS, n // rows)
+    parts = [
+        lax.map(
+            lambda start: _kth_value(lax.dynamic_slice_in_dim(z, start, rows), k),
+            jnp.asarray(starts, jnp.int32),
+        )
+        for starts in np.array_split(np.arange(0, n, rows), loops)
+    ]
+    kth, last = (jnp.concatenate([p[i].ravel() for p in parts]) for i in range(2))
+    return kth, last
+
+
+def _kth_value(
+    z: Float[Array, "rows d_sae"], k: Int[Array, ""]
+) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
+    """The k-th largest value of each row, and the last index that stays among those
+    equal to it: a bisection on the bits of the value, which counts what is not less.
+
+    On a CPU one bit a pass, until every row has found its k; elsewhere four bits from
+    one reading of z, since a GPU's host would wait for the answer.
+    """
+    rows, width = z.shape
+    start = jnp.zeros(rows, jnp.uint32), jnp.full(rows, width, jnp.int32)
+    if jax.default_backend() == "cpu":
+        _, (kth, count) = lax.while_loop(
+            lambda carry: (carry[0] >= 0) & jnp.any(carry[1][1] != k),
+            lambda carry: (carry[0] - 1, _refine(z, k, *carry[1], carry[0], 1)),
+            (jnp.int32(31), start),
+        )
+    else:
+        kth, count = start
+        for shift in range(28, -4, -4):
+            kth, count = _refine(z, k, kth, count, jnp.int32(shift), 4)
+    value = _value(kth)
+    return value, _cut_ties(z, value, count, k)
+
+
+def _refine(
+    z: Float[Array, "rows d_sae"],
+    k: Int[Array, ""],
+    kth: UInt32[Array, " rows"],
+    count: Int[Array, " rows"],
+    shift: Int[Array, ""],
+    bits: int,
+) -> tuple[UInt32[Array, " rows"], Int[Array, " rows"]]:
+    """Sets the `bits` bits of `kth` from `shift` up as high as k values allow; a row
+    that has exactly k already is left."""
+    found, unit = count == k, jnp.uint32(1) << shift.astype(jnp.uint32)
+    base = kth
+    for digit in range(1, 2**bits):
+        tried = base | (unit * digit)
+        reached = jnp.sum(z >= _value(tried)[:, None], axis=1, dtype=jnp.int32)
+        fits = (reached >= k) & ~found
+        kth = jnp.where(fits, tried, kth)
+        count = jnp.where(fits, reached, count)
+    return kth, count
+
+
+def _value(key: UInt32[Array, " rows"]) -> Float[Array, " rows"]:
+    """The float of a key: unsigned integers in the order of the floats from -inf."""
+    key = jnp.maximum(key, jnp.uint32(0x007FFFFF))
+    bits = jnp.where(key >> 31 == 1, key & jnp.uint32(2**31 - 1), ~key)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _cut_ties(
+    z: Float[Array, "rows d_sae"],
+    kth: Float[Array, " rows"],
+    count: Int[Array, " rows"],
+    k: Int[Array, ""],
+) -> Int[Array, " rows"]:
+    """The last index that stays among values equal to the k-th; the last of all in
+    rows of which exactly k reach it. Latents on several devices: each counts its own.
+
+    At most one round of a loop: vmap would make a cond run its branch every time. The
+    sign changes so that XLA does not move the round out of the loop.
+    """
+    rows, width = z.shape
+    none = jnp.full(rows, width, jnp.int32)
+
+    def cut(carry):
+        _, negative, _ = carry
+        above = jnp.sum(z > -negative[:, None], axis=1, dtype=jnp.int32)
+        tied = (z == -negative[:, None]).reshape(rows, mesh.shards("latents"), -1)
+        place = jnp.cumsum(tied, axis=2, dtype=jnp.int32)
+        before = jnp.cumsum(place[:, :, -1], axis=1) - place[:, :, -1]
+        enough = (place + before[:, :, None]).reshape(rows, width) >= (k - above)[
+            :, None
+        ]
+        index = jnp.arange(width, dtype=jnp.int32)[None, :]
+        last = jnp.min(jnp.where(enough, index, width), axis=1)
+        return jnp.bool_(False), -negative, jnp.where(count > k, last, none)
+
+    return lax.while_loop(lambda c: c[0], cut, (jnp.any(count > k), -kth, none))[2]

@@ -1,0 +1,109 @@
+"""Fields of a config: as flags, as JSON, and checked."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from vsae_jax.config.presets import default_help
+from vsae_jax.system.errors import UserError
+
+_FLOAT32_END = 2.0**128
+
+
+def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
+    """A config field that is also a command-line flag; `sweep`: takes a comma list."""
+    return dataclasses.field(default=default, metadata={"help": help, "sweep": sweep})
+
+
+def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
+    """A field whose default comes from the preset and the variant; None until then, so
+    its annotation is the resolved type."""
+    metadata = {
+        "help": help,
+        "sweep": table == "train",
+        "default_help": default_help(name, table=table),
+    }
+    return dataclasses.field(default=None, metadata=metadata)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as a JSON object."""
+    return dataclasses.asdict(config)
+
+
+def from_json(
+    config_class: type,
+    values: dict[str, Any],
+    *,
+    where: str,
+    may_lack: frozenset[str] = frozenset(),
+) -> Any:
+    """A config from a JSON object; keys that are unknown or missing, and values of
+    another type, are refused by name. `may_lack` are fields that an older version
+    did not have; they get their defaults."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: {config_class.__name__} is no JSON object there")
+    hints = typing.get_type_hints(config_class)
+    wrong = sorted((hints.keys() ^ values.keys()) - (may_lack - values.keys()))
+    wrong += [n for n in values if n in hints and not _fits(values[n], hints[n])]
+    if wrong:
+        raise UserError(
+            f"{where}: {config_class.__name__} does not match this version at "
+            f"{', '.join(wrong)}"
+        )
+    return config_class(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a field's type."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """`name: old -> new` for every key that differs, or an empty string."""
+    return ", ".join(
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    )
+
+
+def fill(config: Any, defaults: dict[str, Any]) -> Any:
+    """The config with its unset fields among `defaults` filled."""
+    unset = {n: v for n, v in defaults.items() if getattr(config, n) is None}
+    return dataclasses.replace(config, **unset)
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> list[tuple[str, int | float]]:
+    pairs = [(name, getattr(config, name)) for name in names]
+    pairs = [(name, v) for name, v in pairs if v is not None and not isinstance(v, str)]
+    for name, value in pairs:
+        if not abs(value) < _FLOAT32_END:
+            raise UserError(f"--{name}={value} must be a finite number (of float32)")
+    return pairs
+
+
+def check_at_least(config: Any, least: int, *names: str) -> None:
+    """Refuses a number below `least`, naming its flag; so do the other checks."""
+    for name, value in _numbers(config, names):
+        if value < least:
+            raise UserError(f"--{name}={value} must be at least {least}")
+
+
+def check_above_zero(config: Any, *names: str) -> None:
+    """Refuses a number that is not above 0."""
+    for name, value in _numbers(config, names):
+        if value <= 0:
+            raise UserError(f"--{name}={value} must be above 0")
+
+
+def check_below(config: Any, limit: int, *names: str) -> None:
+    """Refuses a number that is not below `limit`."""
+    for name, value in _numbers(config, names):
+        if value >= limit:
+            raise UserError(f"--{name}={value} must be below {limit}")

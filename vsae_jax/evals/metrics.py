@@ -1,0 +1,189 @@
+"""Sums over tokens that every reconstruction metric is made of, and the metrics.
+
+Sums are float32 within a batch, float64 across batches, and carry a mask, so that a
+result does not depend on the batch size. Two do, because SAEBench 0.6 averages over
+batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` and `l1`
+are SAEBench's only on demand: theirs are divided by the batch's tokens, and signed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from vsae_jax.system.errors import UserError
+
+# Edges of the histogram of log10 firing rates; latents that never fire are apart.
+DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)
+
+
+class BatchSums(NamedTuple):
+    """Sums over a batch's kept tokens.
+
+    error: of ||x - x_hat||^2. fired: how often each latent was above 0. legacy: of
+    1 - ||x - x_hat||^2 / ||x - mean of the batch||^2. The others are named after what
+    they sum.
+    """
+
+    tokens: Float[Array, ""]
+    error: Float[Array, ""]
+    squared_norm: Float[Array, ""]
+    x: Float[Array, " d_model"]
+    cosine: Float[Array, ""]
+    norm_in: Float[Array, ""]
+    norm_out: Float[Array, ""]
+    norm_ratio: Float[Array, ""]
+    l0: Float[Array, ""]
+    l1: Float[Array, ""]
+    signed_l1: Float[Array, ""]
+    dot: Float[Array, ""]
+    squared_out: Float[Array, ""]
+    legacy: Float[Array, ""]
+    fired: Float[Array, " d_sae"]
+
+
+@jax.jit
+def batch_sums(
+    x: Float[Array, "tokens d_model"],
+    x_hat: Float[Array, "tokens d_model"],
+    f: Float[Array, "tokens d_sae"],
+    keep: Bool[Array, " tokens"],
+) -> BatchSums:
+    """The sums over the tokens where `keep` holds; what the others are is no matter."""
+
+    def total(values: Array) -> Array:
+        # Not a product with the mask: NaN * 0 is NaN, and a GPU rounds to TF32.
+        where = keep.reshape(-1, *(1,) * (values.ndim - 1))
+        return jnp.sum(values, axis=0, where=where, dtype=jnp.float32)
+
+    n = total(keep)
+    error = jnp.sum(jnp.square(x - x_hat), axis=-1)
+    norm_in = jnp.linalg.norm(x, axis=-1)
+    norm_out = jnp.linalg.norm(x_hat, axis=-1)
+    dot = jnp.sum(x * x_hat, axis=-1)
+    center = total(x) / jnp.maximum(n, 1.0)
+    spread = jnp.sum(jnp.square(x - center[None, :]), axis=-1)
+    return BatchSums(
+        tokens=n,
+        error=total(error),
+        squared_norm=total(jnp.square(norm_in)),
+        x=total(x),
+        cosine=total(dot / jnp.maximum(norm_in * norm_out, 1e-12)),
+        norm_in=total(norm_in),
+        norm_out=total(norm_out),
+        norm_ratio=total(norm_out / jnp.where(norm_in < 1e-4, 1.0, norm_in)),
+        l0=total(jnp.sum(f != 0, axis=-1)),
+        l1=total(jnp.sum(jnp.abs(f), axis=-1)),
+        signed_l1=total(jnp.sum(f, axis=-1)),
+        dot=total(dot),
+        squared_out=total(jnp.square(norm_out)),
+        legacy=total(1 - error / jnp.maximum(spread, 1e-12)),
+        fired=total(f > 0),
+    )
+
+
+class Reconstruction:
+    """Adds up batches and gives the metrics of all tokens seen."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._batch_means: list[tuple[float, float, float]] = []
+
+    def add(self, sums: BatchSums) -> None:
+        """Adds one batch; a batch without kept tokens changes nothing."""
+        host = {n: np.asarray(v, np.float64) for n, v in sums._asdict().items()}
+        n = float(host["tokens"])
+        if n == 0:
+            return
+        error, squares = float(host["error"]), float(host["squared_norm"])
+        bias = ratio(float(host["squared_out"]), float(host["dot"]))
+        self._batch_means.append((error / n, squares / n, bias or 0.0))
+        self._sums = {k: self._sums.get(k, 0.0) + v for k, v in host.items()}
+
+    @property
+    def density(self) -> Float[np.ndarray, " d_sae"]:
+        """The share of tokens on which each latent is above 0."""
+        return self._sums["fired"] / self._sums["tokens"]
+
+    @property
+    def fired(self) -> Float[np.ndarray, " d_sae"]:
+        """The number of tokens on which each latent is above 0."""
+        return self._sums["fired"]
+
+    def metrics(
+        self, *, mean_in_variance: bool = False, batch_sums: bool = False
+    ) -> dict[str, float | None]:
+        """Every number of SAEBENCH.md 1.4; None for a share of nothing, such as the
+        explained variance of rows that are all the same.
+
+        Args:
+          mean_in_variance: `explained_variance` is SAEBench's, which keeps the mean.
+          batch_sums: `mse`, `l1` and the bias are SAEBench's: by batches, signed.
+        """
+        if not self._sums:
+            raise UserError("every token is special or has no row: nothing to measure")
+        s, n = self._sums, float(self._sums["tokens"])
+        d_model = len(s["x"])
+        r, m, bias = (float(mean) for mean in np.mean(self._batch_means, axis=0))
+        squares = float(s["squared_norm"])
+        variance = squares - float(np.sum(np.square(s["x"]))) / n
+        # Equal rows leave a variance of float32's rounding, not of 0.
+        variance = 0.0 if variance < 1e-6 * squares else variance
+        explained = _explained(float(s["error"]), variance)
+        # The mean is not removed: a bug of theirs (SAEBENCH.md 1.4).
+        saebench = _explained(r, m - (m / d_model) ** 2)
+        mse = float(s["error"]) / n / d_model
+        if batch_sums:
+            mse = r * len(self._batch_means) / n
+        else:
+            bias = ratio(float(s["squared_out"]), float(s["dot"]))
+        return {
+            "explained_variance": saebench if mean_in_variance else explained,
+            "explained_variance_saebench": saebench,
+            "explained_variance_legacy": float(s["legacy"]) / n,
+            "mse": mse,
+            "relative_reconstruction_bias": bias,
+            "cossim": float(s["cosine"]) / n,
+            "l2_norm_in": float(s["norm_in"]) / n,
+            "l2_norm_out": float(s["norm_out"]) / n,
+            "l2_ratio": float(s["norm_ratio"]) / n,
+            "l0": float(s["l0"]) / n,
+            "l1": float(s["signed_l1" if batch_sums else "l1"]) / n,
+        } | density_metrics(self.density)
+
+
+def ratio(a: float, b: float) -> float | None:
+    """a / b; None where b is 0 and the ratio has no meaning."""
+    return a / b if b else None
+
+
+def _explained(error: float, variance: float) -> float | None:
+    unexplained = ratio(error, variance)
+    return None if unexplained is None else 1 - unexplained
+
+
+def density_metrics(density: Float[np.ndarray, " d_sae"]) -> dict[str, float]:
+    """Shares of latents by firing rate, and exp(H) of their shares of all firings."""
+    shares = density / max(float(density.sum()), 1e-30)
+    positive = shares[shares > 0]
+    entropy = -float(np.sum(positive * np.log(positive)))
+    return {
+        "frac_alive": float(np.mean(density > 0)),
+        "frac_alive_above_1e-4": float(np.mean(density > 1e-4)),
+        "frac_alive_above_1e-2": float(np.mean(density > 1e-2)),
+        "n_alive": float(np.sum(density > 0)),
+        "entropy_effective_latents": float(np.exp(entropy)) if len(positive) else 0.0,
+    }
+
+
+def density_histogram(density: Float[np.ndarray, " d_sae"]) -> dict[str, Any]:
+    """Latents per bin of log10 firing rate; `never` did not fire at all."""
+    alive = np.maximum(np.log10(density[density > 0]), DENSITY_EDGES[0])
+    counts, _ = np.histogram(np.minimum(alive, 0.0), DENSITY_EDGES)
+    return {
+        "log10_edges": DENSITY_EDGES.tolist(),
+        "counts": counts.tolist(),
+        "never": int(np.sum(density == 0)),
+    }

@@ -1,0 +1,118 @@
+"""How every figure looks, and how it is written.
+
+Colours are Okabe and Ito's, which people with any colour vision tell apart; maps of
+numbers are viridis. The same data give the same bytes.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from vsae_jax.runs.series import label
+
+BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+ORANGE, SKY, YELLOW, BLACK, GREY = "#E69F00", "#56B4E9", "#F0E442", "#000000", "#777777"
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
+VARIANTS = {"topk": BLUE, "vsae_topk": VERMILLION, "relu": GREEN, "vsae": PURPLE}
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
+DPI = 100
+
+_RC: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.0,
+    "legend.frameon": False,
+    "image.cmap": "viridis",
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vsae_jax",
+}
+
+
+def applied() -> AbstractContextManager[None]:
+    """The style, for figures that are made and saved within."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC})
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that makes room for its labels."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def caption(figure: Figure, text: str) -> None:
+    """A line below the figure: how to read it."""
+    figure.supxlabel(text, fontsize=8, color=GREY)
+
+
+def colours(labels: Sequence[str]) -> dict[str, str]:
+    """A colour for each label; a variant alone always has its own."""
+    if set(labels) <= VARIANTS.keys():
+        return {name: VARIANTS[name] for name in labels}
+    return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(labels)}
+
+
+def looks(
+    series: Sequence[tuple[tuple[str, Any], ...]],
+) -> dict[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """Colour by what is shared but k; line and marker by k."""
+    without_k = [label([s for s in shared if s[0] != "k"]) for shared in series]
+    colour_of = colours(list(dict.fromkeys(without_k)))
+    ks = sorted({dict(shared).get("k") or 0 for shared in series})
+    looks = {}
+    for shared, name in zip(series, without_k, strict=True):
+        at = ks.index(dict(shared).get("k") or 0)
+        looks[shared] = {
+            "color": colour_of[name],
+            "linestyle": LINES[at % len(LINES)],
+            "marker": MARKERS[at % len(MARKERS)],
+        }
+    return looks
+
+
+def plain_log(axis: Axis) -> None:
+    """Labels 1, 2, 5, 10, ... on a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """`stem`.svg and `stem`.png."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
+    figure.savefig(paths[0], metadata={"Date": None, "Creator": "vsae_jax"})
+    figure.savefig(paths[1], metadata={"Software": "vsae_jax"})
+    return paths
+
+
+def drawable(text: str) -> str:
+    """Text of tokens with line ends as arrows, and what the font cannot draw, control
+    characters among it, as its code."""
+    arrows = text.replace("\n", "↵").replace("\t", "→")
+    return "".join(
+        c if c.isprintable() and _in_font(c) else c.encode("unicode_escape").decode()
+        for c in arrows
+    )
+
+
+@cache
+def _in_font(character: str) -> bool:
+    path = font_manager.findfont("DejaVu Sans")
+    return font_manager.get_font(path).get_char_index(ord(character)) != 0

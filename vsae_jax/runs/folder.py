@@ -1,0 +1,221 @@
+"""A run folder: config.json, metrics.jsonl, checkpoints/, sae.safetensors, evals/.
+
+A grid's folder holds one run folder per arm, and grid.json names them.
+"""
+
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
+from vsae_jax.config.fields import difference, from_json
+from vsae_jax.system.errors import UserError, one_line
+from vsae_jax.system.files import TEMPORARY, replace_file
+from vsae_jax.system.locks import LOCK
+from vsae_jax.system.strict_json import read_object, refuse_constant
+
+CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
+CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
+DIVERGED = "diverged.json"
+_JSON_LIMIT = 2**26
+_LINE_LIMIT = 2**20
+# Bytes in the name of a file, on all common file systems.
+_NAME_LIMIT = 255
+# What evaluation reads of a run's `data`.
+DATA = {
+    "manifest": str,
+    "model": str,
+    "revision": str,
+    "dataset": str,
+    "hook_name": str,
+    "layer": int,
+    "context_length": int,
+    "bos": str,
+    "dropped_positions": int,
+    "center_residual": bool,
+    "held_out_contexts": list,
+}
+
+
+class Run(NamedTuple):
+    """A trained autoencoder and all that is known of it.
+
+    `data` says what it was trained on: activations folder, the manifest's hash and
+    main fields, held-out contexts. `train` is None for what was not trained here.
+    """
+
+    folder: Path
+    train: TrainConfig | None
+    sae: SAEConfig
+    data: dict[str, Any]
+    variables: dict[str, dict[str, Array]]
+
+
+def open_run(folder: str | Path) -> Run:
+    """A finished run from its folder."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
+    if not (folder / PARAMETERS).is_file():
+        raise UserError(f"the run in {folder} is not finished: train it to the end")
+    stored = read_json(folder / CONFIG)
+    where = str(folder / CONFIG)
+    missing = {"train", "sae", "data"} - stored.keys()
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
+    sae = from_json(SAEConfig, stored["sae"], where=where)
+    _check_data(stored["data"], where)
+    return Run(
+        folder=folder,
+        train=from_json(
+            TrainConfig, stored["train"], where=where, may_lack=RUNTIME_FIELDS
+        ),
+        sae=sae,
+        data=stored["data"],
+        variables=read_parameters(folder / PARAMETERS, sae),
+    )
+
+
+def _check_data(data: Any, where: str) -> None:
+    data = data if isinstance(data, dict) else {}
+    wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
+    if not wrong and min(data["layer"], data["dropped_positions"]) < 0:
+        wrong.append("layer or dropped_positions")
+    if not wrong and data["context_length"] <= data["dropped_positions"]:
+        wrong.append("context_length")
+    if not wrong and not _is_range(data["held_out_contexts"]):
+        wrong.append("held_out_contexts")
+    if wrong:
+        names = ", ".join(wrong)
+        raise UserError(f"{where}: data does not match this version at {names}")
+
+
+def _is_range(ends: list[Any]) -> bool:
+    """Whether a list from JSON is [start, stop] of at least one context."""
+    return [type(i) for i in ends] == [int, int] and 0 <= ends[0] < ends[1]
+
+
+def holds_other_files(folder: Path) -> bool:
+    """Whether anything is there but a lock and what a kill left half written."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    ours = (LOCK, CONFIG + TEMPORARY, GRID + TEMPORARY)
+    return any(name not in ours for name in names)
+
+
+def run_folders(folder: str | Path) -> list[Path]:
+    """The folder itself, or the arms of a grid in the grid's order, without those
+    that diverged."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"--run={folder} is not a folder; name what train wrote")
+    if not (folder / GRID).is_file():
+        return [folder]
+    arms = read_json(folder / GRID).get("arms")
+    if not isinstance(arms, list) or not arms:
+        raise UserError(f"{folder / GRID} names no arms")
+    folders = [folder / _arm_name(arm, folder / GRID) for arm in arms]
+    left = [arm for arm in folders if not (arm / DIVERGED).is_file()]
+    if not left:
+        raise UserError(f"every arm of {folder} diverged: there is nothing to evaluate")
+    return left
+
+
+def _arm_name(arm: Any, grid: Path) -> str:
+    name = arm.get("folder") if isinstance(arm, dict) else arm
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+        raise UserError(f"{grid}: {name!r} is no folder in the grid")
+    if len(name.encode(errors="replace")) > _NAME_LIMIT:
+        raise UserError(f"{grid}: {name[:40]!r}... is too long for a folder")
+    return name
+
+
+def write_parameters(path: Path, variables: Mapping[str, Mapping[str, Array]]) -> None:
+    """Writes every array in float32 under its own name, whole or not at all."""
+    flat = {**variables["params"], **variables["norm"]}
+    arrays = {n: np.array(a, np.float32, order="C") for n, a in flat.items()}
+    # Not save_file, which makes a file that only its owner may read.
+    replace_file(path, save(arrays))
+
+
+def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]]:
+    """Variables from `sae.safetensors`; wrong names and shapes are refused."""
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
+    expected = _shapes(config)
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != expected:
+        wrong = difference(expected, found)
+        raise UserError(f"{path} does not match its config: {wrong}")
+    norm = {name: jnp.asarray(arrays.pop(name)) for name in ("scale", "mean")}
+    return {"params": {n: jnp.asarray(a) for n, a in arrays.items()}, "norm": norm}
+
+
+def _shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
+    d, m = config.d_model, config.d_sae
+    shapes = {"w_enc": (d, m), "b_enc": (m,), "w_dec": (m, d), "b_dec": (d,)}
+    if config.variance == "learned":
+        shapes |= {"w_var": (d, m), "b_var": (m,)}
+    return shapes | {"scale": (), "mean": (d,)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON through a temporary name, so that a kill leaves the old file."""
+    replace_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB."""
+    return read_object(path, limit=_JSON_LIMIT)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; those that are no metrics are left out, and counted
+    in a note. A last line without an end is one that a kill cut short."""
+    lines, damaged = [], 0
+    with path.open("rb") as file:
+        while data := file.readline(_LINE_LIMIT):
+            if data.endswith(b"\n") and (line := _metrics_line(data)):
+                lines.append(line)
+            elif data.endswith(b"\n") or len(data) == _LINE_LIMIT:
+                damaged += 1
+    if damaged:
+        print(f"note: {damaged} lines of {path} are damaged and left out")
+    return lines
+
+
+def _metrics_line(data: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(data, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        return None
+    is_metrics = isinstance(line, dict) and type(line.get("step")) is int
+    return line if is_metrics else None
+
+
+def keep_metrics_up_to(path: Path, step: int) -> None:
+    """Drops lines of metrics.jsonl past `step`, and damaged ones."""
+    if not path.is_file():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_file(path, "".join(metrics_line(line) for line in kept).encode())
+
+
+def metrics_line(line: Mapping[str, Any]) -> str:
+    """A line of metrics.jsonl."""
+    return json.dumps(line, allow_nan=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, for the record."""
+    names = ("vsae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {name: metadata.version(name) for name in names}

@@ -1,0 +1,183 @@
+"""The devices of a run: one mesh with the axes `data` and `latents`.
+
+    rows of a batch                                         over data
+    w_enc, b_enc, w_dec, their moments, silence counters    over latents
+    b_dec, mean, scale, keys, sums                          whole on every device
+
+One device needs no mesh (None below), and then nothing here changes anything. With a
+mesh the step is the same function: XLA's partitioner splits it by where its arguments
+lie and adds the collectives.
+"""
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
+
+from vsae_jax.system.errors import UserError
+
+AXES = ("data", "latents")
+# Arrays whose last axis is d_sae; a decoder is held as `w_dec_t` in training.
+_OVER_LATENTS = frozenset("w_enc b_enc w_dec_t w_var b_var rows_since_fired".split())
+
+
+def open_mesh(text: str) -> Mesh | None:
+    """The mesh that `--mesh` asks for, of all devices of all processes; None for one
+    device."""
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    mesh = of_devices(devices, text)
+    return None if mesh.size == 1 else mesh
+
+
+def of_devices(devices: Sequence[Any], text: str) -> Mesh:
+    """`devices` as a mesh. Neighbours on the axis `latents`, which wait for one another
+    within a step, are neighbours in the list: of one process where that is possible."""
+    shape = sizes(text, n_devices=len(devices))
+    grid = np.array(devices).reshape(*shape.values())
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sizes(text: str, *, n_devices: int) -> dict[str, int]:
+    """`data:4,latents:2` as {"data": 4, "latents": 2}; "" is all devices on data."""
+    if not text:
+        return {"data": n_devices, "latents": 1}
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"(\w+):(\d{1,6})", part.strip())
+        if match is None:
+            raise UserError(f"--mesh={text} is not of the form data:4,latents:2")
+        name, size = match[1], int(match[2])
+        if name not in AXES or name in found or size < 1:
+            raise UserError(
+                f"--mesh={text}: {part.strip()} is wrong; the axes are data and "
+                "latents, each once, with at least 1 device"
+            )
+        found[name] = size
+    if math.prod(found.values()) != n_devices:
+        raise UserError(
+            f"--mesh={text} is a mesh of {math.prod(found.values())} devices and there "
+            f"are {n_devices}: its sizes must multiply to {n_devices}, as in "
+            f"--mesh=data:{n_devices}"
+        )
+    return {name: found.get(name, 1) for name in AXES}
+
+
+def check(mesh: Mesh | None, *, d_sae: int, batch_size: int) -> None:
+    """Refuses what the mesh cannot cut into equal parts."""
+    if mesh is None:
+        return
+    for flag, value, axis in (
+        ("d_sae", d_sae, "latents"),
+        ("batch_size", batch_size, "data"),
+    ):
+        if value % mesh.shape[axis]:
+            raise UserError(
+                f"--{flag}={value} must be a multiple of {mesh.shape[axis]}, the "
+                f"devices on the mesh's axis {axis} (--mesh={name(mesh)})"
+            )
+
+
+def name(mesh: Mesh | None) -> str:
+    """As one would give it to `--mesh`."""
+    shape = {"data": 1} if mesh is None else mesh.shape
+    return ",".join(f"{axis}:{size}" for axis, size in shape.items())
+
+
+def shards(axis: str) -> int:
+    """Into how many parts the program that is being traced cuts what lies on `axis`."""
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
+
+
+def is_split() -> bool:
+    """Whether the program that is being traced is for several devices."""
+    return any(shards(axis) > 1 for axis in AXES)
+
+
+def tracing(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Programs that are traced in the block are for `mesh`."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def over_data(mesh: Mesh | None, *, before: int = 0) -> Any:
+    """The sharding of rows `[..., batch, d_model]` with `before` leading axes."""
+    if mesh is None:
+        return None
+    return NamedSharding(mesh, PartitionSpec(*[None] * before, "data"))
+
+
+def whole(mesh: Mesh | None) -> Any:
+    """The sharding of what every device has all of."""
+    return None if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+
+def own_rows(mesh: Mesh | None, batch: int) -> tuple[int, int]:
+    """Which rows of a batch this process's devices hold: from, up to."""
+    if mesh is None:
+        return 0, batch
+    places = over_data(mesh).addressable_devices_indices_map((batch,)).values()
+    ends = [place[0].indices(batch) for place in places]
+    return min(start for start, _, _ in ends), max(stop for _, stop, _ in ends)
+
+
+def shardings(tree: Any, mesh: Mesh | None) -> Any:
+    """Where each array of a training state (or of numbers) lies; with several arms the
+    leading axis, over them, is not split."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        if mesh is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        last = getattr(path[-1], "key", getattr(path[-1], "name", None))
+        split = last in _OVER_LATENTS
+        axes = [*[None] * (leaf.ndim - 1), "latents"] if split else []
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shaped(tree: Any, mesh: Mesh | None) -> Any:
+    """Shapes and dtypes of a state with the place of each array."""
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
+def make(build: Callable[..., Any], *arguments: Any, mesh: Mesh | None) -> Any:
+    """`build(*arguments)`, a state: on a mesh each array is made where it lies, never
+    whole on one device."""
+    if mesh is None:
+        return build(*arguments)
+    places = shardings(jax.eval_shape(build, *arguments), mesh)
+    return jax.jit(build, out_shardings=places)(*arguments)
+
+
+def filled(tree: Any, values: Any) -> Any:
+    """Arrays of the shapes and in the places of `tree`'s, each full of its value."""
+
+    def fill(old: jax.Array, value: Any) -> jax.Array:
+        new = np.full(old.shape, value, old.dtype)
+        return jax.make_array_from_callback(
+            old.shape, old.sharding, lambda index: new[index]
+        )
+
+    return jax.tree.map(fill, tree, values)
+
+
+def bytes_each(tree: Any) -> int:
+    """Bytes of the arrays on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

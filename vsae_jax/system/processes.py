@@ -1,0 +1,134 @@
+"""Several processes of one run, on one machine or many, through jax.distributed.
+
+All run the same program on the same folders. What is written once is written by the
+first; what only some can know (a signal) is told to all.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vsae_jax.system.errors import UserError, one_line
+
+# How long a process that fails waits for the others at its end, in seconds.
+_GOODBYE_S = 10
+
+
+def check_flags(config: Any) -> None:
+    """Refuses process flags that are incomplete or contradict one another."""
+    c = config
+    numbers = {"num_processes": c.num_processes, "process_id": c.process_id}
+    given = [f"--{name}={n}" for name, n in numbers.items() if n is not None]
+    if c.coordinator in ("", "auto"):
+        if given:
+            raise UserError(f"{given[0]} needs --coordinator=HOST:PORT")
+        return
+    if not re.fullmatch(r"\S+:\d{1,5}", c.coordinator):
+        raise UserError(f"--coordinator={c.coordinator} is not HOST:PORT, nor auto")
+    for name, number in numbers.items():
+        if number is None:
+            raise UserError(f"--coordinator={c.coordinator} needs --{name} too")
+    if not 0 <= c.process_id < c.num_processes:
+        raise UserError(
+            f"--process_id={c.process_id} must lie between 0 and --num_processes="
+            f"{c.num_processes} minus 1"
+        )
+
+
+@contextlib.contextmanager
+def joined(config: Any) -> Iterator[None]:
+    """Within the block this process is one of a run's, as the flags say; all but the
+    first are silent. Must come before anything asks JAX for its devices."""
+    c = config
+    if not c.coordinator:
+        yield
+        return
+    address = None if c.coordinator == "auto" else c.coordinator
+    # It would take SIGTERM for itself; `signals` has it.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            address,
+            c.num_processes,
+            c.process_id,
+            shutdown_timeout_seconds=_GOODBYE_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--coordinator={c.coordinator}: the processes did not find one another "
+            f"({one_line(error)})"
+        ) from None
+    with contextlib.ExitStack() as stack:
+        if not first():
+            silent = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silent))
+        with _naming_the_lost():
+            yield
+
+
+@contextlib.contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """One line for what XLA says at length when another process is gone."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        raise UserError(
+            "another process of this run has ended or cannot be reached: start all of "
+            f"them again with the same flags, and they go on ({one_line(error)})"
+        ) from error
+
+
+def count() -> int:
+    """Processes of this run."""
+    return jax.process_count()
+
+
+def first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def progress_stream() -> Any:
+    """Where a progress bar is drawn: on stderr by the first process only."""
+    return sys.stderr if first() else sys.stdout
+
+
+def wait(where: str) -> None:
+    """Returns once every process has come to `where`."""
+    if count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def in_turn(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(*arguments)` in the first process and then in the others, which find what
+    it wrote; where it fails it fails in all."""
+    if not first():
+        wait(work.__name__)
+        return work(*arguments)
+    try:
+        return work(*arguments)
+    finally:
+        wait(work.__name__)
+
+
+def agreed(number: int) -> int:
+    """The largest number that a process gives; each must ask at the same place."""
+    if count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
+def gathered(tree: Any) -> Any:
+    """NumPy arrays of a tree whose arrays may lie on devices of other processes."""
+    if count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)

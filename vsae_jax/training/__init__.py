@@ -1,0 +1,1 @@
+"""Rows to parameters: plan, resume, batches, step, optimizer, groups of arms."""

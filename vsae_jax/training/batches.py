@@ -1,0 +1,155 @@
+"""The batches of a run on their way to the device.
+
+`stream` reads them from the shards, ahead of the steps, in the dtype on disk. `device`
+puts all rows on the device once and gathers there: the same batches in the same order.
+On a mesh each device gets its rows of a batch; of several processes each reads its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from vsae_jax.activations.bad_rows import Check
+from vsae_jax.activations.shards import READ
+from vsae_jax.activations.shuffle import Part, ShuffledRows
+from vsae_jax.system import processes
+from vsae_jax.system.errors import UserError
+from vsae_jax.system.mesh import over_data, own_rows, whole
+from vsae_jax.training.groups import free_bytes
+from vsae_jax.training.plan import Job
+
+# Of a device's free memory, what rows may take.
+_SHARE = 0.5
+_ROWS_AT_ONCE = 2**16
+
+
+class Feed:
+    """The rows that a job trains on, in their order. A context manager."""
+
+    def __init__(self, job: Job):
+        self._read, self._n_rows = job.activations.view, job.data["train_rows"]
+        if job.train.bad_rows == "stop":
+            self._read = Check(job.activations, giant=job.train.giant).rows
+        self._batch, self._mesh = job.train.batch_size, job.mesh
+        self._own = own_rows(job.mesh, self._batch)
+        self.dtype = np.dtype(READ[job.data["dtype"]])
+        row_bytes = job.sae.d_model * self.dtype.itemsize
+        self._d_model = job.sae.d_model
+        order = {
+            "n_rows": self._n_rows,
+            "row_bytes": row_bytes,
+            "seed": job.train.data_seed,
+            "left_out": job.left_out.rows if job.left_out else (),
+        }
+        # The same stream, of the rows' numbers.
+        self._numbers = ShuffledRows(_numbers, **order)
+        if job.train.feed == "device" and processes.count() > 1:
+            raise UserError(
+                "--feed=device would put every row on every device; of several "
+                "processes each reads only its own: --feed=stream"
+            )
+        self._resident: Array | None = None
+        if _on_device(job.train.feed, self._n_rows * row_bytes):
+            self._resident, self._rows = self._put(), self._numbers
+        else:
+            own = Part(self._batch, *self._own)
+            self._rows = ShuffledRows(self._read, **order, part=own, prefetch=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._rows.close()
+
+    def first(self, count: int) -> Float[Array, "rows d_model"]:
+        """The stream's first rows, at most one epoch, in float32; in every process."""
+        count = min(count, self._n_rows)
+        if self._own == (0, self._batch):
+            return self._take(0, count).astype(jnp.float32)
+        numbers = self._numbers.take(0, count)[:, 0]
+        rows = np.empty((count, self._d_model), self.dtype)
+        for place in np.argsort(numbers).tolist():
+            rows[place] = self._read(int(numbers[place]), int(numbers[place]) + 1)
+        return jnp.asarray(rows).astype(jnp.float32)
+
+    def shape(self, n_max: int) -> jax.ShapeDtypeStruct:
+        """Of what `stacks` gives."""
+        shape = (n_max, self._batch, self._d_model)
+        place = over_data(self._mesh, before=1)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=place)
+
+    def stacks(
+        self, counts: Sequence[int], position: int, *, n_max: int
+    ) -> Iterator[Float[Array, "n_max batch d_model"]]:
+        """For each count that many batches from row `position` on; unused ones are
+        filled with a row of the batch."""
+        for count in counts:
+            if self._mesh is None:
+                taken = self._take(position, count * self._batch)
+                unused = (n_max - count) * self._batch
+                if unused:
+                    taken = jnp.pad(taken, ((0, unused), (0, 0)), mode="edge")
+                yield taken.reshape(n_max, self._batch, -1)
+            else:
+                yield self._spread(position, count, n_max)
+            position += count * self._batch
+
+    def _take(self, position: int, count: int) -> Array:
+        taken = self._rows.take(position, count)
+        if self._resident is None:
+            return jnp.asarray(taken)
+        return self._resident[jnp.asarray(taken[:, 0], jnp.int32)]
+
+    def _spread(self, position: int, count: int, n_max: int) -> Array:
+        """The same on a mesh: this process's rows, each sent to where it is trained
+        on. Nothing here waits for another process: it runs beside the steps."""
+        taken = self._rows.take(position, count * self._batch)
+        if self._resident is not None:
+            taken = taken.astype(np.int32)
+        own = self._own[1] - self._own[0]
+        unused = (n_max - count) * own
+        taken = np.pad(taken, ((0, unused), (0, 0)), mode="edge")
+        rows = jax.make_array_from_process_local_data(
+            over_data(self._mesh, before=1),
+            taken.reshape(n_max, own, -1),
+            (n_max, self._batch, taken.shape[1]),
+        )
+        return rows if self._resident is None else self._resident[rows[:, :, 0]]
+
+    def _put(self) -> Array:
+        """All rows, written into one array a piece at a time."""
+        rows = jnp.zeros(
+            (self._n_rows, self._d_model), self.dtype, device=whole(self._mesh)
+        )
+        write = jax.jit(
+            lambda rows, piece, start: jax.lax.dynamic_update_slice_in_dim(
+                rows, piece, start, 0
+            ),
+            donate_argnums=0,
+        )
+        for start in range(0, self._n_rows, _ROWS_AT_ONCE):
+            piece = self._read(start, min(start + _ROWS_AT_ONCE, self._n_rows))
+            rows = write(rows, jnp.asarray(piece), start)
+        return rows
+
+
+def _numbers(start: int, stop: int) -> np.ndarray:
+    return np.arange(start, stop, dtype=np.int64)[:, None]
+
+
+def _on_device(feed: str, data_bytes: int) -> bool:
+    if feed != "auto":
+        return feed == "device"
+    alone = processes.count() == 1
+    on_gpu = alone and jax.default_backend() == "gpu"
+    return on_gpu and data_bytes < _SHARE * free_bytes()

@@ -1,0 +1,175 @@
+"""Arms of a grid that are trained together: every arm sees the same batches.
+
+Arms whose static switches agree share one compiled function. `vmap` runs them at once,
+which fills a GPU; `loop` runs them one after another on the batches that are there,
+which is faster on a CPU: an arm's step then is its single run's, bit for bit.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from vsae_jax.config import SAEConfig
+from vsae_jax.system.mesh import bytes_each, make, shardings, tracing
+from vsae_jax.training.step import Hparams, TrainState, compile_steps
+
+# Of the memory that is free, what a pass may take.
+_SHARE = 0.8
+
+
+class Arm(NamedTuple):
+    """What tells one arm from another: static switches, numbers, state."""
+
+    config: SAEConfig
+    numbers: Hparams
+    state: TrainState
+
+
+class Group(NamedTuple):
+    """Arms (by place) that one call advances; with several, each array of `state` and
+    `numbers` has a leading axis over them."""
+
+    arms: tuple[int, ...]
+    numbers: Hparams
+    state: TrainState
+    run: Callable[[TrainState, Array, int, Hparams], TrainState]
+
+
+class Plan(NamedTuple):
+    """A compiled pass: its groups, bytes of states and of work on one device, seconds
+    to compile."""
+
+    groups: list[Group]
+    state_bytes: int
+    work_bytes: int
+    functions: int
+    seconds: float
+
+
+def compile_pass(
+    arms: Sequence[Arm],
+    rows: jax.ShapeDtypeStruct,
+    *,
+    how: str,
+    mesh: Mesh | None = None,
+) -> Plan:
+    """Compiles what trains `arms` on `rows [n_max, batch, d_model]` a dispatch; `how`
+    is vmap, loop or auto (vmap on a GPU). Arms lie on `mesh` already."""
+    if how == "auto":
+        how = "vmap" if jax.default_backend() == "gpu" else "loop"
+    start, compiled = time.monotonic(), {}
+    groups, work = [], 0
+    for config, members in _same_switches(arms).items():
+        sets = [members] if how == "vmap" else [(place,) for place in members]
+        for places in sets:
+            state = _stack([arms[place].state for place in places], mesh)
+            numbers = _stack([arms[place].numbers for place in places], mesh)
+            kind = config, len(places)
+            if kind not in compiled:
+                lie = None if mesh is None else shardings(state, mesh)
+                steps = compile_steps(config, arms=len(places), places=lie)
+                with tracing(mesh):
+                    compiled[kind] = steps.lower(state, rows, 1, numbers).compile()
+                work = max(work, _work_bytes(compiled[kind]))
+            groups.append(Group(places, numbers, state, compiled[kind]))
+    return Plan(
+        groups=groups,
+        state_bytes=sum(bytes_each(group.state) for group in groups),
+        work_bytes=work,
+        functions=len(compiled),
+        seconds=time.monotonic() - start,
+    )
+
+
+def advance(groups: Sequence[Group], rows: Array, n: int) -> list[Group]:
+    """Every arm `n` steps further, on the first `n` batches of `rows`."""
+    return [
+        group._replace(state=group.run(group.state, rows, n, group.numbers))
+        for group in groups
+    ]
+
+
+def states(groups: Sequence[Group]) -> dict[int, TrainState]:
+    """Each arm's own state, by place."""
+    return {
+        place: member(group.state, i, len(group.arms))
+        for group in groups
+        for i, place in enumerate(group.arms)
+    }
+
+
+def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
+    """Passes of as many arms as the device has room for, at least one."""
+    room = max(int(_SHARE * free_bytes() / max(bytes_of_one, 1)), 1)
+    passes = -(-len(arms) // room)
+    size = -(-len(arms) // passes)
+    return [list(arms[i : i + size]) for i in range(0, len(arms), size)]
+
+
+def free_bytes() -> int:
+    """Of a device's memory, what is free; CPU devices share the machine's."""
+    device, n_devices = jax.local_devices()[0], jax.local_device_count()
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if found:
+            return int(found[1]) * 1024 // n_devices
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // 2 // n_devices
+
+
+def bytes_of_one(
+    config: SAEConfig, *, batch_size: int, mesh: Mesh | None = None
+) -> int:
+    """About what one more arm takes at once on a device: float32 parameters, Adam's
+    moments and gradients, and of each row in a batch what a step keeps."""
+    shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
+    d_sae = config.d_sae // shape["latents"]
+    heads = 3 if config.variance == "learned" else 2
+    parameters = 4 * heads * config.d_model * d_sae
+    rows = batch_size // shape["data"]
+    return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
+
+
+def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
+    """Places of arms by their static config, in which k is the largest of them."""
+    sets: dict[SAEConfig, list[int]] = {}
+    for place, arm in enumerate(arms):
+        key = dataclasses.replace(arm.config, k=arm.config.d_sae)
+        sets.setdefault(key, []).append(place)
+    return {
+        dataclasses.replace(key, k=max(arms[p].config.k for p in places)): tuple(places)
+        for key, places in sets.items()
+    }
+
+
+def _stack(trees: Sequence[Any], mesh: Mesh | None) -> Any:
+    if len(trees) == 1:
+        return trees[0]
+    return make(
+        lambda *each: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each),
+        *trees,
+        mesh=mesh,
+    )
+
+
+def member(tree: Any, i: int, n: int) -> Any:
+    """The i-th of the n arms whose arrays are stacked in `tree`; one is not stacked."""
+    return tree if n == 1 else jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+def _work_bytes(compiled: Any) -> int:
+    analysis = compiled.memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes

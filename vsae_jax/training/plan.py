@@ -1,0 +1,254 @@
+"""A run, resolved: what to train, on what, and where it goes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vsae_jax import runs
+from vsae_jax.activations.bad_rows import LeftOut, left_out
+from vsae_jax.activations.shards import Activations
+from vsae_jax.autoencoder import sae
+from vsae_jax.config import (
+    PROCESS_FIELDS,
+    RUNTIME_FIELDS,
+    ExtractConfig,
+    SAEConfig,
+    TrainConfig,
+    default_activations,
+    presets,
+    resolve_train,
+    sae_config,
+)
+from vsae_jax.config.fields import difference, to_json
+from vsae_jax.system import mesh as meshes
+from vsae_jax.system.errors import UserError
+from vsae_jax.training.step import TrainState, init_state
+
+# A few seconds of two cores.
+_CPU_OPERATIONS = 10**11
+
+
+class Job(NamedTuple):
+    """A run, resolved: what to train, on what, where it goes, and on which devices
+    (None: on one). `left_out` are rows that are not trained on."""
+
+    train: TrainConfig
+    sae: SAEConfig
+    data: dict[str, Any]
+    activations: Activations
+    folder: Path
+    mesh: Mesh | None = None
+    left_out: LeftOut | None = None
+
+
+def plan(config: TrainConfig) -> Job:
+    """Opens the activations, checks them against the preset and resolves the config."""
+    layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
+    place = config.activations or default_activations(ExtractConfig().model, layer)
+    activations = Activations.open(place)
+    _check_preset(config.preset, activations)
+    resolved = resolve_train(config, d_model=activations.d_model)
+    folder = Path(config.out or f"runs/{run_name(config)}")
+    resolved = replace(resolved, activations=str(place), out=str(folder))
+    dtype = resolved.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
+    mesh = meshes.open_mesh(resolved.mesh)
+    meshes.check(mesh, d_sae=resolved.d_sae, batch_size=resolved.batch_size)
+    bad = left_out(activations, bad_rows=resolved.bad_rows, giant=resolved.giant)
+    return Job(
+        train=resolved,
+        sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
+        data=_data(activations, resolved)
+        | ({"left_out": bad.described()} if bad else {})
+        | ({"forked_from": config.fork_from} if config.fork_from else {}),
+        activations=activations,
+        folder=folder,
+        mesh=mesh,
+        left_out=bad,
+    )
+
+
+def run_name(config: TrainConfig) -> str:
+    """The variant, then every field that was set: `vsae_topk_k-256_beta-0.1`."""
+    unset = TrainConfig()
+    parts = [
+        f"{name}-{value}"
+        for name, value in to_json(config).items()
+        if value != getattr(unset, name)
+        and name not in RUNTIME_FIELDS
+        and name != "variant"
+    ]
+    return "_".join([config.variant, *parts])
+
+
+def _check_preset(preset: str, activations: Activations) -> None:
+    for name, needed in presets.REQUIRED_OF_ACTIVATIONS[preset].items():
+        found = getattr(activations.manifest, name)
+        if found != needed:
+            raise UserError(
+                f"--preset={preset} needs activations with {name}={needed}, but "
+                f"{activations.folder} has {name}={found}; extract again with "
+                f"--{name}={str(needed).lower()} or choose another --preset"
+            )
+
+
+def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
+    """What the run is trained on, for config.json; the last contexts are held out."""
+    m = activations.manifest
+    n_contexts = activations.n_contexts
+    held_out = max(math.ceil(n_contexts * config.held_out), 1)
+    if held_out >= n_contexts:
+        raise UserError(
+            f"{activations.folder} has {n_contexts} contexts and --held_out="
+            f"{config.held_out} holds out all of them; extract more tokens"
+        )
+    fields = (
+        "model revision hook_name layer context_length bos dropped_positions "
+        "center_residual dataset dtype"
+    )
+    return {
+        "manifest": m.hash,
+        **{name: getattr(m, name) for name in fields.split()},
+        "train_rows": (n_contexts - held_out) * activations.rows_per_context,
+        "held_out_contexts": [n_contexts - held_out, n_contexts],
+    }
+
+
+def explain(job: Job, *, asked: TrainConfig) -> None:
+    """What is trained, and what a flag of `asked` does not do here."""
+    c, rows = job.train, job.train.steps * job.train.batch_size
+    k = f"k {c.k}, " if job.sae.sparsity == "topk" else ""
+    print(
+        f"{c.variant} (preset {c.preset}): d_model {job.sae.d_model}, d_sae {c.d_sae}, "
+        f"{k}{c.steps} steps of {c.batch_size} rows "
+        f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
+        f"{_devices(job.mesh)}, to {job.folder}"
+    )
+    if job.left_out:
+        print(
+            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows are NaN, "
+            f"infinite or giant and left out; the first is row {job.left_out.rows[0]}"
+        )
+    if asked.beta and c.penalty != "kl":
+        print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
+    if job.sae.auxk and c.dead_after_tokens >= rows:
+        print(
+            f"note: AuxK cannot act: --dead_after_tokens={c.dead_after_tokens} is not "
+            f"reached in a run of {rows} rows"
+        )
+
+
+def _devices(mesh: Mesh | None) -> str:
+    kind = jax.devices()[0].device_kind
+    return kind if mesh is None else f"{mesh.size} x {kind} ({meshes.name(mesh)})"
+
+
+def steps_at_once(jobs: Sequence[Job]) -> int:
+    """Steps in one call to the device: what was asked for, but on a CPU so few that a
+    signal is heard within seconds. A step of an arm has six matrix products, and
+    with each latent of a batch about a thousand other operations."""
+    c = jobs[0].train
+    asked = min(c.steps_per_dispatch, c.log_every, c.checkpoint_every, c.steps)
+    if jax.default_backend() != "cpu":
+        return asked
+    operations = sum(
+        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
+        for job in jobs
+    )
+    return max(min(asked, _CPU_OPERATIONS // operations), 1)
+
+
+def open_folder(job: Job) -> bool:
+    """Makes or checks the run folder; False when the run is already finished."""
+    train = {n: v for n, v in to_json(job.train).items() if n not in PROCESS_FIELDS}
+    stated = {"train": train, "sae": to_json(job.sae), "data": job.data}
+    path = job.folder / runs.CONFIG
+    if not path.is_file():
+        if runs.holds_other_files(job.folder):
+            raise UserError(f"--out={job.folder} is not empty and not a run folder")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        _write_config(job, stated)
+        return True
+    stored = runs.read_json(path)
+    changed = "; ".join(
+        text
+        for part in stated
+        if (text := difference(_lasting(stored.get(part)), _lasting(stated[part])))
+    )
+    if changed and not _anything_saved(job.folder):
+        print(f"{job.folder}: nothing was saved under another config ({changed})")
+        _write_config(job, stated)
+        return True
+    if changed:
+        raise UserError(
+            f"{job.folder} holds a run with another config ({changed}); give the same "
+            "flags to go on with it, or another --out, with --fork_from="
+            f"{job.folder} to start there from what is trained"
+        )
+    return not (job.folder / runs.PARAMETERS).is_file()
+
+
+def _write_config(job: Job, stated: dict[str, Any]) -> None:
+    device = jax.devices()[0].device_kind
+    record = stated | {"versions": runs.versions(), "device": device}
+    runs.write_json(job.folder / runs.CONFIG, record)
+
+
+def _anything_saved(folder: Path) -> bool:
+    """Whether there is more to lose than a config and the lines before a checkpoint."""
+    checkpoints = folder / runs.CHECKPOINTS
+    saved = checkpoints.is_dir() and any(checkpoints.iterdir())
+    return saved or (folder / runs.PARAMETERS).is_file()
+
+
+def _lasting(part: Any) -> dict[str, Any]:
+    part = part if isinstance(part, dict) else {}
+    return {n: v for n, v in part.items() if n not in RUNTIME_FIELDS}
+
+
+def first_b_dec(job: Job, sample: jax.Array) -> jax.Array | None:
+    """Where b_dec starts, in normalised units, from raw rows; None is 0."""
+    if job.train.b_dec_init != "geometric_median":
+        return None
+    scale, mean = _input_norm(job)
+    return sae.geometric_median(scale * (sample - mean[None, :]))
+
+
+def first_state(job: Job, b_dec: jax.Array | None) -> TrainState:
+    """The state before the first step, by the job's seed."""
+    scale, mean = _input_norm(job)
+    weights_key, noise_key = jax.random.split(jax.random.key(job.train.seed))
+    variables = sae.init(
+        weights_key,
+        job.sae,
+        scale=scale,
+        mean=mean,
+        b_dec=b_dec,
+        decoder_init_norm=job.train.decoder_init_norm,
+    )
+    return init_state(variables, noise_key, job.sae)
+
+
+def _input_norm(job: Job) -> tuple[float, np.ndarray]:
+    """scale and mean such that the root mean square row norm is what was asked."""
+    rows = job.left_out or job.activations.manifest
+    mean = np.zeros(job.sae.d_model, np.float32)
+    mean_squared_norm = rows.mean_squared_norm
+    if job.train.center_input:
+        mean = np.asarray(rows.mean, np.float32)
+        mean_squared_norm -= float(np.sum(np.square(np.asarray(rows.mean))))
+    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(job.sae.d_model)}
+    scale = job.train.input_scale
+    if scale == "none":
+        return 1.0, mean
+    if not mean_squared_norm > 0:
+        raise UserError(f"{job.activations.folder}: every activation row is 0")
+    norm = wanted[scale] if isinstance(scale, str) else scale
+    return norm / math.sqrt(mean_squared_norm), mean

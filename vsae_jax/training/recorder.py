@@ -1,0 +1,152 @@
+"""What is seen of arms while they train: metrics, checkpoints, divergence."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vsae_jax import runs
+from vsae_jax.autoencoder.sparsity import dead_latents
+from vsae_jax.system import mesh, processes
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import loggers, optimizer
+from vsae_jax.training.checkpoint import Checkpoints
+from vsae_jax.training.groups import Group, member, states
+from vsae_jax.training.plan import Job
+from vsae_jax.training.step import Hparams, TrainState, zero_totals
+
+
+class Watch:
+    """Logs and saves arms that train together. `jobs` are in the arms' places;
+    `diverged` are names of those whose loss was not finite, no longer recorded;
+    `shown` is the last interval's main numbers."""
+
+    def __init__(
+        self, jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], *, step: int
+    ):
+        self.jobs, self._saves = jobs, saves
+        self.diverged: list[str] = []
+        self.shown: dict[str, float] = {}
+        self._loggers = [loggers.open_loggers(job.train, job.folder) for job in jobs]
+        self._last_step, self._last = step, time.monotonic()
+
+    @property
+    def folder(self) -> Path:
+        """Of the run, or of the grid."""
+        first = self.jobs[0].folder
+        return first if len(self.jobs) == 1 else first.parent
+
+    def log(self, groups: Sequence[Group], step: int) -> list[Group]:
+        """Writes each arm's line by one device read; returns the sums at zero."""
+        read = jax.device_get([_readings(group) for group in groups])
+        lines = {}
+        for group, (totals, dead, numbers) in zip(groups, read, strict=True):
+            for i, place in enumerate(group.arms):
+                arm = member((totals, dead, numbers), i, len(group.arms))
+                if self._is_finite(place, arm[0]):
+                    lines[place] = _metrics(*arm, step=step)
+        rate = self._rate(step)
+        for place, line in lines.items():
+            line["rows_per_second"] = rate
+            for log in self._loggers[place]:
+                log.write(step, line)
+        self.shown = _shown(list(lines.values()))
+        return [g._replace(state=_without_totals(g.state)) for g in groups]
+
+    def save(self, groups: Sequence[Group], step: int) -> None:
+        """A checkpoint of each arm that is finite."""
+        for place, state in states(groups).items():
+            job = self.jobs[place]
+            if self._is_finite(place, jax.device_get(state.totals)):
+                position = step * job.train.batch_size
+                self._saves[job.folder].save(state, data_position=position)
+
+    def close(self) -> None:
+        """Ends the records."""
+        for log in (log for logs in self._loggers for log in logs):
+            log.close()
+
+    def _rate(self, step: int) -> float:
+        """Rows per second, of one arm, since the last line."""
+        now = time.monotonic()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        steps, self._last_step = step - self._last_step, step
+        return steps * self.jobs[0].train.batch_size / seconds
+
+    def _is_finite(self, place: int, totals: Any) -> bool:
+        """Whether to go on with an arm. The only one raises; of several, it is left."""
+        job, bad = self.jobs[place], int(totals.bad_step)
+        if bad < 0:
+            return job.folder.name not in self.diverged
+        if len(self.jobs) == 1:
+            saved = self._saves[job.folder].steps()
+            good = f"step {saved[-1]} is saved" if saved else "nothing was saved before"
+            raise UserError(
+                f"the loss is not finite at step {bad}; {good}; try a lower --lr, a "
+                "smaller --beta or --dtype=float32 with another --out"
+            )
+        if job.folder.name not in self.diverged:
+            self.diverged.append(job.folder.name)
+            if processes.first():
+                runs.write_json(job.folder / runs.DIVERGED, {"step": bad})
+            print(f"{job.folder.name}: the loss is not finite at step {bad}; left out")
+        return False
+
+
+def _readings(group: Group) -> tuple[Any, Any, Hparams]:
+    """What a log line needs, of every arm of a group."""
+    limit = jnp.expand_dims(group.numbers.dead_after_tokens, -1)
+    dead = jnp.mean(dead_latents(group.state.rows_since_fired, limit), axis=-1)
+    return group.state.totals, dead, group.numbers
+
+
+def _metrics(
+    totals: Any, dead: Any, numbers: Hparams, *, step: int
+) -> dict[str, float]:
+    """The interval's means, and the schedules at its last step."""
+    n = int(totals.steps)
+    names = ("loss", "squared_error", "kl", "l1", "auxk", "l0")
+    line = {name: float(getattr(totals, name)) / n for name in names}
+    variance = max(float(totals.variance), 1e-30)
+    line["explained_variance"] = 1 - float(totals.squared_error) / variance
+    lr = optimizer.learning_rate(
+        step - 1,
+        peak=numbers.lr,
+        warmup=numbers.lr_warmup_steps,
+        decay_start=numbers.lr_decay_start,
+        steps=numbers.steps,
+    )
+    beta = optimizer.kl_weight(
+        step - 1, beta=numbers.beta, warmup=numbers.kl_warmup_steps
+    )
+    return line | {
+        "lr": float(lr),
+        "beta": float(beta),
+        "dead_fraction": float(dead),
+    }
+
+
+def _without_totals(state: TrainState) -> TrainState:
+    return state._replace(totals=mesh.filled(state.totals, zero_totals()))
+
+
+def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One arm's main numbers; of several the least and the most."""
+    if not lines:
+        return {}
+    rate = {"rows/s": lines[0]["rows_per_second"]}
+    if len(lines) > 1:
+        variance = [line["explained_variance"] for line in lines]
+        dead = [line["dead_fraction"] for line in lines]
+        ends = {"EV": min(variance), "to": max(variance), "dead up to": max(dead)}
+        return {"arms": len(lines)} | ends | rate
+    (line,) = lines
+    return {
+        "loss": line["loss"],
+        "L0": line["l0"],
+        "EV": line["explained_variance"],
+        "dead": line["dead_fraction"],
+    } | rate

@@ -1,0 +1,115 @@
+"""How runs begin: from their last checkpoints, or from their first states."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from vsae_jax import runs
+from vsae_jax.config.fields import difference, to_json
+from vsae_jax.system import mesh, processes
+from vsae_jax.system.errors import UserError
+from vsae_jax.training.batches import Feed
+from vsae_jax.training.checkpoint import Checkpoints
+from vsae_jax.training.plan import Job, first_b_dec, first_state
+from vsae_jax.training.step import TrainState
+
+_MEDIAN_ROWS = 8192
+_SHAPES = ("d_model", "d_sae", "variance")
+
+
+class Started(NamedTuple):
+    """A job and the state it goes on from."""
+
+    job: Job
+    state: TrainState
+
+
+def together(
+    jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], feed: Feed
+) -> list[Any]:
+    """The arms that can go on together, started; after them, lists of jobs that have
+    to wait, since they are at another step.
+
+    A kill while arms are saved leaves some a checkpoint ahead: those go back to the
+    step that all of them have.
+    """
+    saved = {job.folder: saves[job.folder].steps() for job in jobs}
+    ahead = [job for job in jobs if saved[job.folder]]
+    fresh = [job for job in jobs if not saved[job.folder]]
+    if not ahead:
+        b_decs: dict[Any, jax.Array | None] = {}
+        return [[_fresh(job, feed, b_decs) for job in fresh]]
+    newest = min(saved[job.folder][-1] for job in ahead)
+    started, other = [], []
+    for job in ahead:
+        state = _restored(job, saves[job.folder], newest if len(ahead) > 1 else None)
+        if not started or int(state.step) == int(started[0].state.step):
+            started.append(Started(job, state))
+        else:
+            other.append([job])
+    return [started, *other, *([fresh] if fresh else [])]
+
+
+def fork(job: Job, own: Checkpoints) -> None:
+    """Makes the last checkpoint of the run that `--fork_from` names the first one of
+    the new run, unless this has one already. The noise is that of the new seed, the
+    scale that of the new config and rows."""
+    if not job.train.fork_from or own.steps():
+        return
+    source = Path(job.train.fork_from)
+    if (source / runs.GRID).is_file():
+        source = source / job.folder.name
+    if source.resolve() == job.folder.resolve():
+        raise UserError(f"--fork_from={source} is --out itself; give another --out")
+    _check_forkable(source, job)
+    like = first_state(job, None)
+    with Checkpoints(source / runs.CHECKPOINTS, read_only=True) as checkpoints:
+        found = checkpoints.restore(jax.eval_shape(lambda: like))
+    if found is None:
+        raise UserError(f"--fork_from={source} has no checkpoint yet")
+    state = found[0]._replace(key=like.key, norm=like.norm)
+    step, steps = int(state.step), job.train.steps
+    if step >= steps:
+        raise UserError(
+            f"--steps={steps} must be above the {step} steps that --fork_from={source} "
+            "has done: they count"
+        )
+    print(f"{job.folder.name} starts from step {step} of {source}")
+    own.save(state, data_position=step * job.train.batch_size)
+
+
+def _check_forkable(source: Path, job: Job) -> None:
+    """The source must be a run whose arrays are those of the new one."""
+    if not (source / runs.CHECKPOINTS).is_dir():
+        raise UserError(f"--fork_from={source} is not a run with checkpoints")
+    stored = runs.read_json(source / runs.CONFIG).get("sae")
+    stored = stored if isinstance(stored, dict) else {}
+    old, new = ({n: of.get(n) for n in _SHAPES} for of in (stored, to_json(job.sae)))
+    if changed := difference(old, new):
+        raise UserError(
+            f"--fork_from={source} has arrays of other shapes ({changed}); give the "
+            "same --d_sae and --variance"
+        )
+
+
+def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainState:
+    """The newest state, of step `up_to` or before where there is one."""
+    like = jax.eval_shape(partial(first_state, job, None))
+    found = checkpoints.restore(like, up_to=up_to) or checkpoints.restore(like)
+    assert found is not None  # an unreadable folder is refused by `restore`
+    if processes.first():
+        runs.keep_metrics_up_to(job.folder / runs.METRICS, int(found[0].step))
+    return found[0]
+
+
+def _fresh(job: Job, feed: Feed, b_decs: dict[Any, jax.Array | None]) -> Started:
+    if processes.first():
+        (job.folder / runs.METRICS).unlink(missing_ok=True)
+    kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
+    if kind not in b_decs:
+        b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
+    state = mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
+    return Started(job, state)

@@ -9,10 +9,21 @@ import re
 import numpy as np
 import pytest
 from planted import write_planted
-from tiny_runs import D_MODEL, call, copied, identity_arrays, write_run
+from tiny_runs import (
+    D_MODEL,
+    D_SAE,
+    TRAINING,
+    call,
+    copied,
+    identity_arrays,
+    write_run,
+)
 
 from vsae_jax import dashboard, runs
-from vsae_jax.latents.matching import match
+from vsae_jax.config import TrainConfig
+from vsae_jax.latents.matching import by_chance, compare, describe, match
+from vsae_jax.training.plan import first_state, open_folder, plan
+from vsae_jax.training.step import variables
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +190,101 @@ def test_matching_finds_a_permutation(planted, page, tmp_path):
     assert b["full"] == sorted(partner[[low, high]].tolist())
 
 
+def untrained(run, variant, seed, folder):
+    """A run as it starts: its weights are those before the first step."""
+    config = TrainConfig(
+        activations=str(run), out=str(folder), variant=variant, seed=seed, **TRAINING
+    )
+    job = plan(config)
+    assert open_folder(job)
+    state = first_state(job, None)
+    runs.write_parameters(folder / runs.PARAMETERS, variables(state, job.sae))
+    return runs.open_run(folder)
+
+
+def test_a_shared_start_is_said_and_chance_stands_beside_it(tiny_rows, tmp_path):
+    """At the first step two variants of one seed agree wholly, two seeds not at all:
+    what a reader must not take for features found twice."""
+    kinds = {"a": ("topk", 0), "b": ("vsae_topk", 0), "c": ("topk", 1)}
+    a, b, c = (untrained(tiny_rows, *k, tmp_path / n) for n, k in kinds.items())
+    alive = np.ones(D_SAE, bool)
+    same = compare(a, b, alive_a=alive, alive_b=alive)
+    assert same.shared_start and same.of_pairs == pytest.approx(1)
+    said = " ".join(describe(same))
+    assert "Both started from the same weights (seed 0)" in said
+    assert "100.0 % of the pairs have the same number" in said
+    assert "compare runs of different seeds" in said
+    other = compare(a, c, alive_a=alive, alive_b=alive)
+    said = " ".join(describe(other))
+    assert other.shared_start is False
+    assert "They started from different weights (seeds 0 and 1)" in said
+    assert "compare runs of different seeds" not in said
+    for matched in (same, other):
+        assert len(matched.chance) == D_SAE and matched.chance.max() < 0.9
+        level = np.median(matched.chance)
+        assert f"By chance: median {level:.3f}" in " ".join(describe(matched))
+
+
+def test_chance_is_that_of_the_dimensions_which_the_rows_fill():
+    """Rows in 2 of 16 dimensions are near to one another whatever they mean."""
+    rng = np.random.default_rng(0)
+    flat = np.zeros((2, 300, 16))
+    flat[:, :, :2] = rng.standard_normal((2, 300, 2))
+    wide = rng.standard_normal((2, 300, 16))
+    alive = np.ones(300, bool)
+    for a, b in (flat, wide):
+        # Rows without a meaning: their own pairs are what chance gives.
+        level = np.median(match(a, b, alive_a=alive, alive_b=alive)[1])
+        assert np.median(by_chance(a, b)) == pytest.approx(level, abs=0.02)
+    assert np.median(by_chance(*flat)) > 0.99 > 0.8 > np.median(by_chance(*wide))
+
+
+def test_what_was_not_trained_here_has_no_known_start(tiny_rows, tmp_path):
+    run = untrained(tiny_rows, "topk", 0, tmp_path / "a")
+    alive = np.arange(D_SAE) < 3
+    imported = run._replace(train=None)
+    matched = compare(run, imported, alive_a=alive, alive_b=alive)
+    assert matched.shared_start is None and len(matched.of_pairs) == 3
+    assert "How they started is not known" in " ".join(describe(matched))
+    none = compare(run, imported, alive_a=alive, alive_b=np.zeros(D_SAE, bool))
+    assert describe(none) == ["No pair: in one of the two no latent fires."]
+
+
+def test_compare_says_the_start_on_the_page_and_in_the_terminal(
+    planted, page, tmp_path, capsys
+):
+    other = write_run(
+        tmp_path / "other", planted.parent / "rows", identity_arrays(), variant="relu"
+    )
+    out = tmp_path / "both.html"
+    assert call("dashboard", run=planted, compare=other, out=out) == 0
+    printed = capsys.readouterr().out
+    found = unpack(out.read_text())["overview"]["matching"]
+    assert all(line in printed for line in found["said"])
+    assert "the same weights (seed 0)" in printed and "By chance: median" in printed
+    alive = np.array(unpack(page)["overview"]["sides"][0]["columns"]["fired"]) > 0
+    assert len(found["chance"]) == alive.sum()
+
+
+def test_latents_outside_features_keep_their_strongest_texts(planted, page, tmp_path):
+    out = tmp_path / "few.html"
+    assert call("dashboard", run=planted, features="3,9", out=out) == 0
+    blocks = unpack(out.read_text())
+    rest = [i for i in range(32) if i not in (3, 9)]
+    briefs = blocks["briefs-a-0"]
+    assert len(briefs) == len(rest) and "briefs-a-1" not in blocks
+    whole = unpack(page)
+    for latent, texts in zip(rest, briefs, strict=True):
+        full = whole[f"features-a-{latent // 16}"][latent % 16]["top"]
+        assert [t["context"] for t in texts] == [t["context"] for t in full[:5]]
+        for text, longer in zip(texts, full, strict=False):
+            peak, value = text["peak"], longer["values"][longer["peak"]]
+            assert text["values"][peak] == value and len(text["ids"]) <= 17
+    shown = {str(i) for texts in briefs for t in texts for i in t["ids"]}
+    assert shown <= blocks["overview"]["sides"][0]["texts"].keys()
+    assert not any(name.startswith("briefs") for name in whole)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -202,7 +308,8 @@ def test_what_is_wrong_in_a_run_is_one_line(planted, page, tiny_grid, tmp_path, 
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
 
-    refused("is a grid; name one of the runs in it", run=tiny_grid)
+    names = ", ".join(folder.name for folder in runs.run_folders(tiny_grid))
+    refused(f"is a grid; name one of the runs in it: {names}", run=tiny_grid)
     refused("--features=32 is no latent of", run=planted, features="1,32")
     run = copied(planted, tmp_path / "run")
     (run / "features" / "features.npz").write_bytes(b"PK\x03\x04 not really")

@@ -69,7 +69,14 @@ def pages(tmp_path_factory, tiny_rows):
     other = write_run(folder / "other", folder / "p" / "rows", arrays, variant="relu")
     both = folder / "both.html"
     assert call("dashboard", run=run, compare=other, out=both) == 0
-    return {"one": folder / "one.html", "both": both, "hostile": latents}
+    few = folder / "few.html"
+    assert call("dashboard", run=run, features="3,9", out=few) == 0
+    return {
+        "one": folder / "one.html",
+        "both": both,
+        "few": few,
+        "hostile": latents,
+    }
 
 
 class Page:
@@ -278,6 +285,45 @@ def test_compare_shows_the_matched_pair_side_by_side(browser, pages):
     page.go("#/table/b")
     assert "other" in page.text(".switch .on")
     page.assert_quiet()
+
+
+def test_a_latent_in_brief_says_why_and_what_fills_it(browser, pages):
+    page = Page(browser, pages["few"], "#/a/5")
+    assert "2 of 32 latents in full" in page.text()
+    assert "--run=RUN --features=5," in page.text("code")
+    peaks = page.run("return document.querySelectorAll('.sequence .peak.hot').length")
+    assert 0 < peaks <= 5
+    page.go("#/a/20")
+    assert "fires on none of the tokens" in page.text()
+    page.go("#/a/9")
+    assert "From strong to weak" in page.text()
+    page.press("ArrowRight")
+    page.until("return location.hash === '#/a/10'")
+    page.assert_quiet()
+
+
+def test_the_matched_latents_say_how_the_two_started(browser, pages):
+    page = Page(browser, pages["both"])
+    said = page.text()
+    assert "Both started from the same weights (seed 0)" in said
+    assert "By chance: median" in said
+    assert page.run("return document.querySelectorAll('.bar.chance').length") > 0
+    wide = "const box = document.querySelector(arguments[0]).getBoundingClientRect();"
+    wide += "return box.right"
+    right = page.run(wide, "section figure")
+    assert right == pytest.approx(page.run(wide, ".tiles"), abs=2)
+
+
+def test_nine_tiles_stand_in_rows_of_five_and_four(browser, pages):
+    page = Page(browser, pages["one"])
+    tops = page.run(
+        "const metrics = Object.fromEntries(Object.keys(CORE).map(key => [key, 1]));"
+        "const side = {letter: 'a', d_sae: 1, columns: {rate: [1]}, metrics};"
+        "document.querySelector('.tiles').replaceWith(tiles([side]));"
+        "return [...document.querySelectorAll('.tile')]"
+        ".map(t => t.getBoundingClientRect().top)"
+    )
+    assert [tops.count(top) for top in sorted(set(tops))] == [5, 4]
 
 
 def test_choosing_a_token_of_a_text_lists_its_latents(browser, pages):

@@ -25,9 +25,10 @@ from vsae_jax.config import Backend, cli
 from vsae_jax.config.fields import check_at_least, flag
 from vsae_jax.features import ARRAYS, FOLDER, INFO, FeaturesConfig
 from vsae_jax.interop.loading import open_any
-from vsae_jax.latents.matching import match
+from vsae_jax.latents import matching
+from vsae_jax.latents.matching import Matching
 from vsae_jax.report import page_data
-from vsae_jax.report.page_data import CHUNK, Features
+from vsae_jax.report.page_data import CHUNK, CHUNK_IN_BRIEF, Features
 from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.system.files import replace_file
 
@@ -78,12 +79,16 @@ def run(c: DashboardConfig) -> Path:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; name what train wrote")
         if (folder / runs.GRID).is_file():
-            raise UserError(f"{folder} is a grid; name one of the runs in it")
+            there = ", ".join(arm.name for arm in runs.run_folders(folder))
+            raise UserError(f"{folder} is a grid; name one of the runs in it: {there}")
     sides = [ready(folder, c) for folder in folders]
+    matched = _matched(sides) if len(sides) > 1 else None
     out = Path(c.out) if c.out else folders[0] / "dashboard.html"
-    page = assemble(blocks(sides, c.features, names(folders)))
+    page = assemble(blocks(sides, c.features, names(folders), matched))
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, page)
+    for line in matching.describe(matched) if matched else ():
+        print(line)
     print(f"wrote {out}: {len(page) / 1e6:.1f} MB; open it in a browser")
     if len(page) > MOST_BYTES:
         print(f"note: it is over {MOST_BYTES // 10**6} MB; lower --features")
@@ -167,9 +172,12 @@ def choose(side: Features, asked: str) -> list[int]:
     return sorted(alive[np.unique(places)].tolist())
 
 
-def blocks(sides: list[Features], asked: str, called: list[str]) -> dict[str, Any]:
-    """The page's data by id: the overview, and latents in full by sixteens."""
-    partners = _partners(sides) if len(sides) > 1 else []
+def blocks(
+    sides: list[Features], asked: str, called: list[str], matched: Matching | None
+) -> dict[str, Any]:
+    """The page's data by id: the overview, latents in full by sixteens, and of the
+    others their strongest texts."""
+    partners = _partners(sides, matched) if matched else []
     full = _in_full(sides, partners, asked)
     overviews = [
         page_data.overview(side, chosen, name=name)
@@ -179,11 +187,25 @@ def blocks(sides: list[Features], asked: str, called: list[str]) -> dict[str, An
         one["columns"]["partner"] = pair[0].tolist()
         one["columns"]["cosine"] = page_data.shorts(pair[1])
     found: dict[str, Any] = {"overview": {"sides": overviews}}
+    if matched:
+        found["overview"]["matching"] = {
+            "said": matching.describe(matched),
+            "chance": page_data.shorts(matched.chance),
+        }
     for letter, side, chosen in zip("ab", sides, full, strict=False):
-        for number, start in enumerate(range(0, len(chosen), CHUNK)):
-            some = [page_data.feature(side, i) for i in chosen[start : start + CHUNK]]
-            found[f"features-{letter}-{number}"] = some
+        for number, some in enumerate(batched(chosen, CHUNK)):
+            found[f"features-{letter}-{number}"] = [
+                page_data.feature(side, latent) for latent in some
+            ]
+        rest = sorted(set(range(side.run.sae.d_sae)).difference(chosen))
+        for number, some in enumerate(batched(rest, CHUNK_IN_BRIEF)):
+            found[f"briefs-{letter}-{number}"] = page_data.briefs(side, some)
     return found
+
+
+def batched(latents: list[int], size: int) -> list[list[int]]:
+    """The list in pieces of that size, the last one shorter."""
+    return [latents[start : start + size] for start in range(0, len(latents), size)]
 
 
 def _in_full(
@@ -202,18 +224,23 @@ def _in_full(
     ]
 
 
-def _partners(sides: list[Features]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Each side's partners in the other, and the cosines of the pairs."""
+def _matched(sides: list[Features]) -> Matching:
     a, b = sides
     if a.run.sae.d_model != b.run.sae.d_model:
         raise UserError(
             f"{a.run.folder} has d_model={a.run.sae.d_model} and {b.run.folder} "
             f"{b.run.sae.d_model}: they read different activations"
         )
-    w_a, w_b = (np.asarray(side.run.variables["params"]["w_dec"]) for side in sides)
     alive_a, alive_b = (side.arrays["n_fired"] > 0 for side in sides)
-    partner, cosine = match(w_a, w_b, alive_a=alive_a, alive_b=alive_b)
-    back = np.full(len(w_b), -1)
+    return matching.compare(a.run, b.run, alive_a=alive_a, alive_b=alive_b)
+
+
+def _partners(
+    sides: list[Features], matched: Matching
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each side's partners in the other, and the cosines of the pairs."""
+    partner, cosine = matched.partner, matched.cosine
+    back = np.full(sides[1].run.sae.d_sae, -1)
     there = np.flatnonzero(partner >= 0)
     back[partner[there]] = there
     return [(partner, cosine), (back, np.where(back >= 0, cosine[back], 0.0))]

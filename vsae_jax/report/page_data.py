@@ -17,8 +17,10 @@ from vsae_jax.config.fields import to_json
 from vsae_jax.runs import Run
 from vsae_jax.system.errors import UserError
 
-# Latents in one compressed block of the page.
-CHUNK = 16
+# Latents in one compressed block of the page: in full, and in brief.
+CHUNK, CHUNK_IN_BRIEF = 16, 64
+# Texts of a latent in brief, and the tokens on each side of their strongest one.
+_BRIEF_TEXTS, _BRIEF_REACH = 5, 8
 _PROMISED = 3
 _CURVE_POINTS = 400
 _CURVES = ("loss", "explained_variance", "squared_error", "kl", "l0", "dead_fraction")
@@ -55,6 +57,7 @@ def overview(side: Features, full: list[int], *, name: str) -> dict[str, Any]:
         "prompts": prompts(side.arrays),
         "full": full,
         "chunk": CHUNK,
+        "chunk_in_brief": CHUNK_IN_BRIEF,
         "texts": texts(side, full),
     }
 
@@ -176,6 +179,7 @@ def texts(side: Features, full: list[int]) -> dict[str, str]:
     shown = [a["top_ids"][:, :, reach], a["top_logit_tokens"][:, :_PROMISED]]
     wholly = ("top_ids", "quantile_ids", "top_logit_tokens", "bottom_logit_tokens")
     shown += [a["prompt_ids"], *(a[name][full] for name in wholly)]
+    shown.append(_in_brief(a)["top_ids"])
     ids = np.unique(np.concatenate([part.ravel() for part in shown]))
     known = side.info["tokens"]
     return {str(i): known.get(str(i), f"<{i}>") for i in ids.tolist() if i >= 0}
@@ -213,6 +217,22 @@ def feature(side: Features, latent: int) -> dict[str, Any]:
         ),
         "maximised": maximised(side.run.folder / MAXIMISED / f"{latent}.json"),
     }
+
+
+def briefs(side: Features, latents: list[int]) -> list[list[dict[str, Any]]]:
+    """The strongest texts of each, and no more."""
+    a = _in_brief(side.arrays)
+    return [_sequences(a, "top", (latent,)) for latent in latents]
+
+
+def _in_brief(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of the strongest texts, fewer and shorter."""
+    middle = arrays["top_ids"].shape[2] // 2
+    near = slice(max(middle - _BRIEF_REACH, 0), middle + _BRIEF_REACH + 1)
+    found = {f"top_{n}": arrays[f"top_{n}"] for n in ("context", "position")}
+    found = {name: array[:, :_BRIEF_TEXTS] for name, array in found.items()}
+    windows = ("top_ids", "top_values")
+    return found | {n: arrays[n][:, :_BRIEF_TEXTS, near] for n in windows}
 
 
 def _groups(a: dict[str, np.ndarray], latent: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ async function start() {
   const data = await unpacked("overview");
   const sides = data.sides.map((run, index) => new Side(run, index));
   const views = sides.map((side) => new View(side));
-  const state = { sides, views, main: document.getElementById("main"), search: document.getElementById("search") };
+  const state = { sides, views, matching: data.matching, main: document.getElementById("main"), search: document.getElementById("search") };
   document.title = sides.map((side) => side.name).join(" against ");
   watchTips(document.getElementById("tip"));
   watchTheme();
@@ -35,7 +35,7 @@ async function show(state) {
   if (now.view === "feature") drawn = await featurePage(now.side, now.latent, state.views);
   else if (now.view === "table") drawn = table(view, state.sides, state.views, () => (view.update(), show(state)));
   else if (now.view === "prompts") drawn = promptsPage(now.side, state.sides);
-  else drawn = overview(state.sides);
+  else drawn = overview(state.sides, state.matching);
   if (location.hash !== asked) return;
   state.main.replaceChildren(drawn);
   document.getElementById("tip").hidden = true;

@@ -26,15 +26,22 @@ class Side {
     return `#/${this.letter}/${latent}`;
   }
 
-  // All of one latent, or null where the page holds only its row of the table.
+  // All of one latent, or null where the page has it in brief.
   async full_of(latent) {
-    const place = this.places.get(latent);
-    if (place === undefined) return null;
-    const chunk = Math.floor(place / this.chunk);
-    if (!this.chunks.has(chunk)) {
-      this.chunks.set(chunk, unpacked(`features-${this.letter}-${chunk}`));
-    }
-    return (await this.chunks.get(chunk))[place % this.chunk];
+    return this.places.has(latent) ? this.held("features", this.places.get(latent), this.chunk) : null;
+  }
+
+  // The strongest texts of a latent that is not there in full.
+  async brief_of(latent) {
+    const earlier = this.full.filter((other) => other < latent).length;
+    return this.held("briefs", latent - earlier, this.chunk_in_brief);
+  }
+
+  // The item at that place of the blocks `kind`, each of `size` items.
+  async held(kind, place, size) {
+    const id = `${kind}-${this.letter}-${Math.floor(place / size)}`;
+    if (!this.chunks.has(id)) this.chunks.set(id, unpacked(id));
+    return (await this.chunks.get(id))[place % size];
   }
 }
 

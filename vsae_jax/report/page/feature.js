@@ -17,7 +17,7 @@ async function panel(side, latent) {
   const title = el("h1", {}, el(`span.key.${side.letter}`), `Latent ${latent}`, el("small", {}, side.name));
   const f = await side.full_of(latent);
   const stats = statistics(side, latent, f);
-  if (!f) return el("section.panel", {}, title, stats, el("p.note", {}, "The page holds no more of this latent; make it with --features= and its number."));
+  if (!f) return inBrief(side, latent, title, stats);
   if (!alive(side, latent)) return el("section.panel", {}, title, stats, el("p.note", {}, "It fires on none of the tokens looked at; what it would make likely is below."), logits(side, f), related(side, f));
   return el("section.panel", {}, title, stats,
     el("h2", {}, "Strongest activations"), el("div.card", {}, ...sequences(side, f, f.top)),
@@ -25,6 +25,17 @@ async function panel(side, latent) {
     el("h2", {}, "Effect on the logits"), logits(side, f),
     el("h2", {}, "Activations"), el("div.figures", {}, activations(side, f), related(side, f)),
     el("h2", {}, "From strong to weak"), ...groups(side, f));
+}
+
+// Of most latents of a wide autoencoder the page has only this, which keeps it small.
+async function inBrief(side, latent, title, stats) {
+  const found = await side.brief_of(latent);
+  const why = el("p.note", {}, `This page has ${side.full.length.toLocaleString("en-US")} of ${side.d_sae.toLocaleString("en-US")} latents in full; of this one it has its numbers and ` +
+    (found.length ? "strongest texts" : "no text: it fires on none of the tokens looked at") +
+    ". For logit effects, examples from strong to weak and its neighbours, make a page with it: ",
+    el("code", {}, `python -m vsae_jax.dashboard --run=RUN --features=${latent},`));
+  const texts = found.length ? [el("h2", {}, "Strongest activations"), el("div.card", {}, ...sequences(side, { max: side.columns.max[latent] }, found))] : [];
+  return el("section.panel", {}, title, stats, ...texts, why);
 }
 
 function statistics(side, latent, f) {

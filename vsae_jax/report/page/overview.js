@@ -10,13 +10,13 @@ const CORE = {
 };
 const CURVES = { loss: "Loss", explained_variance: "Explained variance", squared_error: "Squared error", kl: "KL", l0: "L0", dead_fraction: "Share of dead latents" };
 
-function overview(sides) {
+function overview(sides, matched) {
   const classes = sides.map((side) => side.letter);
   return el("div", {},
     el("h1", {}, sides.map((side) => side.name).join(" against ")),
     el("p.lead", {}, ...sides.map(introduction)),
     tiles(sides),
-    sides.length > 1 ? matching(sides) : null,
+    matched ? matching(sides[0], matched) : null,
     el("h2", {}, "Latents at a glance"),
     el("div.figures", {}, ...glance(sides, classes)),
     el("h2", {}, "Maps"),
@@ -50,7 +50,10 @@ function tiles(sides) {
     const name = least ? `fire on over ${percent(least)}` : "fire at all";
     found.push(tile(name, sides.map((s) => [s.letter, percent(s.columns.rate.filter((r) => r > least).length / s.d_sae)])));
   }
-  return el("div.tiles", {}, ...found);
+  // Rows of nearly equal length, of seven at most.
+  const grid = el("div.tiles", {}, ...found);
+  grid.style.setProperty("--columns", Math.ceil(found.length / Math.ceil(found.length / 7)));
+  return grid;
 }
 
 function glance(sides, classes) {
@@ -64,18 +67,17 @@ function glance(sides, classes) {
   ].filter((one) => one !== null);
 }
 
-function matching([a, b]) {
-  const cosines = a.columns.partner.map((p, i) => (p >= 0 ? a.columns.cosine[i] : null)).filter((c) => c !== null);
-  if (!cosines.length) return null;
-  const bins = Array.from({ length: 20 }, (_, i) => ({ low: i / 20, high: (i + 1) / 20, counts: [0] }));
-  for (const c of cosines) bins[Math.max(0, Math.min(19, Math.floor(c * 20)))].counts[0]++;
-  const sorted = [...cosines].sort((x, y) => x - y);
-  const close = cosines.filter((c) => c > 0.7).length;
+function matching(side, { said, chance }) {
+  const cosines = side.columns.cosine.filter((_, i) => side.columns.partner[i] >= 0);
+  const words = el("div.card", {}, ...said.map((line) => el("p", {}, line)));
+  if (!cosines.length) return el("section", {}, el("h2", {}, "Matched latents"), words);
+  const bins = Array.from({ length: 20 }, (_, i) => ({ low: i / 20, high: (i + 1) / 20, counts: [0, 0] }));
+  [cosines, chance].forEach((values, series) => {
+    for (const c of values) bins[Math.max(0, Math.min(19, Math.floor(c * 20)))].counts[series]++;
+  });
   return el("section", {}, el("h2", {}, "Matched latents"),
-    el("div.figures", {}, histogram("Cosine of matched decoder rows", bins, { classes: ["a"],
-      label: "cosine (negative ones in the first bar)",
-      note: `${cosines.length.toLocaleString("en-US")} pairs, one to one, chosen for the largest sum of cosines among latents that fire ` +
-        `(Hungarian assignment). Median ${number(sorted[Math.floor(sorted.length / 2)])}; ${percent(close / cosines.length)} above 0.7.` })));
+    el("div.figures", {}, words, histogram("Cosine of matched decoder rows", bins, { classes: ["a", "chance"],
+      label: "cosine (negative ones in the first bar)", note: "Grey: as many random directions, matched in the same way." })));
 }
 
 function training(sides) {

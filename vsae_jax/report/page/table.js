@@ -24,7 +24,6 @@ class View {
     this.down = false;
     this.words = "";
     this.dead = true;
-    this.whole = side.full.length < side.d_sae ? false : true;
     this.update();
   }
 
@@ -48,10 +47,9 @@ class View {
     this.latents = order.map((n) => found[n]);
   }
 
-  // The latent `step` places further in the table's order, of those shown in full.
+  // The latent `step` places further in the table's order.
   beside(latent, step) {
-    const shown = this.latents.filter((i) => this.side.places.has(i));
-    const order = shown.includes(latent) ? shown : [...this.side.full].sort((i, j) => i - j);
+    const order = this.latents.includes(latent) ? this.latents : this.side.columns.fired.map((_, i) => i);
     const at = order.indexOf(latent);
     return order[(at + step + order.length) % order.length] ?? latent;
   }
@@ -72,7 +70,7 @@ function table(view, sides, views, redraw) {
   const other = sides.length > 1 ? el("span.switch", {}, ...sides.map((s) =>
     el(s === side ? "a.on" : "a", { href: `#/table/${s.letter}` }, el(`span.key.${s.letter}`), s.name))) : null;
   const faint = side.full.length < side.d_sae
-    ? el("p.note", {}, `${side.full.length.toLocaleString("en-US")} latents have a page of their own here; of the others, in grey, the row is all. Ask for more with --features=.`) : null;
+    ? el("p.note", {}, `${side.full.length.toLocaleString("en-US")} latents are here in full; of the others, in grey, the strongest texts. Ask for more with --features=.`) : null;
   requestAnimationFrame(draw);
   return el("div", {}, el("h1", {}, "Latents"), el("div.controls", {}, other, count, el("label", {}, dead, " also those that never fire")), faint, scroller);
 }

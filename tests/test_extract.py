@@ -8,20 +8,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
 
 from vsae_jax import extract
+from vsae_jax.activations import extraction
 from vsae_jax.activations.manifest import read_manifest
 from vsae_jax.activations.shards import Activations, ShardWriter
-from vsae_jax.config import ExtractConfig, cli
+from vsae_jax.config import ExtractConfig, cli, resolve_extract
 from vsae_jax.lm import load_language_model, load_tokenizer
-from vsae_jax.system import files
+from vsae_jax.system import files, progress, signals
+from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH = 16
@@ -477,6 +481,42 @@ def test_bad_text_in_the_middle_keeps_the_shards_before_it(arguments, tmp_path, 
     assert len(read_manifest(arguments["out"]).shards) > 1
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     assert run(arguments) == 0
+
+
+def test_shards_that_wait_for_the_disk_are_written_before_a_bad_line_is_said(
+    arguments, tmp_path
+):
+    """The first write waits until the text has broken off: all whole shards wait."""
+    broken = threading.Event()
+
+    class Slow(ShardWriter):
+        def begin(self, index, tokens):
+            assert broken.wait(60)
+            time.sleep(0.1)  # the error is on its way
+            super().begin(index, tokens)
+
+    config = ExtractConfig(
+        **{n: str(v) if isinstance(v, Path) else v for n, v in arguments.items()}
+    )
+    model = load_language_model(config.model, backend="jax")
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    manifest = extract.new_manifest(resolve_extract(config), model)
+    writer = Slow(folder, manifest)
+    rows = np.zeros((8 * manifest.rows_per_context, model.d_model), np.float32)
+    tokens = np.zeros((8, LENGTH), np.int32)
+
+    def pieces():
+        for index in range(2):
+            yield extraction.Piece(index, tokens, 0, jnp.asarray(rows), 8)
+        broken.set()
+        raise UserError("line 3 is not JSON")
+
+    bar = progress.bar(16 * LENGTH, unit="tokens")
+    with pytest.raises(UserError, match="line 3"):
+        extraction.write(writer, pieces(), signals.Caught(), bar=bar)
+    found = read_manifest(folder)
+    assert found is not None and len(found.shards) == 2 and not found.complete
 
 
 def test_a_tokenizer_of_another_model_is_refused(arguments, tmp_path, capsys):

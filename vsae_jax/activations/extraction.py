@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from vsae_jax.activations.shards import ShardWriter
 from vsae_jax.lm import LanguageModel
 from vsae_jax.system import progress, signals
-from vsae_jax.system.errors import Interrupted
+from vsae_jax.system.errors import Interrupted, UserError
 
 # Rows that may wait for the disk; a sync of the shard before takes its time.
 _WAITING_BYTES = 2**26
@@ -105,7 +105,8 @@ def write(
     bar: progress.Bar | progress.Lines,
 ) -> None:
     """Writes the pieces, which come in order, in a thread: the model, which runs in
-    this one, goes on while bytes are hashed and synced."""
+    this one, goes on while bytes are hashed and synced. Where the text breaks off with
+    a UserError, that is raised once the shards before it are written."""
     m = writer.manifest
     written: collections.deque[futures.Future[Piece]] = collections.deque()
     last: futures.Future[Piece] | None = None
@@ -119,15 +120,20 @@ def write(
     disk = futures.ThreadPoolExecutor(1, "disk")
     try:
         with bar:
-            for piece in pieces:
-                if caught.signal:
-                    raise _interrupted(writer, caught.signal)
-                if piece is None:
-                    continue
-                last = disk.submit(_write_piece, writer, piece, after=last)
-                written.append(last)
-                while len(written) > max(_WAITING_BYTES // piece.rows.nbytes, 2):
+            try:
+                for piece in pieces:
+                    if caught.signal:
+                        raise _interrupted(writer, caught.signal)
+                    if piece is None:
+                        continue
+                    last = disk.submit(_write_piece, writer, piece, after=last)
+                    written.append(last)
+                    while len(written) > max(_WAITING_BYTES // piece.rows.nbytes, 2):
+                        finish_first()
+            except UserError:
+                while written:
                     finish_first()
+                raise
             while written:
                 finish_first()
     finally:

@@ -246,13 +246,13 @@ def test_it_goes_on_without_running_the_model_on_what_is_there(
     assert len(read_manifest(arguments["out"]).shards) == 1
     seen = []
     with monkeypatch.context() as patched:
-        to_rows = extract.residuals.to_rows
+        to_rows = extract.extraction.to_rows
 
         def count(residual, **options):
             seen.append(len(residual))
             return to_rows(residual, **options)
 
-        patched.setattr(extract.residuals, "to_rows", count)
+        patched.setattr(extract.extraction, "to_rows", count)
         assert run(arguments) == 0
     assert seen == [3] * 5  # 8 contexts and 4 contexts, in batches of 3
     assert "resumes: 1 shards of 8 contexts are there" in capsys.readouterr().out

@@ -6,10 +6,10 @@ interval, and what is started again goes on.
 """
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -33,21 +33,10 @@ from vsae_jax.training.groups import (
     split,
     states,
 )
+from vsae_jax.training.pace import Chunk, Pace, chunks
 from vsae_jax.training.plan import Job, explain, open_folder, plan, steps_at_once
 from vsae_jax.training.recorder import Watch
 from vsae_jax.training.step import hparams, variables
-
-# Calls to the device that may wait; a signal is heard after those.
-_AHEAD = 2
-
-
-class Chunk(NamedTuple):
-    """Steps `start` to `stop` in one dispatch, and what follows them."""
-
-    start: int
-    stop: int
-    log: bool
-    save: bool
 
 
 def command(configs: Sequence[TrainConfig]) -> None:
@@ -142,25 +131,23 @@ def _one_pass(
     step = int(started[0].state.step)
     if step:
         print(f"going on from step {step}")
-    chunks = list(_chunks(step, config, at_once=steps_at_once(jobs)))
-    n_max = max((chunk.stop - chunk.start for chunk in chunks), default=1)
+    pace = Pace(max(min(steps_at_once(jobs), config.steps - step), 1))
     mesh = jobs[0].mesh
     arms = [
         Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
         for s in started
     ]
-    compiled = compile_pass(arms, feed.shape(n_max), how=config.arms, mesh=mesh)
+    compiled = compile_pass(arms, feed.shape(pace.most), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
     del arms
     started.clear()
     print(_describe(compiled, len(jobs), mesh))
-    stacks = feed.stacks(
-        [chunk.stop - chunk.start for chunk in chunks],
-        step * config.batch_size,
-        n_max=n_max,
+    calls = (
+        (c, feed.stack(c.start * config.batch_size, c.stop - c.start, n_max=pace.most))
+        for c in chunks(step, config, pace)
     )
     watch = Watch(jobs, saves, step=step)
-    groups = _loop(compiled.groups, chunks, read_ahead(stacks), watch)
+    groups = _loop(compiled.groups, read_ahead(calls), watch, pace, step)
     for place, state in states(groups).items():
         job = jobs[place]
         if job.folder.name not in watch.diverged:
@@ -173,28 +160,32 @@ def _one_pass(
 
 def _loop(
     groups: Sequence[Group],
-    chunks: Sequence[Chunk],
-    batches: Generator[jax.Array, None, None],
+    calls: Generator[tuple[Chunk, jax.Array], None, None],
     watch: Watch,
+    pace: Pace,
+    step: int,
 ) -> Sequence[Group]:
-    config = watch.jobs[0].train
     bar = progress.bar(
-        config.steps,
+        watch.jobs[0].train.steps,
         unit="step",
-        start=chunks[0].start if chunks else config.steps,
+        start=step,
         stream=processes.progress_stream(),
     )
-    stop = 0
+    stop, waiting, measured, since = 0, 0, step, time.monotonic()
     try:
         with bar, signals.caught() as caught:
-            for i, (chunk, rows) in enumerate(zip(chunks, batches, strict=True)):
-                if i % _AHEAD == 0:
-                    jax.block_until_ready([group.state for group in groups])
+            for chunk, rows in calls:
                 groups = advance(groups, rows, chunk.stop - chunk.start)
                 if chunk.log:
                     groups = watch.log(groups, chunk.stop)
                     bar.show(watch.shown)
                 bar.update(chunk.stop - chunk.start)
+                waiting += 1
+                if waiting >= pace.ahead:
+                    jax.block_until_ready([group.state for group in groups])
+                    seconds, since = time.monotonic() - since, time.monotonic()
+                    pace.took(seconds, steps=chunk.stop - measured)
+                    waiting, measured = 0, chunk.stop
                 if len(watch.diverged) == len(watch.jobs):
                     break
                 if chunk.log or processes.count() == 1:
@@ -208,28 +199,9 @@ def _loop(
                         signal_number=stop,
                     )
     finally:
-        batches.close()
+        calls.close()
         watch.close()
     return groups
-
-
-def _chunks(begin: int, config: TrainConfig, *, at_once: int) -> Iterator[Chunk]:
-    """Dispatches from `begin` to the end, cut at every log line and checkpoint."""
-    while begin < config.steps:
-        stop = min(
-            begin + at_once,
-            _next(begin, config.log_every),
-            _next(begin, config.checkpoint_every),
-            config.steps,
-        )
-        last = stop == config.steps
-        log = last or stop % config.log_every == 0
-        yield Chunk(begin, stop, log, last or stop % config.checkpoint_every == 0)
-        begin = stop
-
-
-def _next(step: int, every: int) -> int:
-    return (step // every + 1) * every
 
 
 def _describe(compiled: Plan, arms: int, mesh: Mesh | None) -> str:

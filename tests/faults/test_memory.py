@@ -17,7 +17,7 @@ def flags(tiny_rows, tmp_path) -> dict[str, object]:
 
 
 def test_few_steps_at_once_need_few_rows(flags):
-    """However many are asked for: a signal has to be heard."""
+    """However many are asked for: rows of many steps take memory."""
     asked = {"steps_per_dispatch": 2**30, "steps": 2**30, "log_every": 2**30}
     named = TrainConfig(**{n: str(v) for n, v in flags.items() if n[0] in "ao"})
     config = replace(named, **{**TRAINING, **asked}, checkpoint_every=2**30)

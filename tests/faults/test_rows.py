@@ -60,7 +60,7 @@ def test_skip_counts_them_and_never_trains_on_them(spoilt, tmp_path, feed, capsy
     assert "3 of 1200 rows are NaN, infinite or giant and left out" in said
     good = np.delete(Activations.open(spoilt).rows(0, 960), list(BAD), axis=0)
     with Feed(planned) as source:
-        (taken,) = source.stacks([60], 0, n_max=60)
+        taken = source.stack(0, 60, n_max=60)
     taken = np.asarray(taken).reshape(1920, -1)
     assert np.isfinite(taken).all() and np.abs(taken).max() < 1e3
     known = {row.tobytes() for row in good}

@@ -5,7 +5,6 @@ puts all rows on the device once and gathers there: the same batches in the same
 On a mesh each device gets its rows of a batch; of several processes each reads its own.
 """
 
-from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -83,26 +82,23 @@ class Feed:
         return jnp.asarray(rows).astype(jnp.float32)
 
     def shape(self, n_max: int) -> jax.ShapeDtypeStruct:
-        """Of what `stacks` gives."""
+        """Of what `stack` gives."""
         shape = (n_max, self._batch, self._d_model)
         place = over_data(self._mesh, before=1)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=place)
 
-    def stacks(
-        self, counts: Sequence[int], position: int, *, n_max: int
-    ) -> Iterator[Float[Array, "n_max batch d_model"]]:
-        """For each count that many batches from row `position` on; unused ones are
-        filled with a row of the batch."""
-        for count in counts:
-            if self._mesh is None:
-                taken = self._take(position, count * self._batch)
-                unused = (n_max - count) * self._batch
-                if unused:
-                    taken = jnp.pad(taken, ((0, unused), (0, 0)), mode="edge")
-                yield taken.reshape(n_max, self._batch, -1)
-            else:
-                yield self._spread(position, count, n_max)
-            position += count * self._batch
+    def stack(
+        self, position: int, count: int, *, n_max: int
+    ) -> Float[Array, "n_max batch d_model"]:
+        """That many batches from row `position` on; unused ones are filled with a row
+        of the last."""
+        if self._mesh is not None:
+            return self._spread(position, count, n_max)
+        taken = self._take(position, count * self._batch)
+        unused = (n_max - count) * self._batch
+        if unused:
+            taken = jnp.pad(taken, ((0, unused), (0, 0)), mode="edge")
+        return taken.reshape(n_max, self._batch, -1)
 
     def _take(self, position: int, count: int) -> Array:
         taken = self._rows.take(position, count)

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, cli
+from vsae_jax.config import DemoConfig, EvalConfig, ExtractConfig, TrainConfig, cli
 from vsae_jax.config.fields import flag
-from vsae_jax.demo import DemoConfig
 from vsae_jax.system.errors import Interrupted, UserError
 
 

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vsae_jax import features, runs
-from vsae_jax.config import Backend, cli
-from vsae_jax.config.fields import check_at_least, flag
-from vsae_jax.features import ARRAYS, FOLDER, INFO, FeaturesConfig
+from vsae_jax.config import DashboardConfig, FeaturesConfig, cli
+from vsae_jax.config.dashboard import wanted_latents
+from vsae_jax.features import ARRAYS, FOLDER, INFO
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import matching
 from vsae_jax.latents.matching import Matching
@@ -34,37 +33,6 @@ from vsae_jax.system.files import replace_file
 
 MOST_BYTES = 25 * 10**6
 _SCRIPTS = "text data charts map overview table feature prompts app".split()
-
-
-@dataclass(frozen=True)
-class DashboardConfig:
-    """Writes one self-contained HTML page of a run's latents; with --compare of two
-    runs, their latents matched. Makes `features/` first where it is not there."""
-
-    run: str = flag("run folder, or a folder of any format that convert reads", "")
-    compare: str = flag("another such folder, to show beside it", "")
-    out: str = flag("the page; unset: dashboard.html in the run folder", "")
-    features: str = flag(
-        "latents in full: how many, spread evenly over the firing rates, or a comma "
-        "list of latents (one alone as 7,); with --compare, their matches besides",
-        "512",
-    )
-    model: str = flag("hub id or local folder; unset: the manifest's", "")
-    layer: int | None = flag(
-        "block whose output is autoencoded, from 0; unset: the folder's"
-    )
-    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
-    activations: str = flag("folder that extract wrote; unset: the run's", "")
-    num_tokens: int | None = flag(
-        "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"
-    )
-
-    def __post_init__(self):
-        check_at_least(self, 1, "num_tokens")
-        check_at_least(self, 0, "layer")
-        if not self.run:
-            raise UserError("--run is not set; name a run folder")
-        wanted(self.features)
 
 
 def command(configs: Sequence[DashboardConfig]) -> None:
@@ -110,7 +78,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
     info = runs.read_json(path) if path.is_file() else {}
     if reason := _stale(info, opened, c):
         print(f"{folder}: {reason}, looking at held-out tokens")
-        shared = "model layer backend activations".split()
+        shared = ("model", "layer", "backend", "activations")
         asked = {name: getattr(c, name) for name in shared}
         if c.num_tokens is not None:
             asked["num_tokens"] = c.num_tokens
@@ -143,20 +111,9 @@ def _stale(info: dict[str, Any], opened: runs.Run, c: DashboardConfig) -> str:
     return ""
 
 
-def wanted(asked: str) -> int | list[int]:
-    """`--features` as a number or a list of latents."""
-    parts = [part.strip() for part in asked.split(",")]
-    numbers = [part for part in parts if part]
-    if not numbers or not all(re.fullmatch(r"\d{1,9}", part) for part in numbers):
-        raise UserError(
-            f"--features={asked} must be a number of latents, or a comma list of them"
-        )
-    return int(numbers[0]) if len(parts) == 1 else [int(part) for part in numbers]
-
-
 def choose(side: Features, asked: str) -> list[int]:
     """The latents shown in full, in the order of their numbers."""
-    found, d_sae = wanted(asked), side.run.sae.d_sae
+    found, d_sae = wanted_latents(asked), side.run.sae.d_sae
     if isinstance(found, list):
         if max(found) >= d_sae:
             raise UserError(
@@ -216,7 +173,9 @@ def _in_full(
     full = [choose(sides[0], asked)]
     if not partners:
         return full
-    full.append([] if isinstance(wanted(asked), list) else choose(sides[1], asked))
+    full.append(
+        [] if isinstance(wanted_latents(asked), list) else choose(sides[1], asked)
+    )
     more = [pair[0][chosen] for pair, chosen in zip(partners, full, strict=True)]
     return [
         sorted({*chosen, *others[others >= 0].tolist()})

@@ -7,14 +7,12 @@ evaluated with the language model in the loop.
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from vsae_jax import evaluate, extract, train
-from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig, cli
-from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config import DemoConfig, EvalConfig, ExtractConfig, TrainConfig, cli
 
 # The released code's vSAE needs a centred residual stream; all three get the same.
 _LAYER = 2
@@ -24,19 +22,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "vsae_paper": {"variant": "vsae_topk"},
     "vsae_released": {"variant": "vsae_topk", "preset": "released"},
 }
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Extracts, trains three autoencoders and evaluates them, offline, in about two
-    minutes on two cores."""
-
-    out: str = flag("folder for everything the demo writes", "demo")
-    steps: int = flag("optimizer steps of each autoencoder", 800)
-    num_tokens: int = flag("tokens of the bundled stories", 390_000)
-
-    def __post_init__(self):
-        check_at_least(self, 1, "steps", "num_tokens")
 
 
 def command(configs: Sequence[DemoConfig]) -> None:

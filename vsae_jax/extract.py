@@ -35,11 +35,11 @@ from vsae_jax.lm.weights import weights_hash
 from vsae_jax.system import locks, processes, progress, signals
 from vsae_jax.system.errors import UserError
 
-# Settings that a manifest can be compared in before any model is loaded.
-_ASKED = (
-    "model backend layer dataset split text_column num_tokens context_length bos "
-    "skip_positions center_residual dtype shard_contexts"
-).split()
+# Settings that a manifest can be compared in before any model is loaded; of the
+# revision a manifest says both what was asked for and what was found.
+_ASKED = {field.name for field in dataclasses.fields(ExtractConfig)} & {
+    field.name for field in dataclasses.fields(Manifest)
+} - {"revision"}
 
 
 def command(configs: Sequence[ExtractConfig]) -> None:

@@ -42,7 +42,6 @@ float32 copy of the parameters; of the tokens only their ids, 4 bytes each.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ from typing import Any
 import numpy as np
 
 from vsae_jax import lm, runs
-from vsae_jax.config import Backend, EvalConfig, cli
-from vsae_jax.config.fields import check_at_least, flag, to_json
+from vsae_jax.config import FeaturesConfig, cli
+from vsae_jax.config.fields import to_json
 from vsae_jax.latents import neuronpedia
 from vsae_jax.latents.feature_tables import (
     Source,
@@ -65,53 +64,10 @@ from vsae_jax.latents.logit_effects import logit_effects
 from vsae_jax.latents.loss_effect import loss_effects
 from vsae_jax.latents.token_text import token_texts
 from vsae_jax.runs import Run
-from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import TEMPORARY, naming
 
 FOLDER, ARRAYS, INFO = "features", "features.npz", "features.json"
 _IDS = ("top_ids", "quantile_ids", "top_logit_tokens", "bottom_logit_tokens")
-
-
-@dataclass(frozen=True)
-class FeaturesConfig:
-    """Finds what every latent fires on and which tokens it makes likely, in one pass
-    over held-out activations."""
-
-    run: str = flag(
-        "run folder, a grid's folder, or a folder of any format that convert reads", ""
-    )
-    model: str = flag("hub id or local folder; unset: the manifest's", "")
-    revision: str = flag("hub revision; unset: the manifest's", "")
-    layer: int | None = flag(
-        "block whose output is autoencoded, from 0; unset: the folder's"
-    )
-    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
-    activations: str = flag("folder that extract wrote; unset: the run's", "")
-    num_tokens: int = flag("most tokens to look at, of the held-out ones", 1_000_000)
-    top: int = flag("contexts of the strongest activations kept per latent", 20)
-    quantiles: int = flag("groups of equal shares of a latent's firings", 10)
-    window: int = flag("tokens shown on each side", 12)
-    seed: int = flag("of the sample for the groups and the correlations", 0)
-    loss_effect: bool = flag(
-        "measure the language model's loss without the latent, in its 5 strongest "
-        "contexts (minutes)",
-        False,
-    )
-    neuronpedia: bool = flag("also write SAEDashboard's JSON", False)
-
-    def __post_init__(self):
-        check_at_least(self, 1, "num_tokens", "top", "quantiles", "window")
-        check_at_least(self, 0, "layer", "seed")
-        if self.quantiles > Limits.sample:
-            most = Limits.sample
-            raise UserError(f"--quantiles={self.quantiles} must not exceed {most}")
-        if not self.run:
-            raise UserError("--run is not set; name a run folder or a grid's folder")
-
-    def of_evaluation(self) -> EvalConfig:
-        """What evaluation calls the same settings."""
-        names = "run model revision layer backend activations num_tokens".split()
-        return EvalConfig(**{name: getattr(self, name) for name in names})
 
 
 def command(configs: Sequence[FeaturesConfig]) -> None:
@@ -123,7 +79,7 @@ def run(c: FeaturesConfig) -> list[Path]:
     """Writes `features/` into every run folder; returns those."""
     folders = runs.run_folders(c.run)
     load = cache(lm.load_language_model)
-    sources = [open_source(folder, c.of_evaluation(), load) for folder in folders]
+    sources = [open_source(folder, c, load) for folder in folders]
     return [write(source, c) for source in sources]
 
 

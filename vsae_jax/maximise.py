@@ -9,7 +9,6 @@ that, beside the best real sequence of the held-out text.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from vsae_jax import lm, runs
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.sae import Variables
-from vsae_jax.config import EvalConfig, cli
-from vsae_jax.config.fields import check_above_zero, check_at_least, flag, to_json
+from vsae_jax.config import MaximiseConfig, cli
+from vsae_jax.config.fields import to_json
 from vsae_jax.evals import Subject, core, subjects
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.ascent import Reading, Schedule, climb, pre_activations
@@ -34,48 +33,6 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
 FOLDER = "maximised"
-_OF_EVALUATION = (
-    "run model revision layer activations text text_column num_tokens batch_size"
-).split()
-
-
-@dataclass(frozen=True)
-class MaximiseConfig:
-    """Finds tokens that fire chosen latents, by gradient ascent through the language
-    model (GPT-NeoX), and shows them beside the best real text."""
-
-    run: str = flag("run folder, or a folder of any format that convert reads", "")
-    latents: str = flag("comma list of latents, such as 3,17", "")
-    length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
-    steps: int = flag("steps of gradient ascent", 200)
-    restarts: int = flag("random starts, climbed at once; the best is reported", 16)
-    lr: float = flag("of Adam, on the logits of the soft tokens", 0.3)
-    hot: float = flag("temperature of the softmax at the first step", 2.0)
-    cold: float = flag("temperature at the last step; it falls geometrically", 0.05)
-    seed: int = flag("of the random starts", 0)
-    model: str = flag("hub id or local folder; unset: the run's", "")
-    revision: str = flag("hub revision; unset: the run's", "")
-    layer: int | None = flag(
-        "block whose output is autoencoded, from 0; unset: the folder's"
-    )
-    activations: str = flag("folder that extract wrote; unset: the run's", "")
-    text: str = flag(
-        "look for real text in this .jsonl, .txt or .parquet, not in held-out contexts",
-        "",
-    )
-    text_column: str = flag("column of --text that holds the text", "text")
-    num_tokens: int = flag("most tokens to look for real text in", 409_600)
-    batch_size: int = flag("contexts in a forward pass", 16)
-
-    def __post_init__(self):
-        check_at_least(self, 1, "length", "steps", "restarts")
-        check_at_least(self, 1, "num_tokens", "batch_size")
-        check_at_least(self, 0, "seed", "layer")
-        check_above_zero(self, "lr", "hot", "cold")
-        if not self.run:
-            raise UserError("--run is not set; name a run folder")
-        if not self.latents:
-            raise UserError("--latents is not set; name some, such as --latents=3,17")
 
 
 def command(configs: Sequence[MaximiseConfig]) -> None:
@@ -87,8 +44,7 @@ def run(c: MaximiseConfig) -> list[Path]:
     """Writes `maximised/<latent>.json` for every latent; returns the files."""
     opened = open_any(Path(c.run))
     latents = _latents(c.latents, d_sae=opened.sae.d_sae)
-    evaluation = EvalConfig(**{name: getattr(c, name) for name in _OF_EVALUATION})
-    subject = subjects.subject_of(opened, evaluation, _load)
+    subject = subjects.subject_of(opened, c, _load)
     tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
     allowed = _allowed(subject.lm, n_named=len(tokenizer))
     real = best_real(subject, latents, length=c.length)

@@ -13,13 +13,11 @@ Each is written as SVG and PNG. Every command that makes what is missing is name
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vsae_jax.config import cli
-from vsae_jax.config.fields import flag
+from vsae_jax.config import PlotsConfig, cli
 from vsae_jax.runs.series import Arm, MissingFile, open_arms
 from vsae_jax.system.errors import UserError, missing_extra
 
@@ -27,21 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Draw = Callable[[Sequence[Arm]], "Iterator[tuple[str, Figure]]"]
-
-
-@dataclass(frozen=True)
-class PlotsConfig:
-    """Draws figures from the files in a run folder or in those of a grid."""
-
-    run: str = flag("run folder, or a grid's folder", "")
-    figures: str = flag(
-        "comma list of figures; unset: all that there are files for", ""
-    )
-    out: str = flag("folder for the figures; unset: figures/ in --run", "")
-
-    def __post_init__(self):
-        if not self.run:
-            raise UserError("--run is not set; name a run folder or a grid's folder")
 
 
 def command(configs: Sequence[PlotsConfig]) -> None:

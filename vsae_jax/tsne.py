@@ -15,9 +15,8 @@ and for a grid one table over seeds, `GRID/maps.md`.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +27,8 @@ from vsae_jax import runs
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.layer_norm import normalise_rows
-from vsae_jax.config import EvalConfig, cli
-from vsae_jax.config.fields import check_at_least, check_below, flag, to_json
+from vsae_jax.config import MapConfig, cli
+from vsae_jax.config.fields import to_json
 from vsae_jax.evals import subjects
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import map_statistics
@@ -58,34 +57,6 @@ COLUMNS = {
 _PERPLEXITY = 30
 _BATCH_ROWS = 1024
 _encode = jax.jit(sae.encode, static_argnames="config")
-
-
-@dataclass(frozen=True)
-class MapConfig:
-    """Maps the latents to two dimensions by t-SNE and measures how they lie; for a
-    grid, one table over seeds."""
-
-    run: str = flag("run folder, a grid's folder, or one that convert reads", "")
-    points: Literal["activations", "decoder"] = flag(
-        "what a latent is: its standardised activations, or its decoder row",
-        "activations",
-    )
-    samples: int = flag("held-out rows that make --points=activations", 20_000)
-    min_rate: float = flag("leave out latents that fire on no more than this", 0.01)
-    clusters: int = flag("of k-means, on the two dimensions", 10)
-    seed: int = flag("of t-SNE and k-means", 42)
-    layer: int | None = flag(
-        "block whose output is autoencoded, from 0; unset: the folder's"
-    )
-    model: str = flag("hub id or local folder; unset: the run's", "")
-    activations: str = flag("folder that extract wrote; unset: the run's", "")
-
-    def __post_init__(self):
-        check_at_least(self, 2, "samples", "clusters")
-        check_at_least(self, 0, "min_rate", "seed", "layer")
-        check_below(self, 1, "min_rate")
-        if not self.run:
-            raise UserError("--run is not set; name a run folder or a grid's folder")
 
 
 class Features(NamedTuple):
@@ -206,10 +177,8 @@ def sampled_latents(
 ) -> Float[np.ndarray, "samples n"]:
     """Activations on at most `--samples` rows, spread evenly over the held-out ones;
     rows of special tokens are left out."""
-    names = "run model layer activations".split()
-    evaluation = EvalConfig(**{name: getattr(c, name) for name in names})
-    run = subjects.filled(run, evaluation)
-    activations = subjects.open_activations(run, evaluation)
+    run = subjects.filled(run, c)
+    activations = subjects.open_activations(run, c)
     start, stop, _ = subjects.held_out(run, activations)
     row = _text_rows(activations, start, stop)
     row = row[np.linspace(0, len(row) - 1, min(c.samples, len(row))).astype(int)]

@@ -1,29 +1,39 @@
 """What a command can be asked: one dataclass a command, its flags and presets."""
 
-from vsae_jax.config.train import (
-    PROCESS_FIELDS,
-    RUNTIME_FIELDS,
+from vsae_jax.config.autoencoder import SAEConfig, sae_config
+from vsae_jax.config.convert import ConvertConfig
+from vsae_jax.config.dashboard import DashboardConfig
+from vsae_jax.config.demo import DemoConfig
+from vsae_jax.config.evaluate import EvalConfig
+from vsae_jax.config.extract import (
     Backend,
-    ConvertConfig,
-    EvalConfig,
     ExtractConfig,
-    Preset,
-    SAEConfig,
-    TrainConfig,
-    Variant,
     default_activations,
     hook_name,
     resolve_extract,
-    resolve_train,
-    sae_config,
 )
+from vsae_jax.config.features import FeaturesConfig
+from vsae_jax.config.maximise import MaximiseConfig
+from vsae_jax.config.opening import OpenOptions
+from vsae_jax.config.plots import PlotsConfig
+from vsae_jax.config.presets import Preset, Variant
+from vsae_jax.config.processes import PROCESS_FIELDS
+from vsae_jax.config.train import RUNTIME_FIELDS, TrainConfig, resolve_train
+from vsae_jax.config.tsne import MapConfig
 
 __all__ = [
     "Backend",
     "ConvertConfig",
+    "DashboardConfig",
+    "DemoConfig",
     "EvalConfig",
     "ExtractConfig",
+    "FeaturesConfig",
+    "MapConfig",
+    "MaximiseConfig",
+    "OpenOptions",
     "PROCESS_FIELDS",
+    "PlotsConfig",
     "Preset",
     "RUNTIME_FIELDS",
     "SAEConfig",

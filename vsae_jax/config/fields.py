@@ -5,26 +5,26 @@ import types
 import typing
 from typing import Any
 
-from vsae_jax.config.presets import default_help
 from vsae_jax.system.errors import UserError
 
 _FLOAT32_END = 2.0**128
 
 
-def flag(help: str, default: Any = None, *, sweep: bool = False) -> Any:
-    """A config field that is also a command-line flag; `sweep`: takes a comma list."""
-    return dataclasses.field(default=default, metadata={"help": help, "sweep": sweep})
-
-
-def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
-    """A field whose default comes from the preset and the variant; None until then, so
-    its annotation is the resolved type."""
-    metadata = {
-        "help": help,
-        "sweep": table == "train",
-        "default_help": default_help(name, table=table),
-    }
-    return dataclasses.field(default=None, metadata=metadata)
+def flag(
+    help: str,
+    default: Any = None,
+    *,
+    sweep: bool = False,
+    runtime: bool = False,
+    default_help: str | None = None,
+) -> Any:
+    """A config field that is also a command-line flag. `sweep`: it takes a comma list;
+    `runtime`: it leaves the result of a run as it is; `default_help`: what `--help`
+    says of the default where that is not the field's own."""
+    metadata = {"help": help, "sweep": sweep, "runtime": runtime}
+    if default_help is not None:
+        metadata["default_help"] = default_help
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def to_json(config: Any) -> dict[str, Any]:

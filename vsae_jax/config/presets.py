@@ -8,7 +8,12 @@ row, the preset, the preset's own row for that variant, the user's flag.
 * `baseline`: TopK as dictionary_learning trains it.
 """
 
-from typing import Any
+from typing import Any, Literal
+
+from vsae_jax.config.fields import flag
+
+Preset = Literal["paper", "released", "baseline"]
+Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
 
 # What makes a variant (DESIGN: relu and topk from paper 2.1, the others from 2.2).
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -101,6 +106,13 @@ def training_defaults(preset: str, variant: str) -> dict[str, Any]:
     tables = TRAIN_PRESETS[preset]
     row = {n: v for n, v in VARIANTS[variant].items() if n != "sparsity"}
     return row | tables[""] | tables.get(variant, {})
+
+
+def preset_flag(name: str, help: str, *, table: str = "train") -> Any:
+    """A field whose default comes from the preset and the variant; None until then, so
+    its annotation is the resolved type."""
+    default = default_help(name, table=table)
+    return flag(help, sweep=table == "train", default_help=default)
 
 
 def default_help(name: str, *, table: str) -> str:

@@ -1,7 +1,7 @@
-"""What a run is: frozen dataclasses, one field per flag.
+"""What `train` can be asked, and what the preset, the variant and the data make of it.
 
-None means unset. `resolve_*` fills it from the preset and the variant, once; an
-explicit value always wins, and zero is a value.
+None means unset. `resolve_train` fills it, once; an explicit value always wins, and
+zero is a value.
 """
 
 import dataclasses
@@ -15,110 +15,10 @@ from vsae_jax.config.fields import (
     check_below,
     fill,
     flag,
-    preset_flag,
 )
-from vsae_jax.config.presets import EXTRACT_PRESETS, VARIANTS, training_defaults
+from vsae_jax.config.presets import Preset, Variant, preset_flag, training_defaults
+from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
 from vsae_jax.system.errors import UserError
-from vsae_jax.system.processes import check_flags as check_processes
-
-Preset = Literal["paper", "released", "baseline"]
-Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
-Backend = Literal["transformers", "jax", "auto"]
-_COORDINATOR = (
-    "several processes: HOST:PORT of the first one, the same for all; auto: from the "
-    "cluster's environment (SLURM, Open MPI, ...)"
-)
-_NUM_PROCESSES = "processes of the run, with --coordinator=HOST:PORT"
-_PROCESS_ID = "which of them this is, from 0"
-
-
-@dataclass(frozen=True)
-class ExtractConfig:
-    """Runs a language model over text once and writes its residual activations to
-    memory-mapped NumPy shards."""
-
-    preset: Preset = flag("whose settings to use where a flag is unset", "paper")
-    model: str = flag("hub id or local folder", "EleutherAI/pythia-70m-deduped")
-    revision: str = flag("hub revision: branch, tag or commit", "")
-    backend: Backend = flag(
-        "transformers needs torch; jax is GPT-NeoX only", "transformers"
-    )
-    layer: int = preset_flag(
-        "layer", "block whose output is kept, from 0", table="extract"
-    )
-    dataset: str = flag(
-        "hub id, or a local .jsonl, .txt or .parquet", "roneneldan/TinyStories"
-    )
-    split: str = flag("split of a hub data set", "train")
-    text_column: str = flag("column that holds the text", "text")
-    num_tokens: int = preset_flag(
-        "num_tokens", "tokens to run through the model", table="extract"
-    )
-    context_length: int = flag("tokens in a context, BOS included", 128)
-    bos: Literal["keep", "drop", "none"] = preset_flag(
-        "bos",
-        "every context starts with BOS: keep its row, drop its row, or add no BOS",
-        table="extract",
-    )
-    skip_positions: int = flag(
-        "first text positions of a context, after BOS, whose rows are dropped", 0
-    )
-    center_residual: bool = preset_flag(
-        "center_residual",
-        "subtract each row's mean over d_model, as TransformerLens does",
-        table="extract",
-    )
-    dtype: Literal["bfloat16", "float16", "float32"] = flag(
-        "of the rows on disk", "bfloat16"
-    )
-    coordinator: str = flag(_COORDINATOR, "")
-    num_processes: int | None = flag(_NUM_PROCESSES)
-    process_id: int | None = flag(_PROCESS_ID)
-    batch_size: int = flag("contexts in a forward pass", 32)
-    shard_contexts: int = flag("contexts in a shard", 2048)
-    verify: bool = flag("read every shard that is there and compare checksums", False)
-    out: str = flag(
-        "folder for the shards; unset: activations/<model>/blocks.<layer>"
-        ".hook_resid_post",
-        "",
-    )
-
-    def __post_init__(self):
-        check_at_least(
-            self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
-        )
-        check_at_least(self, 0, "layer", "skip_positions")
-        check_processes(self)
-        if self.dropped_positions >= self.context_length:
-            raise UserError(
-                f"--context_length={self.context_length} leaves no row after dropping "
-                f"{self.dropped_positions} positions; raise it or drop fewer"
-            )
-
-    @property
-    def dropped_positions(self) -> int:
-        """Leading positions of a context that get no activation row."""
-        return self.skip_positions + (self.bos == "drop")
-
-
-def resolve_extract(config: ExtractConfig) -> ExtractConfig:
-    """The config with every unset field filled from its preset."""
-    config = fill(config, EXTRACT_PRESETS[config.preset])
-    if config.out:
-        return config
-    out = default_activations(config.model, config.layer)
-    return dataclasses.replace(config, out=out)
-
-
-def default_activations(model: str, layer: int) -> str:
-    """Where `extract` writes and `train` reads when neither is told."""
-    name = model.rstrip("/").rsplit("/", 1)[-1]
-    return f"activations/{name}/{hook_name(layer)}"
-
-
-def hook_name(layer: int) -> str:
-    """The residual stream after block `layer`, in TransformerLens' words."""
-    return f"blocks.{layer}.hook_resid_post"
 
 
 @dataclass(frozen=True)
@@ -126,8 +26,12 @@ class TrainConfig:
     """Trains sparse autoencoders on extracted activations. A comma list on any flag
     that takes one makes a grid, one run folder per arm."""
 
-    activations: str = flag("folder that extract wrote; unset: its default place", "")
-    out: str = flag("run folder; unset: below runs/, named by its settings", "")
+    activations: str = flag(
+        "folder that extract wrote; unset: its default place", "", runtime=True
+    )
+    out: str = flag(
+        "run folder; unset: below runs/, named by its settings", "", runtime=True
+    )
     preset: Preset = flag(
         "whose settings to use where a flag is unset", "paper", sweep=True
     )
@@ -209,43 +113,53 @@ class TrainConfig:
         "a grid's arms on the same batches: vmap at once, loop one after another; "
         "auto: vmap on a GPU",
         "auto",
+        runtime=True,
     )
     feed: Literal["auto", "device", "stream"] = flag(
         "stream reads batches ahead, device puts all rows there once; auto: device on "
         "a GPU with room",
         "auto",
+        runtime=True,
     )
     mesh: str = flag(
         "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
         "data, the latents over latents; unset: all devices on data",
         "",
+        runtime=True,
     )
-    coordinator: str = flag(_COORDINATOR, "")
-    num_processes: int | None = flag(_NUM_PROCESSES)
-    process_id: int | None = flag(_PROCESS_ID)
+    coordinator: str = flag(PROCESS_FLAGS["coordinator"], "", runtime=True)
+    num_processes: int | None = flag(PROCESS_FLAGS["num_processes"], runtime=True)
+    process_id: int | None = flag(PROCESS_FLAGS["process_id"], runtime=True)
     bad_rows: Literal["stop", "skip"] = flag(
         "rows that are NaN, infinite or giant: stop at the first that is read, or read "
         "all rows before the start and leave such rows out",
         "stop",
+        runtime=True,
     )
     giant: float = flag(
-        "a row is giant when it has a value beyond so many times the median norm", 1e4
+        "a row is giant when it has a value beyond so many times the median norm",
+        1e4,
+        runtime=True,
     )
     fork_from: str = flag(
         "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
         "the arm of the same name",
         "",
+        runtime=True,
     )
-    checkpoint_every: int = flag("steps between checkpoints", 1000)
-    log_every: int = flag("steps between lines of metrics.jsonl", 50)
-    steps_per_dispatch: int = flag("steps in one call to the device", 10)
+    checkpoint_every: int = flag("steps between checkpoints", 1000, runtime=True)
+    log_every: int = flag("steps between lines of metrics.jsonl", 50, runtime=True)
+    steps_per_dispatch: int = flag("steps in one call to the device", 10, runtime=True)
     verify: bool = flag(
         "read every shard and compare checksums before the start; unset: each shard "
         "at its first use",
         False,
+        runtime=True,
     )
-    tensorboard: bool = flag("write TensorBoard events to the run folder", False)
-    wandb: bool = flag("log to Weights & Biases", False)
+    tensorboard: bool = flag(
+        "write TensorBoard events to the run folder", False, runtime=True
+    )
+    wandb: bool = flag("log to Weights & Biases", False, runtime=True)
 
     def __post_init__(self):
         check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
@@ -270,13 +184,10 @@ class TrainConfig:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")
 
 
-# Which process this is: not written into the run's record.
-PROCESS_FIELDS = frozenset("coordinator num_processes process_id".split())
 # Changing one of these leaves the result of a run unchanged, so a resumed run may. What
 # `bad_rows`, `giant` and `fork_from` did to a run is in its `data`.
-RUNTIME_FIELDS = PROCESS_FIELDS | frozenset(
-    "activations out arms feed mesh checkpoint_every log_every steps_per_dispatch "
-    "tensorboard wandb verify bad_rows giant fork_from".split()
+RUNTIME_FIELDS = frozenset(
+    field.name for field in dataclasses.fields(TrainConfig) if field.metadata["runtime"]
 )
 
 
@@ -303,140 +214,3 @@ def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
             "kl_warmup_steps": config.steps // 10,
         },
     )
-
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """The static part of an autoencoder: shapes, family and switches that recompile.
-
-    The numbers that may be traced (k, beta, learning rate, ...) are in
-    `train.Hparams`; `k` here is their static upper bound and, in a trained run, k.
-    """
-
-    d_model: int
-    d_sae: int
-    sparsity: Literal["topk", "none"] = "topk"
-    k: int = 64
-    selection: Literal["value", "magnitude"] = "value"
-    relu: bool = False
-    noise: bool = True
-    variance: Literal["fixed", "learned"] = "fixed"
-    penalty: Literal["none", "kl", "l1"] = "kl"
-    kl_over: Literal["all", "selected"] = "all"
-    auxk: bool = False
-    k_aux: int = 1
-    auxk_units: Literal["loss", "variance"] = "loss"
-    decoder_norm: Literal["unit", "free"] = "unit"
-    subtract_b_dec: bool = True
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    top_k: Literal["auto", "lax"] = "auto"
-
-    def __post_init__(self):
-        if self.sparsity == "topk" and not 1 <= self.k <= self.d_sae:
-            raise UserError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
-
-
-def sae_config(
-    config: TrainConfig, *, d_model: int, dtype: Literal["float32", "bfloat16"]
-) -> SAEConfig:
-    """The static part of a resolved training config."""
-    sparsity = VARIANTS[config.variant]["sparsity"]
-    if sparsity == "topk" and config.k > config.d_sae:
-        raise UserError(f"--k={config.k} must not exceed --d_sae={config.d_sae}")
-    if config.k_aux > config.d_sae:
-        raise UserError(f"--k_aux={config.k_aux} must not exceed d_sae={config.d_sae}")
-    return SAEConfig(
-        d_model=d_model,
-        sparsity=sparsity,
-        noise=config.noise_std > 0,
-        auxk=config.auxk > 0,
-        dtype=dtype,
-        **{
-            name: getattr(config, name)
-            for name in (
-                "d_sae k selection relu variance penalty kl_over k_aux auxk_units "
-                "decoder_norm subtract_b_dec top_k"
-            ).split()
-        },
-    )
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Evaluates trained runs, or autoencoders in the files of another library, with the
-    language model in the loop on held-out text."""
-
-    run: str = flag(
-        "run folder, a grid's folder, or a folder of any format that convert reads", ""
-    )
-    evals: str = flag(
-        "comma list of core, sparse_probing, scr, tpp and absorption", "core"
-    )
-    model: str = flag("hub id or local folder; unset: the manifest's", "")
-    revision: str = flag("hub revision; unset: the manifest's", "")
-    layer: int | None = flag(
-        "block whose output is autoencoded, from 0; unset: the folder's"
-    )
-    backend: Backend = flag("auto: jax for GPT-NeoX, else transformers", "auto")
-    activations: str = flag("folder that extract wrote; unset: the run's", "")
-    text: str = flag(
-        "evaluate on this .jsonl, .txt or .parquet instead of held-out contexts", ""
-    )
-    text_column: str = flag("column of --text and --labelled with the text", "text")
-    labelled: str = flag(
-        "comma list of labelled .jsonl files, or of SAEBench's sets: ag_news, "
-        "amazon_reviews, bias_in_bios, europarl, github-code",
-        "",
-    )
-    label_column: str = flag(
-        "column of --labelled with the label; a comma list is one for each set", "label"
-    )
-    attribute_column: str = flag(
-        "column of --labelled with an attribute of two values, for scr; a comma list "
-        "is one for each set",
-        "",
-    )
-    train_size: int = flag("most texts to train a probe on", 4000)
-    test_size: int = flag("most texts to test a probe on", 1000)
-    seed: int = flag("of samples and probes", 42)
-    saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
-    quirks: str = flag("comma list of single ones of those bugs (BUILD_NOTES.md)", "")
-    saebench_json: bool = flag("also write files in SAEBench's own schema", False)
-    num_tokens: int = flag("most tokens to evaluate on", 409_600)
-    batch_size: int = flag("contexts in a forward pass", 16)
-
-    def __post_init__(self):
-        check_at_least(self, 1, "num_tokens", "batch_size")
-        check_at_least(self, 0, "layer", "seed")
-        check_at_least(self, 8, "train_size", "test_size")
-        if not self.run:
-            raise UserError("--run is not set; name a run folder or a grid's folder")
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """Converts a trained autoencoder between a run folder and the files of SAELens,
-    dictionary_learning, sparsify and OpenAI."""
-
-    input: str = flag(
-        "run folder, folder of another library (recognised by its files), or hub id", ""
-    )
-    to: Literal["saelens", "dictionary_learning", "sparsify", "openai", "vsae_jax"] = (
-        flag("format to write", "saelens")
-    )
-    out: str = flag("new folder to write, with a model card, ready to upload", "")
-    revision: str = flag("hub revision of --input: branch, tag or commit", "")
-    activations: str = flag(
-        "folder that extract wrote, for the self-check; unset: the run's, or generated",
-        "",
-    )
-    rows: int = flag("rows of the self-check", 1024)
-    push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")
-    private: bool = flag("make the hub repository a private one", False)
-
-    def __post_init__(self):
-        check_at_least(self, 2, "rows")
-        if not self.input or not self.out:
-            raise UserError(
-                "--input and --out must be set: a trained autoencoder and a new folder"
-            )

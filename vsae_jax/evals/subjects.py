@@ -13,7 +13,7 @@ import numpy as np
 from vsae_jax import lm, runs
 from vsae_jax.activations import text
 from vsae_jax.activations.shards import Activations
-from vsae_jax.config import EvalConfig
+from vsae_jax.config import OpenOptions
 from vsae_jax.evals import Subject
 from vsae_jax.interop.loading import open_any
 from vsae_jax.runs import Run
@@ -52,7 +52,7 @@ _OF_CONTEXTS = {
 }
 
 
-def open_subjects(config: EvalConfig) -> list[list[Subject]]:
+def open_subjects(config: OpenOptions) -> list[list[Subject]]:
     """The runs that `--run` names, those together that share their language model, its
     layer and their tokens."""
     found = runs.run_folders(config.run)
@@ -73,7 +73,7 @@ def open_subjects(config: EvalConfig) -> list[list[Subject]]:
     return list(groups.values())
 
 
-def subject_of(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
+def subject_of(run: Run, c: OpenOptions, load: Callable[..., Any]) -> Subject:
     """A run with its language model and its tokens, checked against each other."""
     run = filled(run, c)
     language_model = load_model(run, c, load)
@@ -106,7 +106,7 @@ def subject_of(run: Run, c: EvalConfig, load: Callable[..., Any]) -> Subject:
 
 
 def load_model(
-    run: Run, c: EvalConfig, load: Callable[..., Any] = lm.load_language_model
+    run: Run, c: OpenOptions, load: Callable[..., Any] = lm.load_language_model
 ) -> lm.LanguageModel:
     """The language model of a `filled` run, checked against it."""
     model = c.model or run.data["model"]
@@ -121,7 +121,7 @@ def load_model(
     return language_model
 
 
-def filled(run: Run, c: EvalConfig) -> Run:
+def filled(run: Run, c: OpenOptions) -> Run:
     """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
     how contexts start from `--activations`, or as text usually is."""
     data, unknown = run.data, {}
@@ -149,7 +149,7 @@ def filled(run: Run, c: EvalConfig) -> Run:
 
 
 def _tokens(
-    run: Run, c: EvalConfig, language_model: lm.LanguageModel
+    run: Run, c: OpenOptions, language_model: lm.LanguageModel
 ) -> tuple[np.ndarray, str]:
     """At most `--num_tokens` of held-out contexts, or of what the flags name; and
     where they are from."""
@@ -189,7 +189,7 @@ def held_out(run: Run, activations: Activations) -> tuple[int, int, str]:
 
 
 def _tokens_of_text(
-    run: Run, c: EvalConfig, language_model: lm.LanguageModel
+    run: Run, c: OpenOptions, language_model: lm.LanguageModel
 ) -> np.ndarray:
     path = Path(c.text).expanduser()
     if path.suffix.lower() not in _TEXTS or not path.is_file():
@@ -206,7 +206,7 @@ def _tokens_of_text(
     return np.stack(list(itertools.islice(contexts, count)))
 
 
-def open_activations(run: Run, c: EvalConfig) -> Activations:
+def open_activations(run: Run, c: OpenOptions) -> Activations:
     """The run's activations, or others whose contexts start as the run's do."""
     other = "name activations to evaluate on with --activations, or text with --text"
     own = run.train.activations if run.train else ""

@@ -17,7 +17,7 @@ from vsae_jax.activations.shards import Activations
 from vsae_jax.activations.shuffle import read_ahead
 from vsae_jax.autoencoder.sae import Variables
 from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.config import EvalConfig, SAEConfig
+from vsae_jax.config import OpenOptions, SAEConfig
 from vsae_jax.evals import subjects
 from vsae_jax.evals.encoding import encode_rows
 from vsae_jax.interop.loading import open_any
@@ -44,7 +44,7 @@ class Source(NamedTuple):
 
 def open_source(
     folder: Path,
-    settings: EvalConfig,
+    settings: OpenOptions,
     load: Callable[..., Any] = lm.load_language_model,
 ) -> Source:
     """What the pass reads, checked to belong together."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from vsae_jax.config.features import SAMPLED_FIRINGS
 from vsae_jax.latents.correlations import TokenSample
 from vsae_jax.latents.strongest import Kept, best_of_context, uniform
 
@@ -37,7 +38,7 @@ class Limits:
     """
 
     top: int = 20
-    sample: int = 100
+    sample: int = SAMPLED_FIRINGS
     reach: int = 12
     prompts: int = 24
     per_token: int = 8

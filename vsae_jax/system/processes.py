@@ -6,7 +6,6 @@ first; what only some can know (a signal) is told to all.
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,27 +18,6 @@ from vsae_jax.system.errors import UserError, one_line
 
 # How long a process that fails waits for the others at its end, in seconds.
 _GOODBYE_S = 10
-
-
-def check_flags(config: Any) -> None:
-    """Refuses process flags that are incomplete or contradict one another."""
-    c = config
-    numbers = {"num_processes": c.num_processes, "process_id": c.process_id}
-    given = [f"--{name}={n}" for name, n in numbers.items() if n is not None]
-    if c.coordinator in ("", "auto"):
-        if given:
-            raise UserError(f"{given[0]} needs --coordinator=HOST:PORT")
-        return
-    if not re.fullmatch(r"\S+:\d{1,5}", c.coordinator):
-        raise UserError(f"--coordinator={c.coordinator} is not HOST:PORT, nor auto")
-    for name, number in numbers.items():
-        if number is None:
-            raise UserError(f"--coordinator={c.coordinator} needs --{name} too")
-    if not 0 <= c.process_id < c.num_processes:
-        raise UserError(
-            f"--process_id={c.process_id} must lie between 0 and --num_processes="
-            f"{c.num_processes} minus 1"
-        )
 
 
 @contextlib.contextmanager

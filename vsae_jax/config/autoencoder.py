@@ -1,0 +1,63 @@
+"""The static part of an autoencoder, and how it follows from a training config."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from vsae_jax.config.presets import VARIANTS
+from vsae_jax.config.train import TrainConfig
+from vsae_jax.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """The static part of an autoencoder: shapes, family and switches that recompile.
+
+    The numbers that may be traced (k, beta, learning rate, ...) are in
+    `train.Hparams`; `k` here is their static upper bound and, in a trained run, k.
+    """
+
+    d_model: int
+    d_sae: int
+    sparsity: Literal["topk", "none"] = "topk"
+    k: int = 64
+    selection: Literal["value", "magnitude"] = "value"
+    relu: bool = False
+    noise: bool = True
+    variance: Literal["fixed", "learned"] = "fixed"
+    penalty: Literal["none", "kl", "l1"] = "kl"
+    kl_over: Literal["all", "selected"] = "all"
+    auxk: bool = False
+    k_aux: int = 1
+    auxk_units: Literal["loss", "variance"] = "loss"
+    decoder_norm: Literal["unit", "free"] = "unit"
+    subtract_b_dec: bool = True
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    top_k: Literal["auto", "lax"] = "auto"
+
+    def __post_init__(self):
+        if self.sparsity == "topk" and not 1 <= self.k <= self.d_sae:
+            raise UserError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
+
+
+def sae_config(
+    config: TrainConfig, *, d_model: int, dtype: Literal["float32", "bfloat16"]
+) -> SAEConfig:
+    """The static part of a resolved training config."""
+    sparsity = VARIANTS[config.variant]["sparsity"]
+    if sparsity == "topk" and config.k > config.d_sae:
+        raise UserError(f"--k={config.k} must not exceed --d_sae={config.d_sae}")
+    if config.k_aux > config.d_sae:
+        raise UserError(f"--k_aux={config.k_aux} must not exceed d_sae={config.d_sae}")
+    own, asked = (
+        {field.name for field in dataclasses.fields(of)} for of in (SAEConfig, config)
+    )
+    # What both have under one name is passed on; the rest follows from it.
+    settings = {name: getattr(config, name) for name in own & asked} | {
+        "d_model": d_model,
+        "sparsity": sparsity,
+        "noise": config.noise_std > 0,
+        "auxk": config.auxk > 0,
+        "dtype": dtype,
+    }
+    return SAEConfig(**settings)

@@ -1,0 +1,36 @@
+"""What `convert` can be asked."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Converts a trained autoencoder between a run folder and the files of SAELens,
+    dictionary_learning, sparsify and OpenAI."""
+
+    input: str = flag(
+        "run folder, folder of another library (recognised by its files), or hub id", ""
+    )
+    to: Literal["saelens", "dictionary_learning", "sparsify", "openai", "vsae_jax"] = (
+        flag("format to write", "saelens")
+    )
+    out: str = flag("new folder to write, with a model card, ready to upload", "")
+    revision: str = flag("hub revision of --input: branch, tag or commit", "")
+    activations: str = flag(
+        "folder that extract wrote, for the self-check; unset: the run's, or generated",
+        "",
+    )
+    rows: int = flag("rows of the self-check", 1024)
+    push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")
+    private: bool = flag("make the hub repository a private one", False)
+
+    def __post_init__(self):
+        check_at_least(self, 2, "rows")
+        if not self.input or not self.out:
+            raise UserError(
+                "--input and --out must be set: a trained autoencoder and a new folder"
+            )

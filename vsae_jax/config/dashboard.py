@@ -1,0 +1,49 @@
+"""What `dashboard` can be asked."""
+
+import re
+from dataclasses import dataclass
+
+from vsae_jax.config.extract import Backend
+from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER
+from vsae_jax.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """Writes one self-contained HTML page of a run's latents; with --compare of two
+    runs, their latents matched. Makes `features/` first where it is not there."""
+
+    run: str = flag("run folder, or a folder of any format that convert reads", "")
+    compare: str = flag("another such folder, to show beside it", "")
+    out: str = flag("the page; unset: dashboard.html in the run folder", "")
+    features: str = flag(
+        "latents in full: how many, spread evenly over the firing rates, or a comma "
+        "list of latents (one alone as 7,); with --compare, their matches besides",
+        "512",
+    )
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    layer: int | None = flag(LAYER)
+    backend: Backend = flag(BACKEND, "auto")
+    activations: str = flag(ACTIVATIONS, "")
+    num_tokens: int | None = flag(
+        "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"
+    )
+
+    def __post_init__(self):
+        check_at_least(self, 1, "num_tokens")
+        check_at_least(self, 0, "layer")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder")
+        wanted_latents(self.features)
+
+
+def wanted_latents(asked: str) -> int | list[int]:
+    """`--features` as a number or a list of latents."""
+    parts = [part.strip() for part in asked.split(",")]
+    numbers = [part for part in parts if part]
+    if not numbers or not all(re.fullmatch(r"\d{1,9}", part) for part in numbers):
+        raise UserError(
+            f"--features={asked} must be a number of latents, or a comma list of them"
+        )
+    return int(numbers[0]) if len(parts) == 1 else [int(part) for part in numbers]

@@ -1,0 +1,58 @@
+"""What `evaluate` can be asked."""
+
+from dataclasses import dataclass
+
+from vsae_jax.config.extract import Backend
+from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, OpenOptions
+from vsae_jax.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class EvalConfig(OpenOptions):
+    """Evaluates trained runs, or autoencoders in the files of another library, with the
+    language model in the loop on held-out text."""
+
+    run: str = flag(
+        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+    )
+    evals: str = flag(
+        "comma list of core, sparse_probing, scr, tpp and absorption", "core"
+    )
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    revision: str = flag("hub revision; unset: the manifest's", "")
+    layer: int | None = flag(LAYER)
+    backend: Backend = flag(BACKEND, "auto")
+    activations: str = flag(ACTIVATIONS, "")
+    text: str = flag(
+        "evaluate on this .jsonl, .txt or .parquet instead of held-out contexts", ""
+    )
+    text_column: str = flag("column of --text and --labelled with the text", "text")
+    labelled: str = flag(
+        "comma list of labelled .jsonl files, or of SAEBench's sets: ag_news, "
+        "amazon_reviews, bias_in_bios, europarl, github-code",
+        "",
+    )
+    label_column: str = flag(
+        "column of --labelled with the label; a comma list is one for each set", "label"
+    )
+    attribute_column: str = flag(
+        "column of --labelled with an attribute of two values, for scr; a comma list "
+        "is one for each set",
+        "",
+    )
+    train_size: int = flag("most texts to train a probe on", 4000)
+    test_size: int = flag("most texts to test a probe on", 1000)
+    seed: int = flag("of samples and probes", 42)
+    saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
+    quirks: str = flag("comma list of single ones of those bugs (BUILD_NOTES.md)", "")
+    saebench_json: bool = flag("also write files in SAEBench's own schema", False)
+    num_tokens: int = flag("most tokens to evaluate on", 409_600)
+    batch_size: int = flag("contexts in a forward pass", 16)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 0, "layer", "seed")
+        check_at_least(self, 8, "train_size", "test_size")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")

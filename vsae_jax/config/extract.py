@@ -1,0 +1,101 @@
+"""What `extract` can be asked."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from vsae_jax.config.fields import check_at_least, fill, flag
+from vsae_jax.config.presets import EXTRACT_PRESETS, Preset, preset_flag
+from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
+from vsae_jax.system.errors import UserError
+
+Backend = Literal["transformers", "jax", "auto"]
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Runs a language model over text once and writes its residual activations to
+    memory-mapped NumPy shards."""
+
+    preset: Preset = flag("whose settings to use where a flag is unset", "paper")
+    model: str = flag("hub id or local folder", "EleutherAI/pythia-70m-deduped")
+    revision: str = flag("hub revision: branch, tag or commit", "")
+    backend: Backend = flag(
+        "transformers needs torch; jax is GPT-NeoX only", "transformers"
+    )
+    layer: int = preset_flag(
+        "layer", "block whose output is kept, from 0", table="extract"
+    )
+    dataset: str = flag(
+        "hub id, or a local .jsonl, .txt or .parquet", "roneneldan/TinyStories"
+    )
+    split: str = flag("split of a hub data set", "train")
+    text_column: str = flag("column that holds the text", "text")
+    num_tokens: int = preset_flag(
+        "num_tokens", "tokens to run through the model", table="extract"
+    )
+    context_length: int = flag("tokens in a context, BOS included", 128)
+    bos: Literal["keep", "drop", "none"] = preset_flag(
+        "bos",
+        "every context starts with BOS: keep its row, drop its row, or add no BOS",
+        table="extract",
+    )
+    skip_positions: int = flag(
+        "first text positions of a context, after BOS, whose rows are dropped", 0
+    )
+    center_residual: bool = preset_flag(
+        "center_residual",
+        "subtract each row's mean over d_model, as TransformerLens does",
+        table="extract",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = flag(
+        "of the rows on disk", "bfloat16"
+    )
+    coordinator: str = flag(PROCESS_FLAGS["coordinator"], "", runtime=True)
+    num_processes: int | None = flag(PROCESS_FLAGS["num_processes"], runtime=True)
+    process_id: int | None = flag(PROCESS_FLAGS["process_id"], runtime=True)
+    batch_size: int = flag("contexts in a forward pass", 32)
+    shard_contexts: int = flag("contexts in a shard", 2048)
+    verify: bool = flag("read every shard that is there and compare checksums", False)
+    out: str = flag(
+        "folder for the shards; unset: activations/<model>/blocks.<layer>"
+        ".hook_resid_post",
+        "",
+    )
+
+    def __post_init__(self):
+        check_at_least(
+            self, 1, "num_tokens", "batch_size", "shard_contexts", "context_length"
+        )
+        check_at_least(self, 0, "layer", "skip_positions")
+        check_processes(self)
+        if self.dropped_positions >= self.context_length:
+            raise UserError(
+                f"--context_length={self.context_length} leaves no row after dropping "
+                f"{self.dropped_positions} positions; raise it or drop fewer"
+            )
+
+    @property
+    def dropped_positions(self) -> int:
+        """Leading positions of a context that get no activation row."""
+        return self.skip_positions + (self.bos == "drop")
+
+
+def resolve_extract(config: ExtractConfig) -> ExtractConfig:
+    """The config with every unset field filled from its preset."""
+    config = fill(config, EXTRACT_PRESETS[config.preset])
+    if config.out:
+        return config
+    out = default_activations(config.model, config.layer)
+    return dataclasses.replace(config, out=out)
+
+
+def default_activations(model: str, layer: int) -> str:
+    """Where `extract` writes and `train` reads when neither is told."""
+    name = model.rstrip("/").rsplit("/", 1)[-1]
+    return f"activations/{name}/{hook_name(layer)}"
+
+
+def hook_name(layer: int) -> str:
+    """The residual stream after block `layer`, in TransformerLens' words."""
+    return f"blocks.{layer}.hook_resid_post"

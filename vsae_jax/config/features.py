@@ -1,0 +1,47 @@
+"""What `features` can be asked."""
+
+from dataclasses import dataclass
+
+from vsae_jax.config.extract import Backend
+from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, OpenOptions
+from vsae_jax.system.errors import UserError
+
+# Firings of a latent in the uniform sample that its groups are made of.
+SAMPLED_FIRINGS = 100
+
+
+@dataclass(frozen=True)
+class FeaturesConfig(OpenOptions):
+    """Finds what every latent fires on and which tokens it makes likely, in one pass
+    over held-out activations."""
+
+    run: str = flag(
+        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+    )
+    model: str = flag("hub id or local folder; unset: the manifest's", "")
+    revision: str = flag("hub revision; unset: the manifest's", "")
+    layer: int | None = flag(LAYER)
+    backend: Backend = flag(BACKEND, "auto")
+    activations: str = flag(ACTIVATIONS, "")
+    num_tokens: int = flag("most tokens to look at, of the held-out ones", 1_000_000)
+    top: int = flag("contexts of the strongest activations kept per latent", 20)
+    quantiles: int = flag("groups of equal shares of a latent's firings", 10)
+    window: int = flag("tokens shown on each side", 12)
+    seed: int = flag("of the sample for the groups and the correlations", 0)
+    loss_effect: bool = flag(
+        "measure the language model's loss without the latent, in its 5 strongest "
+        "contexts (minutes)",
+        False,
+    )
+    neuronpedia: bool = flag("also write SAEDashboard's JSON", False)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "num_tokens", "top", "quantiles", "window")
+        check_at_least(self, 0, "layer", "seed")
+        if self.quantiles > SAMPLED_FIRINGS:
+            raise UserError(
+                f"--quantiles={self.quantiles} must not exceed {SAMPLED_FIRINGS}"
+            )
+        if not self.run:
+            raise UserError("--run is not set; name a run folder or a grid's folder")

@@ -1,0 +1,44 @@
+"""What `maximise` can be asked."""
+
+from dataclasses import dataclass
+
+from vsae_jax.config.fields import check_above_zero, check_at_least, flag
+from vsae_jax.config.opening import ACTIVATIONS, LAYER, OpenOptions
+from vsae_jax.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class MaximiseConfig(OpenOptions):
+    """Finds tokens that fire chosen latents, by gradient ascent through the language
+    model (GPT-NeoX), and shows them beside the best real text."""
+
+    run: str = flag("run folder, or a folder of any format that convert reads", "")
+    latents: str = flag("comma list of latents, such as 3,17", "")
+    length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
+    steps: int = flag("steps of gradient ascent", 200)
+    restarts: int = flag("random starts, climbed at once; the best is reported", 16)
+    lr: float = flag("of Adam, on the logits of the soft tokens", 0.3)
+    hot: float = flag("temperature of the softmax at the first step", 2.0)
+    cold: float = flag("temperature at the last step; it falls geometrically", 0.05)
+    seed: int = flag("of the random starts", 0)
+    model: str = flag("hub id or local folder; unset: the run's", "")
+    revision: str = flag("hub revision; unset: the run's", "")
+    layer: int | None = flag(LAYER)
+    activations: str = flag(ACTIVATIONS, "")
+    text: str = flag(
+        "look for real text in this .jsonl, .txt or .parquet, not in held-out contexts",
+        "",
+    )
+    text_column: str = flag("column of --text that holds the text", "text")
+    num_tokens: int = flag("most tokens to look for real text in", 409_600)
+    batch_size: int = flag("contexts in a forward pass", 16)
+
+    def __post_init__(self):
+        check_at_least(self, 1, "length", "steps", "restarts")
+        check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 0, "seed", "layer")
+        check_above_zero(self, "lr", "hot", "cold")
+        if not self.run:
+            raise UserError("--run is not set; name a run folder")
+        if not self.latents:
+            raise UserError("--latents is not set; name some, such as --latents=3,17")

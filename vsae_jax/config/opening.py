@@ -1,0 +1,25 @@
+"""What opening a trained autoencoder, its language model and its tokens needs."""
+
+from vsae_jax.config.extract import Backend
+
+# The help of flags that are the same in every command that has them.
+LAYER = "block whose output is autoencoded, from 0; unset: the folder's"
+BACKEND = "auto: jax for GPT-NeoX, else transformers"
+ACTIVATIONS = "folder that extract wrote; unset: the run's"
+
+
+class OpenOptions:
+    """The settings that opening a run reads. A command's config has flags for some of
+    them; what it has no flag for is as here. No dataclass, so that each command lists
+    its flags in its own order."""
+
+    run: str
+    model: str = ""
+    revision: str = ""
+    layer: int | None = None
+    backend: Backend = "auto"
+    activations: str = ""
+    text: str = ""
+    text_column: str = "text"
+    num_tokens: int = 409_600
+    batch_size: int = 16

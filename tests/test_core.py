@@ -389,14 +389,35 @@ def test_text_of_which_nothing_counts_is_said(tiny_run, lm):
         measured(tiny_run, lm, tokens)
 
 
-def test_parameters_that_are_not_finite_are_named(tiny_run, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("evaluate", {}),
+        ("evaluate", {"evals": "sparse_probing"}),
+        ("features", {}),
+        ("maximise", {"latents": 0}),
+        ("convert", {"to": "openai"}),
+        ("dashboard", {}),
+    ],
+)
+def test_parameters_that_are_not_finite_are_named_by_every_command(
+    tiny_run, tmp_path, capsys, command, flags
+):
+    if "evals" in flags:
+        lines = [json.dumps({"text": f"a {i}", "label": i % 2}) for i in range(40)]
+        (tmp_path / "two.jsonl").write_text("\n".join(lines))
+        flags = flags | {"labelled": tmp_path / "two.jsonl"}
     folder = copied(tiny_run, tmp_path / "run")
     shutil.rmtree(folder / "evals", ignore_errors=True)
     path = folder / runs.PARAMETERS
     arrays = load_file(path)
     arrays["b_dec"][3] = np.nan
     save_file(arrays, path)
-    assert call("evaluate", run=folder) == 2
+    if command == "convert":
+        flags = flags | {"input": folder, "out": tmp_path / "out"}
+    else:
+        flags = flags | {"run": folder}
+    assert call(command, **flags) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert str(folder) in line and "not finite" in line
-    assert not (folder / "evals/core.json").exists()
+    assert str(path) in line and "b_dec" in line and "NaN" in line
+    assert not (folder / "evals").exists()

@@ -29,7 +29,7 @@ SHAPES = {
 def variables() -> dict:
     rng = np.random.default_rng(0)
     params = {n: rng.normal(size=shape) for n, shape in SHAPES.items()}
-    norm = {"scale": rng.normal(size=()), "mean": rng.normal(size=3)}
+    norm = {"scale": abs(rng.normal()), "mean": rng.normal(size=3)}
     return {
         part: {n: np.float32(array) for n, array in arrays.items()}
         for part, arrays in {"params": params, "norm": norm}.items()
@@ -88,6 +88,32 @@ def test_other_arrays_than_the_configs_are_named(path, change, said):
     arrays = {**load_file(path), **change}
     save_file({n: a for n, a in arrays.items() if a is not None}, path)
     assert said in refused(runs.read_parameters, path, LEARNED)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("params", "w_enc", np.nan, "2 of 15 numbers of w_enc are NaN or infinite"),
+        ("params", "b_dec", np.inf, "2 of 3 numbers of b_dec are NaN or infinite"),
+        ("norm", "mean", -np.inf, "2 of 3 numbers of mean are NaN or infinite"),
+        ("norm", "scale", np.nan, "1 of 1 numbers of scale are NaN or infinite"),
+        ("norm", "scale", 0.0, "scale is 0.0, not above 0"),
+        ("norm", "scale", -1.0, "scale is -1.0, not above 0"),
+    ],
+)
+def test_numbers_that_are_none_are_named_when_a_run_is_opened(
+    path, variables, part, name, value, said
+):
+    variables[part][name] = np.array(variables[part][name])
+    variables[part][name].flat[:2] = value
+    runs.write_parameters(path, variables)
+    message = refused(runs.read_parameters, path, LEARNED)
+    assert said in message and str(path) in message
+
+
+def test_numbers_of_another_kind_are_named(path):
+    save_file(load_file(path) | {"b_enc": np.zeros(5)}, path)
+    assert "b_enc is of float64" in refused(runs.read_parameters, path, LEARNED)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

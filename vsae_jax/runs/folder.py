@@ -146,7 +146,8 @@ def write_parameters(path: Path, variables: Mapping[str, Mapping[str, Array]]) -
 
 
 def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]]:
-    """Variables from `sae.safetensors`; wrong names and shapes are refused."""
+    """Variables from `sae.safetensors`; wrong names and shapes are refused, and numbers
+    that are NaN or infinite."""
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -156,8 +157,26 @@ def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]
     if found != expected:
         wrong = difference(expected, found)
         raise UserError(f"{path} does not match its config: {wrong}")
+    _check_numbers(path, arrays)
     norm = {name: jnp.asarray(arrays.pop(name)) for name in ("scale", "mean")}
     return {"params": {n: jnp.asarray(a) for n, a in arrays.items()}, "norm": norm}
+
+
+def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    way_on = "train the run again, or take the file from where it was good"
+    for name, array in arrays.items():
+        if array.dtype != np.float32:
+            raise UserError(
+                f"{path}: {name} is of {array.dtype}, not float32; {way_on}"
+            )
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        if bad:
+            raise UserError(
+                f"{path}: {bad:,} of {array.size:,} numbers of {name} are NaN or "
+                f"infinite; {way_on}"
+            )
+    if not arrays["scale"] > 0:
+        raise UserError(f"{path}: scale is {arrays['scale']}, not above 0; {way_on}")
 
 
 def _shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:

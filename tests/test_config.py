@@ -169,6 +169,18 @@ def test_defaults_that_are_shares_of_the_run():
     assert resolved(steps=2**30, batch_size=2**16).dead_after_tokens == 2**30
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup"), [(150, 200), (1500, 200), (10_000, 200), (30_000, 600)]
+)
+@pytest.mark.parametrize("variant", ["topk", "vsae_topk"])
+def test_released_warms_up_over_200_steps_or_more(variant, steps, warmup):
+    config = resolved(preset="released", variant=variant, steps=steps)
+    assert config.lr_warmup_steps == warmup
+    chosen = resolved(preset="released", steps=steps, lr_warmup_steps=30)
+    assert chosen.lr_warmup_steps == 30
+    assert resolved(preset="paper", steps=1500).lr_warmup_steps == 30
+
+
 def test_extract_takes_layer_and_center_from_the_preset():
     paper, released = (
         resolve_extract(ExtractConfig(preset=p)) for p in ("paper", "released")

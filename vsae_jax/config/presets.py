@@ -81,6 +81,9 @@ TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "baseline": {"": _BASELINE, "topk": _AUXK, "relu": _RELU},
 }
 
+# The released trainer's warm-up is 2 % of the steps, but at least so many.
+LEAST_LR_WARMUP_STEPS = {"paper": 0, "released": 200, "baseline": 0}
+
 # What an unset flag of `extract` becomes. `train` refuses activations that
 # contradict REQUIRED_OF_ACTIVATIONS of its preset.
 _EXTRACT = {"num_tokens": 22_000_000, "bos": "drop", "center_residual": False}
@@ -120,7 +123,7 @@ def default_help(name: str, *, table: str) -> str:
     shares = {
         "k_aux": "d_model / 2",
         "dead_after_tokens": "5 % of the run's rows; released topk 10000000",
-        "lr_warmup_steps": "2 % of --steps",
+        "lr_warmup_steps": "2 % of --steps, released at least 200",
         "lr_decay_start": "80 % of --steps",
         "kl_warmup_steps": "10 % of --steps",
     }

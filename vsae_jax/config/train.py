@@ -16,7 +16,13 @@ from vsae_jax.config.fields import (
     fill,
     flag,
 )
-from vsae_jax.config.presets import Preset, Variant, preset_flag, training_defaults
+from vsae_jax.config.presets import (
+    LEAST_LR_WARMUP_STEPS,
+    Preset,
+    Variant,
+    preset_flag,
+    training_defaults,
+)
 from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
 from vsae_jax.system.errors import UserError
 
@@ -195,8 +201,8 @@ def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
     """The config with every unset field filled: preset < variant < explicit value.
 
     Data-dependent defaults: `lr=auto`, `k_aux = d_model / 2`, warm-ups as shares of
-    `steps` (learning rate 2 %, KL 10 %, decay from 80 %), `dead_after_tokens` as 5 %
-    of the run's rows where the preset does not say.
+    `steps` (learning rate 2 %, with `released` at least 200 steps; KL 10 %; decay from
+    80 %), `dead_after_tokens` as 5 % of the run's rows where the preset does not say.
     """
     config = fill(config, training_defaults(config.preset, config.variant))
     rows = config.steps * config.batch_size
@@ -209,7 +215,9 @@ def resolve_train(config: TrainConfig, *, d_model: int) -> TrainConfig:
         {
             "k_aux": min(max(d_model // 2, 1), config.d_sae),
             "dead_after_tokens": min(rows // 20, 2**30),
-            "lr_warmup_steps": config.steps // 50,
+            "lr_warmup_steps": max(
+                config.steps // 50, LEAST_LR_WARMUP_STEPS[config.preset]
+            ),
             "lr_decay_start": config.steps * 4 // 5,
             "kl_warmup_steps": config.steps // 10,
         },

@@ -1,8 +1,8 @@
 """The peers' TopK and vSAE steps in plain torch, for `benchmarks.gpu`.
 
-Written from the equations (DESIGN.md 2), as fast as plain torch goes: top-k by
-`torch.topk`, a scattered dense decode, fused Adam, and no read of the device within a
-step, which the peers have (`loss.item()`, the count of dead latents).
+Written from the equations (docs/paper_and_code.md 1), as fast as plain torch goes:
+top-k by `torch.topk`, a scattered dense decode, fused Adam, and no read of the device
+within a step, which the peers have (`loss.item()`, the count of dead latents).
 
     pre = (x - b_dec) w_enc + b_enc;   z = relu(pre), or pre + eps for the vSAE
     loss = mean_batch ||x - topk(z) w_dec - b_dec||^2 + beta / 2 mean_batch ||pre||^2

@@ -1,10 +1,11 @@
 """One switch at a time: what does each part of the paper's model do?
 
-Claim (paper 4.1, 5): the KL term kills features, and the variational method makes what
-is left more independent. The released comparison changed noise, ReLU, decoder norm,
-learning rate, centring and AuxK together (BUILD_NOTES.md, 2). Here arms have the same
-rows, initial weights and schedule, and differ from `topk` or from `vsae` in one switch;
-each kind has the best of the same learning rates, found on a seed of its own.
+Claim (Baker and Li 4.1, 5): the KL term kills features, and the variational method
+makes what is left more independent. The released comparison changed noise, ReLU,
+decoder norm, learning rate, centring and AuxK together (docs/paper_and_code.md 3). Here
+arms have the same rows, initial weights and schedule, and differ from `topk` or from
+`vsae` in one switch; each kind has the best of the same learning rates, found on a seed
+of its own.
 
 Command:
 

@@ -1,16 +1,17 @@
 """TopK against the paper's vSAE and the released code's vSAE, on core metrics.
 
-Claim (paper 4.1): the vSAE is slightly worse on loss recovered and explained variance,
-and 82 % of its features are dead (80 % where nothing is clipped, PAPER_VS_CODE 6.2).
+Claim (Baker and Li 4.1): the vSAE is slightly worse on loss recovered and explained
+variance, and 82 % of its features are dead (80 % where nothing is clipped,
+docs/paper_and_code.md 4).
 
 Command, for each grid of one preset and one layer (extract and train as in
-BUILD_NOTES.md, 3):
+docs/results.md):
 
     python -m vsae_jax.evaluate --run=GRID
     python -m experiments.core_table --grids=GRID,GRID,...
 
 Prints one Markdown row per grid and variant: mean and standard deviation over seeds.
-What was found is in BUILD_NOTES.md, 3.
+What was found is in docs/results.md.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Figures 10 and 11: t-SNE maps of the latents, and numbers on how they lie.
 
-Claim (paper 4.3): the vSAE's latents are more dispersed, in fewer tight clusters, and
-more evenly used.
+Claim (Baker and Li 4.3): the vSAE's latents are more dispersed, in fewer tight
+clusters, and more evenly used.
 
 Command:
 

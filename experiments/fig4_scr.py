@@ -1,16 +1,16 @@
 """Figure 4: spurious correlation removal over the number of ablated latents.
 
-Claim (paper 4.1): the vSAE is better at all sparsities; its scores peak higher and
-later (near 64 where the SAE falls from 32 on).
+Claim (Baker and Li 4.1): the vSAE is better at all sparsities; its scores peak higher
+and later (near 64 where the SAE falls from 32 on).
 
 Command:
 
     python -m experiments.reproduce --scale=standin --only=fig4_scr --out=DIR
 
-The paper (PAPER_VS_CODE 6.4): at k 256 and 20 ablated latents .0121 against .1359, at
-100 -.5981 against .2008. Ours (stand-in, three seeds, vSAE - TopK under `paper`,
-`released`; experiments/results/standin/report.md): mean of 2 to 50 ablated latents
-+.152 [.037, .268], +.313 [.085, .540].
+The paper (docs/paper_and_code.md 6): at k 256 and 20 ablated latents .0121 against
+.1359, at 100 -.5981 against .2008. Ours (stand-in, three seeds, vSAE - TopK under
+`paper`, `released`; experiments/results/standin/report.md): mean of 2 to 50 ablated
+latents +.152 [.037, .268], +.313 [.085, .540].
 """
 
 from experiments import paper_grids

@@ -1,6 +1,7 @@
 """Figures 6 and 7: one latent of the SAE and one of the vSAE, looked at.
 
-Claim (paper 4.2): both have interpretable latents; no large difference was found.
+Claim (Baker and Li 4.2): both have interpretable latents; no large difference was
+found.
 
 Command:
 

@@ -1,16 +1,17 @@
 """Figures 8 and 9: how strongly latents fire at most, and how many fire at all.
 
-Claim (paper 4.2): 1,227 latents of the vSAE against 6,970 of the SAE, 82 % fewer.
+Claim (Baker and Li 4.2): 1,227 latents of the vSAE against 6,970 of the SAE, 82 %
+fewer.
 
 Command:
 
     python -m experiments.reproduce --scale=standin --only=fig8_9_histograms --out=DIR
 
 The paper counted bars of a histogram clipped to [0, 2.5]; in its files 1,474 against
-7,379 fire, 80.0 % fewer (PAPER_VS_CODE 6.2). Here nothing is clipped, and the clipped
-count stands in the figure beside the others. Ours (stand-in, k 32, three seeds;
-experiments/results/standin/report.md): 776 of 2,048 fire against all of TopK's
-under `paper`, 931 under `released`.
+7,379 fire, 80.0 % fewer (docs/paper_and_code.md 4). Here nothing is clipped, and the
+clipped count stands in the figure beside the others. Ours (stand-in, k 32, three seeds;
+experiments/results/standin/report.md): 776 of 2,048 fire against all of TopK's under
+`paper`, 931 under `released`.
 """
 
 from experiments import paper_grids

@@ -1,9 +1,9 @@
 """Does sampling find more of the features that are really there?
 
-Claim (paper 1.1, 2.3): sampling creates a dispersive pressure that organises features
-and keeps them from overlapping. On a language model nobody knows the features; here
-rows are sums of known ones (experiments.synthetic), which fire each on its own or in
-groups, and each autoencoder's decoder is compared with them (experiments.recovery).
+Claim (Baker and Li 1.1, 2.3): sampling creates a dispersive pressure that organises
+features and keeps them from overlapping. On a language model nobody knows the features;
+here rows are sums of known ones (experiments.synthetic), which fire each on its own or
+in groups, and each autoencoder's decoder is compared with them (experiments.recovery).
 
 Command:
 

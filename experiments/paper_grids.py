@@ -1,8 +1,8 @@
 """The paper's comparison, TopK against vSAE over k, under both presets.
 
-`paper` is the paper's text, `released` the code that made its numbers (BUILD_NOTES.md,
-2). The figures of the paper are drawn from these grids; the text evaluations use the
-study's labelled texts.
+`paper` is the paper's text, `released` the code that made its numbers
+(docs/paper_and_code.md 2). The figures of the paper are drawn from these grids; the
+text evaluations use the study's labelled texts.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

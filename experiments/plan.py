@@ -13,7 +13,7 @@ from vsae_jax.system.progress import size
 from vsae_jax.training import groups
 
 # Of the matrix products of a step, what two CPU cores and a large GPU have reached
-# (BUILD_NOTES.md, 3; the GPU's number is an estimate: a tenth of its bfloat16 peak).
+# (docs/results.md; the GPU's number is an estimate: a tenth of its bfloat16 peak).
 _RATES = {"two CPU cores": 6e10, "one H100 (estimate)": 1e14}
 _PYTHIA_70M = 512
 # Float32 parameters and two moments in one checkpoint, and the parameters once more.

@@ -1,12 +1,12 @@
 """What each of SAEBench's quirks changes in the scores of one autoencoder.
 
-Claim (SAEBENCH.md 7): SAEBench 0.6 has bugs and habits that move its numbers.
+Claim (docs/saebench.md 7): SAEBench 0.6 has bugs and habits that move its numbers.
 
     python -m experiments.quirk_effects --run=RUN --labelled=FILE.jsonl \
         --label_column=category --attribute_column=rating
 
 Prints one Markdown row per quirk: each main score with that quirk alone, beside ours
-(none) and SAEBench's (all). What was found is in BUILD_NOTES.md, 3.
+(none) and SAEBench's (all). What was found is in docs/results.md.
 """
 
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ lowers the training step that `vsae_jax.train` runs, as for a GPU (four bits a p
 bfloat16 products), from shapes alone, and compiles it for as many CPU devices, which
 is the same partitioning into one program for all; nothing is allocated or run. Memory
 is the compiler's own count; collectives are read in the compiled program. The times are
-estimates from the rates below, not measurements. What was found: BUILD_NOTES.md, 3.
+estimates from the rates below, not measurements. What was found: docs/results.md.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ _ONE = re.compile(r"\b(" + "|".join(_BYTES) + r")\[([\d,]*)\]")
 @dataclass(frozen=True)
 class ScaleConfig:
     """Compiles a training step for a mesh of GPUs and prints memory, collectives and
-    an estimate of its time; without --mesh, the table of BUILD_NOTES.md."""
+    an estimate of its time; without --mesh, the table of docs/results.md."""
 
     d_model: int = flag("of the residual stream", 3584)
     d_sae: int = flag("number of latents", 131_072)

@@ -160,7 +160,7 @@ def run(study: Study) -> Section:
     figure = study.save("signal_to_noise", _figure(found))
     return Section(
         "Signal to noise",
-        "sampling at sigma = 1 (paper 2.2.1)",
+        "sampling at sigma = 1 (Baker and Li 2.2.1)",
         "input scale and decoder norm are not mentioned; the code never samples",
         [
             f"d_sae {c.d_sae}, k {c.k}, {c.map_steps} steps of {c.batch_size} rows, "

@@ -6,7 +6,7 @@ resident memory and open files, writes soak.csv and soak.svg, and exits with 2 i
 grew: the last quarter's median above that of the second quarter by more than 2 %
 (memory) or by anything (files). The first quarter, in which caches fill, is left out.
 
-Command, for an hour (`--minutes=60`), after an extraction as in BUILD_NOTES.md, 3:
+Command, for an hour (`--minutes=60`), after an extraction as in docs/results.md:
 
     python -m experiments.soak --activations=DIR --out=NEW
 

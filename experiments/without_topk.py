@@ -1,6 +1,6 @@
 """vSAE without TopK: is the KL term enough to make latents sparse?
 
-Claim (paper 4): "the KL divergence was not a strong enough regularizer to cause
+Claim (Baker and Li 4): "the KL divergence was not a strong enough regularizer to cause
 sparseness", which is why the paper pairs it with TopK; it shows no number.
 
 Command:

@@ -55,7 +55,7 @@ def test_an_explicit_value_wins_over_preset_and_variant():
 
 
 def test_a_presets_own_row_for_a_variant_wins_over_the_variant():
-    # vsae_topk is sampled (paper 2.2); the released code never sampled.
+    # vsae_topk is sampled (Baker and Li 2.2); the released code never sampled.
     assert resolved(variant="vsae_topk").noise_std == 1.0
     assert resolved(preset="released", variant="vsae_topk").noise_std == 0.0
 
@@ -110,7 +110,7 @@ def test_the_paper_is_the_default():
 
 
 def test_released_vsae_topk_is_the_code_that_made_the_numbers():
-    """PAPER_VS_CODE.md 6.1 and 6.5."""
+    """docs/paper_and_code.md 3 and 7."""
     expected = {
         "relu": True,
         "noise_std": 0.0,

@@ -106,8 +106,8 @@ def autoencoder(folder: Path, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def reference(
     folder: Path, lm, tokens, *, dropped=1, center=False, special=(0,), everywhere=False
 ) -> dict[str, float]:
-    """Core by the book: SAEBENCH.md 1, one position at a time; `everywhere` replaces
-    the residual of special and dropped positions too."""
+    """Core by the book: docs/saebench.md 1, one position at a time; `everywhere`
+    replaces the residual of special and dropped positions too."""
     residual = np.asarray(lm.residual(tokens, 0), np.float64)
     shift = residual.mean(-1, keepdims=True) if center else np.zeros(1)
     f, x_hat = autoencoder(folder, residual - shift)

@@ -124,7 +124,7 @@ def test_subtracting_adds_b_dec_through_the_encoder():
     np.testing.assert_allclose(got.params["b_enc"], expected, rtol=1e-6)
 
 
-# What the other libraries' files must look like: FORMATS.md 3.1 to 3.4.
+# What the other libraries' files must look like (docs/decisions/formats.md).
 
 
 def test_saelens_names_and_orientation(tmp_path):

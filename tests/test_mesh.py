@@ -30,7 +30,7 @@ from vsae_jax.system.errors import UserError
 from vsae_jax.training import groups, plan
 
 ROOT = Path(__file__).resolve().parents[1]
-# Float32 sums of other orders; measured below 1e-6 (BUILD_NOTES.md, 3).
+# Float32 sums of other orders; measured below 1e-6 (docs/results.md).
 CLOSE = 1e-5
 FAST = ["topk"]
 

@@ -328,7 +328,7 @@ def test_manifest_bytes_and_hash_depend_on_the_settings_alone(tmp_path):
     assert other.hash != m.hash
 
 
-def test_manifest_json_holds_what_design_promises(tmp_path):
+def test_manifest_json_holds_what_readers_need(tmp_path):
     values = json.loads((write(tmp_path) / "manifest.json").read_text())
     assert values["dropped_positions"] == 1 and values["rows_per_context"] == 3
     assert values["n_contexts"] == 5 and values["n_rows"] == 15

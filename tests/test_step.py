@@ -149,7 +149,7 @@ def test_first_step_that_is_not_finite_is_named():
 def test_golden_step():
     """What three steps give. Legitimate reasons to change these numbers: a change of
     the loss, the optimizer, the initial weights or the noise that is meant, and is
-    written into BUILD_NOTES.md. Made by printing `got` below."""
+    written into docs/decisions. Made by printing `got` below."""
     config, static, state = setup(seed=3)
     state = step.compile_steps(static)(state, rows(3), 3, step.hparams(config))
     got = {

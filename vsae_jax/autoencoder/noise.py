@@ -1,8 +1,9 @@
 """Standard normal noise from a key, cheap enough to be drawn for every latent.
 
 JAX's own generator costs as much as all of a step's matrix products on a CPU
-(BUILD_NOTES.md). Here a key makes two random words, and each element hashes its place
-with them: the same key gives the same noise, whatever the device or the dispatch.
+(docs/decisions/model-and-training.md). Here a key makes two random words, and each
+element hashes its place with them: the same key gives the same noise, whatever the
+device or the dispatch.
 """
 
 import jax

@@ -45,7 +45,7 @@ class EvalConfig(OpenOptions):
     test_size: int = flag("most texts to test a probe on", 1000)
     seed: int = flag("of samples and probes", 42)
     saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
-    quirks: str = flag("comma list of single ones of those bugs (BUILD_NOTES.md)", "")
+    quirks: str = flag("comma list of single ones of those bugs", "")
     saebench_json: bool = flag("also write files in SAEBench's own schema", False)
     num_tokens: int = flag("most tokens to evaluate on", 409_600)
     batch_size: int = flag("contexts in a forward pass", 16)

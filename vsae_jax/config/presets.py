@@ -3,7 +3,8 @@
 A field's value is looked up in this order, the last that has it wins: the variant's
 row, the preset, the preset's own row for that variant, the user's flag.
 
-* `paper`: what the paper's text says; BUILD_NOTES.md lists what it leaves open.
+* `paper`: what the paper's text says (docs/paper_and_code.md 2; what it leaves open is
+  in docs/decisions/model-and-training.md).
 * `released`: the code that made the paper's numbers (no noise, relu(mu), free norms).
 * `baseline`: TopK as dictionary_learning trains it.
 """
@@ -15,7 +16,7 @@ from vsae_jax.config.fields import flag
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
 
-# What makes a variant (DESIGN: relu and topk from paper 2.1, the others from 2.2).
+# What makes a variant: relu and topk are Baker and Li 2.1, the others 2.2.
 VARIANTS: dict[str, dict[str, Any]] = {
     "relu": {"sparsity": "none", "relu": True, "noise_std": 0.0, "penalty": "l1"},
     "topk": {"sparsity": "topk", "relu": True, "noise_std": 0.0, "penalty": "none"},
@@ -52,8 +53,8 @@ _RELEASED = _PAPER | {
     "batch_size": 192,
     "input_scale": "unit",
 }
-# PAPER_VS_CODE 6.1: the released vSAE never samples, and differs from the released
-# TopK in learning rate, AuxK, decoder norm, centring and initial norm.
+# docs/paper_and_code.md 3: the released vSAE never samples, and differs from the
+# released TopK in learning rate, AuxK, decoder norm, centring and initial norm.
 _RELEASED_VSAE = {
     "relu": True,
     "noise_std": 0.0,

@@ -1,4 +1,6 @@
-"""What a probe says of a text when latents are taken out of it (SAEBENCH.md 4 and 5).
+"""What a probe says of a text when latents are taken out of it.
+
+Steps of docs/saebench.md 4 and 5.
 
 Ablating latents changes a token's x by -f[chosen] @ directions[chosen], so the pooled
 vector by the mean of that: each text is encoded once.

@@ -1,9 +1,9 @@
 """First-letter absorption: does a word's latent take over from its letter's?
 
-SAEBENCH.md 6. A linear probe finds each letter's direction d in the residual stream, a
-sparse probe the latents that stand for the letter ("split latents"). Where these stay
-silent on a word that the probe recognises, and others that point along d make up for
-them, the feature was absorbed.
+docs/saebench.md 6. A linear probe finds each letter's direction d in the residual
+stream, a sparse probe the latents that stand for the letter ("split latents"). Where
+these stay silent on a word that the probe recognises, and others that point along d
+make up for them, the feature was absorbed.
 
 Everything is seeded and the words are sorted, where SAEBench's are in no order.
 """

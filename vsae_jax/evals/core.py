@@ -1,6 +1,6 @@
 """Core: the language model's loss with the autoencoder spliced in, and reconstruction.
 
-SAEBench's `core` (SAEBENCH.md 1) on one set of tokens:
+SAEBench's `core` (docs/saebench.md 1) on one set of tokens:
 
     ce_loss_score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)     "loss recovered"
     kl_div_score  = (KL_ablated - KL_sae) / KL_ablated

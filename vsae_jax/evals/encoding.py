@@ -1,7 +1,7 @@
 """Texts -> tokens -> language model -> latents, pooled over the tokens of each text.
 
-SAEBench's pooling (SAEBENCH.md 2.1): special tokens and padding count for nothing; a
-text's vector is the mean over its other tokens of x, or of the latents of each token.
+SAEBench's pooling (docs/saebench.md 2.1): special tokens and padding count for nothing;
+a text's vector is the mean over its other tokens of x, or of the latents of each token.
 One pass of the language model serves all autoencoders of a grid.
 """
 

@@ -1,5 +1,5 @@
 """First-letter spelling: words of a vocabulary, prompts about them, and the residual
-stream where a word is read (SAEBENCH.md 6, steps 1 and 2).
+stream where a word is read (docs/saebench.md 6.1 and 6.2).
 
 A prompt is ten example lines and a last one without its answer:
 

@@ -1,4 +1,4 @@
-"""SAEBench's labelled data sets by name, read from the hub (SAEBENCH.md 3, 4 and 5)."""
+"""SAEBench's labelled data sets by name, from the hub (docs/saebench.md 3, 4 and 5)."""
 
 import itertools
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Numbers of single latents: firing and weights (SAEBENCH.md 1.5)."""
+"""Numbers of single latents: firing and weights (docs/saebench.md 1.5)."""
 
 from collections.abc import Mapping
 from functools import partial

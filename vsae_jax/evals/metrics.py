@@ -115,8 +115,8 @@ class Reconstruction:
     def metrics(
         self, *, mean_in_variance: bool = False, batch_sums: bool = False
     ) -> dict[str, float | None]:
-        """Every number of SAEBENCH.md 1.4; None for a share of nothing, such as the
-        explained variance of rows that are all the same.
+        """Every number of docs/saebench.md 1.4; None for a share of nothing, such as
+        the explained variance of rows that are all the same.
 
         Args:
           mean_in_variance: `explained_variance` is SAEBench's, which keeps the mean.
@@ -132,7 +132,7 @@ class Reconstruction:
         # Equal rows leave a variance of float32's rounding, not of 0.
         variance = 0.0 if variance < 1e-6 * squares else variance
         explained = _explained(float(s["error"]), variance)
-        # The mean is not removed: a bug of theirs (SAEBENCH.md 1.4).
+        # The mean is not removed: a bug of theirs (docs/saebench.md 1.4).
         saebench = _explained(r, m - (m / d_model) ** 2)
         mse = float(s["error"]) / n / d_model
         if batch_sums:

@@ -1,9 +1,9 @@
 """Linear probes: one trainer for all evaluations, jitted, many probes at once.
 
-SAEBench's torch probe (SAEBENCH.md 2.3): one linear unit, binary cross-entropy, AdamW,
-minibatches from a new permutation every epoch, an optional L1, and the weights of the
-first epoch with the best accuracy on a validation sample. Theirs validates on the test
-sample; ours on a part of the training sample unless the caller says otherwise.
+SAEBench's torch probe (docs/saebench.md 2.3): one linear unit, binary cross-entropy,
+AdamW, minibatches from a new permutation every epoch, an optional L1, and the weights
+of the first epoch with the best accuracy on a validation sample. Theirs validates on
+the test sample; ours on a part of the training sample unless the caller says otherwise.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ def fit_outputs(
     key: Key[Array, ""],
 ) -> Probe:
     """One probe of many outputs, of the last epoch; positives of an output weigh
-    n_negative / n_positive (SAEBENCH.md 6)."""
+    n_negative / n_positive (docs/saebench.md 6.3)."""
     wanted = jnp.asarray(labels, jnp.float32)
     positives = wanted.sum(axis=0)
     weight = (len(wanted) - positives) / jnp.maximum(positives, 1.0)

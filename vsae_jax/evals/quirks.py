@@ -1,7 +1,7 @@
 """What SAEBench 0.6 does that we do otherwise: one switch each.
 
 `--saebench_compatible` sets all of them, `--quirks` some. What each changes is measured
-in BUILD_NOTES.md.
+in docs/results.md.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from vsae_jax.system.errors import UserError
 
 @dataclass(frozen=True)
 class Quirks:
-    """The section of SAEBENCH.md, what SAEBench does, and (in brackets) what we do.
+    """The section of docs/saebench.md, what SAEBench does, and [what we do].
 
     mean_in_variance: 1.4, the explained variance's total keeps the mean, and averages
       over batches [the mean is removed].
@@ -29,9 +29,9 @@ class Quirks:
       each masked position [at the tokens].
     surplus_latents: 4.4, where fewer latents than asked for have a positive effect,
       others are ablated with them [only those].
-    stored_norms: latents and decoder rows as stored, whatever the decoder's norms [each
-      latent times the norm of its decoder row, which then has norm 1; scores do not
-      change with the parametrisation].
+    stored_norms: 2.5, latents and decoder rows as stored, whatever the decoder's norms
+      [each latent times the norm of its decoder row, which then has norm 1; scores do
+      not change with the parametrisation].
     ties_missing: 5.5, no SCR metric where the biased probe is as good on both tasks
       [the mean of both directions].
     """

@@ -42,7 +42,7 @@ def generator(seed: int, *names: object) -> np.random.Generator:
 
 def by_class(s: TextSet, *, train_size: int, test_size: int, seed: int) -> Split:
     """At most `train_size // 2` and `test_size // 2` rows of every class, the same
-    number of each; half of each attribute where the set has two (SAEBENCH.md 3).
+    number of each; half of each attribute where the set has two (docs/saebench.md 3).
     A class of fewer than `LEAST` rows is left out."""
     strata = {c: _strata(s, c, seed) for c in s.classes}
     strata = {c: parts for c, parts in strata.items() if _smallest(parts) >= LEAST}
@@ -63,7 +63,7 @@ def by_quadrant(
 ) -> Split:
     """Rows of (label, attribute) for a pair of labels and the set's two attributes,
     as `P+`, `P-`, `N+` and `N-`: q of each, and 2 q of P+ and N-, which the biased
-    task takes whole; q is at most a quarter of the sizes (SAEBENCH.md 5)."""
+    task takes whole; q is at most a quarter of the sizes (docs/saebench.md 5.1)."""
     assert s.attributes is not None
     values = sorted(set(s.attributes.tolist()))
     strata = {
@@ -91,7 +91,7 @@ def one_vs_rest(
     rows: Mapping[str, Rows], positive: str, rng: np.random.Generator
 ) -> Sample:
     """All rows of a class against as many of the others, which give the same number
-    each, up to rounding (SAEBENCH.md 2.2)."""
+    each, up to rounding (docs/saebench.md 2.2)."""
     own = rows[positive]
     others = [rows[name] for name in rows if name != positive]
     share = -(-len(own) // len(others))

@@ -6,7 +6,7 @@ For a pair of labels P, N and two attributes +, - there are three tasks: the att
 
     dir1: the attribute's latents are ablated, the biased probe is scored on the label
     dir2: the label's latents, on the attribute
-    score = (after - before) / (clean - before)                     (SAEBENCH.md 5)
+    score = (after - before) / (clean - before)               (docs/saebench.md 5)
 
 before: the biased probe without ablation. clean: the task's own probe. The metric is
 the direction in which the biased probe is worse to begin with.

@@ -1,4 +1,4 @@
-"""Sparse probing: how well k latents tell a class from the others (SAEBENCH.md 3).
+"""Sparse probing: how well k latents tell a class from the rest (docs/saebench.md 3).
 
 Per class, on pooled vectors: a probe on everything, and for k = 1, 2 and 5 a logistic
 regression on the k columns whose means over the class and over the others differ most.

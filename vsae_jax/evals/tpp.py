@@ -2,7 +2,7 @@
 
 intended(c)   = clean accuracy of c's probe - the same after ablation for c
 unintended(c) = the mean of that over the other classes' probes
-total         = intended - unintended                        (SAEBENCH.md 4)
+total         = intended - unintended                        (docs/saebench.md 4)
 """
 
 from typing import NamedTuple

@@ -53,7 +53,7 @@ def alive_counts(
 ) -> dict[str, float]:
     """Latents by firing rate, exp(H) of the rates' shares, and its share of those that
     fire: 1 where all fire equally often. `n_max_in_paper_range` counts as the paper
-    did (PAPER_VS_CODE 6.2): those whose maximum activation lies in its histogram."""
+    did (docs/paper_and_code.md 4): those whose maximum lies in its histogram."""
     effective = density_metrics(rate)["entropy_effective_latents"]
     alive = {f"n_alive_above_{t:g}": float((rate > t).sum()) for t in ALIVE_ABOVE}
     low, high = PAPER_RANGE

@@ -114,7 +114,7 @@ def measure(
     effects = ablation.effects(
         latents, sample, fitted.weights(first)[0], positive_only=True
     )
-    chosen = ablation.ranked(effects, surplus=False)[:ABLATED]
+    chosen = ablation.strongest(effects, ABLATED, surplus=False)
     rows = split.test[first]
     arrays = {
         "tokens": padded,

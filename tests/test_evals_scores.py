@@ -226,8 +226,68 @@ def test_ablation_takes_the_mean_of_what_each_token_loses():
 
 def test_only_latents_with_an_effect_are_ablated_unless_surplus_is_asked_for():
     effects = np.array([0.0, 2.0, -1.0, 3.0])
-    assert ablation.ranked(effects, surplus=False).tolist() == [3, 1]
-    assert ablation.ranked(effects, surplus=True).tolist() == [3, 1, 0]
+    strongest = ablation.strongest
+    for n, expected in ((1, [3]), (2, [3, 1]), (4, [3, 1])):
+        assert strongest(effects, n, surplus=False).tolist() == expected
+    assert strongest(effects, 2, surplus=True).tolist() == [3, 1]
+    # Three have an effect; those that have none outrank the one that is below 0.
+    assert strongest(effects, 4, surplus=True).tolist() == [3, 1, 0]
+    assert strongest(np.array([0.0, -2, 1, -1]), 4, surplus=True).tolist() == [2, 0, 3]
+
+
+def test_a_surplus_is_taken_among_equal_effects_as_torch_takes_it():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    effects = np.concatenate([rng.random(150), np.zeros(212), -rng.random(150)])
+    effects = rng.permutation(effects).astype(np.float32)
+    for n in (100, 200, 500):
+        # SAEBench: topk of at most as many as are not 0.
+        expected = torch.topk(torch.tensor(effects), min(n, 300)).indices.tolist()
+        found = ablation.strongest(effects, n, surplus=True)
+        assert set(found.tolist()) == set(expected)
+        assert np.sum(effects[found] > 0) == min(n, 150)
+        assert np.sum(effects[found] == 0) == max(min(n, 300) - 150, 0)
+
+
+def test_without_torch_a_surplus_that_ties_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(ablation.importlib.util, "find_spec", lambda name: None)
+    effects = np.array([0.0, 2.0, -1.0, 0.0])
+    assert ablation.strongest(effects, 2, surplus=True) is None
+    assert ablation.strongest(effects, 1, surplus=True).tolist() == [1]
+    # All classes together: a mean over some would be of other classes.
+    task, latents = class_task(Quirks(surplus_latents=True))
+    f = latents.pooled.copy()
+    f[:, 3] = f[:, 1]  # rises with b, and points away from b's probe
+    f[:, 4:] = 0
+    directions = UNIT.copy()
+    directions[3] = -UNIT[1]
+    by_class = tpp_scores(task, Latents(f, latents.at_zero, directions))
+    for metrics in by_class.values():
+        assert "tpp_threshold_1_total_metric" in metrics
+        assert "tpp_threshold_2_total_metric" not in metrics
+    assert "TPP with n = 2 is left out" in capsys.readouterr().out
+
+
+def test_a_surplus_latent_without_an_effect_still_moves_the_other_probes():
+    """Latent 0 stands for a. Latent 1 fires on b and c alone, so that its effect on a
+    is 0; ablated with it, it takes b's and c's label from them."""
+    pytest.importorskip("torch")
+    found = {}
+    for surplus in (False, True):
+        task, latents = class_task(Quirks(surplus_latents=surplus))
+        f = np.zeros((len(latents.pooled), 3), np.float32)
+        f[:, 0] = latents.pooled[:, 0]
+        f[:, 1] = latents.pooled[:, 1] + latents.pooled[:, 2]
+        f[:, 2] = latents.pooled[:, 0]  # an effect below 0: it counts, and is not taken
+        directions = np.stack([UNIT[0], UNIT[1] + UNIT[2], -0.5 * UNIT[0]])
+        at_zero = np.zeros(3, np.float32)
+        found[surplus] = tpp_scores(task, Latents(f, at_zero, directions))["a"]
+    intended, unintended = (
+        f"tpp_threshold_2_{kind}_diff_only" for kind in ("intended", "unintended")
+    )
+    assert found[False][intended] == found[True][intended] == 0.5
+    assert found[False][unintended] == 0.0
+    assert found[True][unintended] == 0.5
 
 
 def test_effects_of_tpp_leave_out_what_falls():

@@ -6,6 +6,8 @@ Ablating latents changes a token's x by -f[chosen] @ directions[chosen], so the 
 vector by the mean of that: each text is encoded once.
 """
 
+import importlib.util
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -33,13 +35,23 @@ def effects(
     return difference * (latents.directions @ w)
 
 
-def ranked(
-    effects: Float[np.ndarray, " d_sae"], *, surplus: bool
-) -> Int[np.ndarray, " chosen"]:
-    """Latents by effect, the largest first: those above 0, or with `surplus` as many as
-    are not 0."""
+def strongest(
+    effects: Float[np.ndarray, " d_sae"], n: int, *, surplus: bool
+) -> Int[np.ndarray, " chosen"] | None:
+    """The n latents with the largest effects, of those above 0. With `surplus` as many
+    as have an effect at all, as SAEBench takes them: where fewer are above 0, some
+    whose effect is 0 are among them. Which of these, torch's topk alone can say; None
+    where it is needed and torch is not installed."""
     order = np.argsort(-effects, kind="stable")
-    return order[: np.sum(effects != 0 if surplus else effects > 0)]
+    above = int(np.sum(effects > 0))
+    most = min(n, int(np.sum(effects != 0)) if surplus else above)
+    if not above < most < np.sum(effects >= 0):
+        return order[:most]
+    if importlib.util.find_spec("torch") is None:
+        return None
+    import torch
+
+    return torch.topk(torch.from_numpy(effects.astype(np.float32)), most)[1].numpy()
 
 
 def ablated_pooled(

@@ -28,7 +28,8 @@ class Quirks:
     padding_leak: 4.5, an ablated latent that is active at x = 0 is taken away once for
       each masked position [at the tokens].
     surplus_latents: 4.4, where fewer latents than asked for have a positive effect,
-      others are ablated with them [only those].
+      others are ablated with them, by torch's order of equal effects (its CPU's; a GPU
+      may take others) [only those].
     stored_norms: 2.5, latents and decoder rows as stored, whatever the decoder's norms
       [each latent times the norm of its decoder row, which then has norm 1; scores do
       not change with the parametrisation].

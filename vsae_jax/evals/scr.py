@@ -100,8 +100,8 @@ def _of_pair(
 ) -> Metrics:
     before, clean = prepared.before[pair], prepared.clean[pair]
     fitted = prepared.fitted[pair]
-    chosen = {
-        name: _chosen(task, fitted, latents, pair, split, name) for name in before
+    effects = {
+        name: _effects(task, fitted, latents, pair, split, name) for name in before
     }
     metrics: Metrics = {f"scr_clean_{name}_accuracy": clean[name] for name in clean}
     for name in ("label", "attribute"):
@@ -110,8 +110,11 @@ def _of_pair(
         scores: dict[int, float | None] = {}
         tests = samples(task, pair, split, "test", f"scr {n}")
         for direction, (ablated, on) in DIRECTIONS.items():
+            # None has an effect below 0: there is no surplus.
+            chosen = ablation.strongest(effects[ablated], n, surplus=False)
+            assert chosen is not None
             after = ablation.accuracy_after(
-                task, fitted, "biased", tests[on], latents, chosen[ablated][:n]
+                task, fitted, "biased", tests[on], latents, chosen
             )
             gap = clean[on] - before[on]
             change = after - before[on]
@@ -123,13 +126,12 @@ def _of_pair(
     return metrics
 
 
-def _chosen(
+def _effects(
     task: Task, fitted: Fitted, latents: Latents, pair: str, split: Split, name: str
 ) -> np.ndarray:
     w, _ = fitted.weights(name)
     sample = samples(task, pair, split, "train", "scr effects")[name]
-    effects = np.abs(ablation.effects(latents, sample, w, positive_only=False))
-    return ablation.ranked(effects, surplus=task.quirks.surplus_latents)
+    return np.abs(ablation.effects(latents, sample, w, positive_only=False))
 
 
 def _metric(

@@ -7,6 +7,8 @@ total         = intended - unintended                        (docs/saebench.md 4
 
 from typing import NamedTuple
 
+import numpy as np
+
 from vsae_jax.evals import ablation, probes
 from vsae_jax.evals.encoding import Latents
 from vsae_jax.evals.tasks import Fitted, Metrics, Task, fit_probes
@@ -36,22 +38,57 @@ def prepare(task: Task) -> Prepared:
 
 def score(task: Task, prepared: Prepared, latents: Latents) -> dict[str, Metrics]:
     """By class: total, intended and unintended for each number of latents."""
-    return {name: _of_class(task, prepared, latents, name) for name in prepared.clean}
+    chosen = _chosen(task, prepared, latents)
+    return {
+        name: _of_class(
+            task, prepared, latents, name, {n: of[name] for n, of in chosen.items()}
+        )
+        for name in prepared.clean
+    }
+
+
+def _chosen(
+    task: Task, prepared: Prepared, latents: Latents
+) -> dict[int, dict[str, np.ndarray]]:
+    """The latents to ablate, by their number and class; a number is left out where a
+    class has no known choice of so many."""
+    known: dict[int, dict[str, np.ndarray]] = {}
+    samples = task.samples("train", "tpp effects")
+    effects = {
+        name: ablation.effects(
+            latents, samples[name], prepared.fitted.weights(name)[0], positive_only=True
+        )
+        for name in prepared.clean
+    }
+    for n in ablation.usable(latents.pooled.shape[1]):
+        of_classes = {
+            name: ablation.strongest(e, n, surplus=task.quirks.surplus_latents)
+            for name, e in effects.items()
+        }
+        known[n] = {name: c for name, c in of_classes.items() if c is not None}
+        if len(known[n]) < len(effects):
+            del known[n]
+            print(
+                f"note: {task.name}: TPP with n = {n} is left out: fewer latents have "
+                "a positive effect, and which others SAEBench would take only torch "
+                "can say; install torch, or leave out the quirk surplus_latents"
+            )
+    return known
 
 
 def _of_class(
-    task: Task, prepared: Prepared, latents: Latents, ablated: str
+    task: Task,
+    prepared: Prepared,
+    latents: Latents,
+    ablated: str,
+    chosen: dict[int, np.ndarray],
 ) -> Metrics:
-    w, _ = prepared.fitted.weights(ablated)
-    sample = task.samples("train", "tpp effects")[ablated]
-    effects = ablation.effects(latents, sample, w, positive_only=True)
-    chosen = ablation.ranked(effects, surplus=task.quirks.surplus_latents)
     metrics: Metrics = {"tpp_clean_accuracy": prepared.clean[ablated]}
-    for n in ablation.usable(len(effects)):
+    for n, some in chosen.items():
         lost = {
             name: prepared.clean[name]
             - ablation.accuracy_after(
-                task, prepared.fitted, name, sample, latents, chosen[:n]
+                task, prepared.fitted, name, sample, latents, some
             )
             for name, sample in task.samples("test", f"tpp {ablated} {n}").items()
         }

@@ -67,8 +67,7 @@ def ours(run: str, folder: Path, a: argparse.Namespace) -> None:
     switches = quirks.read_quirks("", all_of_them=True)
     switches = dataclasses.replace(switches, resample=False)
     names = ["sparse_probing", "tpp"] + (["scr"] if a.attribute_column else [])
-    (s,) = on_texts.open_sets(names, config)
-    planned = on_texts.plan(s, names, config)
+    ((s, planned),) = on_texts.open_sets(names, config)
     seconds: list[dict[str, float]] = []
     for _ in range(2):
         found, arrays, times = measure(subject, s.name, planned, names, switches)

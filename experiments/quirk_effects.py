@@ -61,8 +61,7 @@ def _of_texts(
 ) -> dict[str, dict[str, Any]]:
     """Scores on the first labelled set; it is encoded once for each kind of norms."""
     names = list(on_texts.EVALS)
-    s = on_texts.open_sets(names, config)[0]
-    planned = on_texts.plan(s, names, config)
+    s, planned = on_texts.open_sets(names, config)[0]
     tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
     tokens = tokenise(planned.texts, tokenizer, bos=[subject.lm.bos_id])
     encoded = {

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vsae_jax.config import EvalConfig
 from vsae_jax.evals import Subject, encoding, first_letter, hub_sets, labelled, sampling
 from vsae_jax.evals import on_texts as texts
 from vsae_jax.evals.probes import Recipe, _optimizer, fit, fit_outputs
+from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Sample
 from vsae_jax.system.errors import UserError
 
@@ -387,6 +389,7 @@ def test_what_is_wrong_is_said_in_a_line(tiny_run, flags, change, says, capsys):
         ([{"text": "a", "label": ["x"]}], "of type list, not a label"),
         ([{"text": "a", "label": None}], "holds no labelled text"),
         ([{"text": "a", "label": "x"}], "has one label, 'x'"),
+        ([{"text": "a", "label": float("nan")}], "holds no labelled text"),
     ],
 )
 def test_bad_files_are_named(tmp_path, lines, says):
@@ -395,13 +398,180 @@ def test_bad_files_are_named(tmp_path, lines, says):
         labelled.read_sets(EvalConfig(run="r", labelled=path))
 
 
-def test_labels_may_be_numbers_and_null_rows_are_left_out(tmp_path):
-    lines = [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]
-    lines += [{"text": "c", "label": None}, {"text": " ", "label": 1}]
-    (s,) = labelled.read_sets(
-        EvalConfig(run="r", labelled=write(tmp_path / "x.jsonl", lines))
-    )
+def test_labels_may_be_numbers_and_rows_without_one_are_left_out_and_counted(tmp_path):
+    lines = [json.dumps({"text": "a", "label": 1, "side": "x"})]
+    lines += [json.dumps({"text": "b", "label": 2.5, "side": "y"})]
+    for label in ("null", "NaN", "Infinity", "-Infinity", "1e999", '""', '" "'):
+        lines.append('{"text": "c", "label": ' + label + ', "side": "x"}')
+    for text in ("null", '""', '" "'):
+        lines.append('{"text": ' + text + ', "label": 1, "side": "x"}')
+    lines += ['{"text": "d", "label": 1, "side": NaN}']
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(lines))
+    flags = {"labelled": str(path), "attribute_column": "side"}
+    (s,) = labelled.read_sets(EvalConfig(run="r", **flags))
     assert s.labels.tolist() == ["1", "2.5"]
+    assert s.notes == (
+        "11 of 13 rows are left out: 7 without a label (null, empty, NaN or infinite), "
+        "3 without a text, 1 without an attribute (null, empty, NaN or infinite)",
+    )
+
+
+def test_what_makes_scores_other_than_they_seem_is_noted():
+    s = text_set()
+    s.texts[3:60] = ["the same in train and test, and under three labels"] * 57
+    config = EvalConfig(run="r", labelled="x")
+    planned = texts.plan(s, ["tpp"], config)
+    two, seen = texts.notes(s._replace(notes=("first",)), planned)[1:]
+    assert two.startswith("1 texts have more than one label, such as 'the same in")
+    assert seen.startswith("1 texts are both in train and in test, such as 'the same")
+    assert texts.notes(text_set(), texts.plan(text_set(), ["tpp"], config)) == []
+
+
+def test_a_text_in_train_of_one_pair_and_test_of_another_is_not_noted():
+    """Probes of different pairs are trained apart."""
+    s = text_set(texts=["a"] * 2, labels=np.array(["x", "y"]))
+    apart = {"x / y": sampling.Split({"P-": np.array([0])}, {"P-": np.array([])})}
+    apart["x / z"] = sampling.Split({"P-": np.array([])}, {"P-": np.array([1])})
+    planned = texts.Planned("set", s.texts, sampling.Split({}, {}), apart, ["scr"], {})
+    assert texts.repeated(planned) == []
+    both = sampling.Split({"P-": np.array([0])}, {"P-": np.array([1])})
+    assert texts.repeated(planned._replace(quadrants={"x / y": both})) == ["a"]
+
+
+def test_notes_are_printed_and_stand_beside_the_scores(
+    tiny_run, flags, tmp_path, capsys
+):
+    lines = [json.dumps(row) for row in rows(60)]
+    lines += lines[:50]
+    lines += ['{"story": "a cat", "animal": NaN, "stars": 1}']
+    path = tmp_path / "notes.jsonl"
+    path.write_text("\n".join(lines))
+    folder = copied(tiny_run, tmp_path / "run")
+    options = flags | {"labelled": path, "evals": "sparse_probing"}
+    assert call("evaluate", run=folder, **options) == 0
+    notes = results(folder, "sparse_probing")["config"]["sets"]["notes"]["notes"]
+    assert notes[0].startswith("1 of 111 rows are left out: 1 without a label")
+    assert "both in train and in test" in notes[1]
+    out = capsys.readouterr().out
+    assert all(f"note: notes: {note}" in out for note in notes)
+
+
+def subject_like(trained, language_model, **changes) -> Any:
+    """A subject of a model that says other things of itself."""
+    names = "name revision max_positions bos_id special_ids d_model residual".split()
+    said = {name: getattr(language_model, name) for name in names}
+    other = SimpleNamespace(**said | changes)
+    return Subject(trained, other, np.zeros((1, 16), int), 2, {})
+
+
+def test_texts_of_only_special_tokens_are_noted(tiny_run, tiny_model, capsys):
+    language_model = lm.load_language_model(str(tiny_model))
+    tokenizer = lm.load_tokenizer(str(tiny_model))
+    (mark,) = tokenizer("!")["input_ids"]
+    subject = subject_like(
+        runs.open_run(tiny_run), language_model, special_ids=frozenset({0, mark})
+    )
+    s = text_set()
+    s.texts[:2] = ["!", "!!!!"]
+    planned = texts.plan(s, ["tpp"], EvalConfig(run="r", labelled="x"))
+    (read,) = texts.read([subject], [(s, planned)], Quirks())
+    (note,) = read.notes
+    assert note == "2 of 90 texts have only special tokens: their vectors are 0"
+    assert f"note: set: {note}" in capsys.readouterr().out
+
+
+# Models of few positions
+
+
+def test_texts_are_cut_to_the_models_positions_and_no_batch_is_longer(
+    tiny_run, tiny_model
+):
+    language_model = lm.load_language_model(str(tiny_model))
+    lengths = []
+
+    def residual(tokens, layer):
+        lengths.append(tokens.shape[1])
+        return language_model.residual(tokens, layer)
+
+    subject = subject_like(
+        runs.open_run(tiny_run), language_model, max_positions=50, residual=residual
+    )
+    s = text_set(texts=[f"cat {i} " * 90 for i in range(45)] + ["a cat"] * 45)
+    planned = texts.plan(s, ["sparse_probing"], EvalConfig(run="r", labelled="x"))
+    (read,) = texts.read([subject], [(s, planned)], Quirks())
+    assert read.notes[-1] == "texts are cut to the 50 positions of the model, not 128"
+    assert {len(row) for row in read.tokens if len(row) > 10} == {50}
+    encoding.encode_texts([subject], read.tokens, stored_norms=False)
+    assert set(lengths) == {16, 50}
+    with pytest.raises(UserError, match="has 50 positions and SAEBench reads texts in"):
+        texts.read([subject], [(s, planned)], Quirks(padding_leak=True))
+
+
+@pytest.fixture(scope="module")
+def short_model(tiny_model, tmp_path_factory):
+    """The tiny model with 8 positions."""
+    folder = copied(tiny_model, tmp_path_factory.mktemp("short") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 8
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_of_few_positions_is_scored_on_shorter_texts(
+    tiny_run, short_model, flags, tmp_path, capsys
+):
+    folder = copied(tiny_run, tmp_path / "run")
+    options = flags | {"model": short_model, "evals": "sparse_probing"}
+    assert call("evaluate", run=folder, **options) == 0
+    assert "cut to the 8 positions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("evals", "says"),
+    [
+        ("sparse_probing,core", "contexts of 16 tokens do not fit the 8 positions"),
+        ("sparse_probing,absorption", "--evals=absorption reads prompts of "),
+    ],
+)
+def test_what_a_model_has_no_positions_for_is_refused_before_anything_runs(
+    tiny_run, short_model, flags, tmp_path, capsys, monkeypatch, evals, says
+):
+    monkeypatch.setattr(first_letter, "too_few", lambda words: False)
+    folder = copied(tiny_run, tmp_path / "run")
+    options = flags | {"model": short_model, "evals": evals}
+    assert call("evaluate", run=folder, **options) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "evals").exists()
+
+
+# What is checked before the first pass of the language model
+
+
+def test_too_few_texts_are_refused_before_core_runs(tiny_run, flags, tmp_path, capsys):
+    folder = copied(tiny_run, tmp_path / "run")
+    few = write(tmp_path / "few.jsonl", rows(30))
+    options = flags | {"labelled": few, "evals": "core,scr"}
+    assert call("evaluate", run=folder, **options) == 2
+    said = capsys.readouterr()
+    assert "no two labels have 10 texts or more with each attribute" in said.err
+    assert "core on" not in said.out
+    assert not (folder / "evals").exists()
+
+
+def test_what_did_run_is_summed_up_where_the_rest_fails(
+    tiny_run, flags, tmp_path, capsys, monkeypatch
+):
+    def broken(*arguments):
+        raise UserError("no more")
+
+    monkeypatch.setattr(texts, "run", broken)
+    folder = copied(tiny_run, tmp_path / "run")
+    assert call("evaluate", run=folder, evals="core,tpp", **flags) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1] == "error: no more"
+    assert "loss recovered" in said.out
+    assert "## core" in (folder / "evals/summary.md").read_text()
 
 
 def test_too_few_texts_are_refused(tmp_path):

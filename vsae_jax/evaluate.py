@@ -48,16 +48,24 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     )
     of_texts = [name for name in names if name in on_texts.EVALS]
     sets = on_texts.open_sets(of_texts, eval_config) if of_texts else []
+    # All of it is checked before the first pass of a language model.
+    checked = [
+        (subjects, _checked(subjects, sets, names, quirks))
+        for subjects in open_subjects(eval_config)
+    ]
     results: dict[str, dict[str, Any]] = {}
-    for subjects in open_subjects(eval_config):
-        evaluated = _evaluated(subjects, sets, names, eval_config, quirks)
-        for name, found in evaluated:
-            for subject, result in zip(subjects, found, strict=True):
-                _write(subject, name, result, saebench=eval_config.saebench_json)
-                arm = subject.run.folder.resolve().name
-                results.setdefault(arm, {}).update(result["metrics"])
-    print(f"wrote {summary.write(Path(eval_config.run))}")
-    print(table(results))
+    try:
+        for subjects, texts in checked:
+            evaluated = _evaluated(subjects, texts, names, eval_config, quirks)
+            for name, found in evaluated:
+                for subject, result in zip(subjects, found, strict=True):
+                    _write(subject, name, result, saebench=eval_config.saebench_json)
+                    arm = subject.run.folder.resolve().name
+                    results.setdefault(arm, {}).update(result["metrics"])
+    finally:
+        if results:
+            print(f"wrote {summary.write(Path(eval_config.run))}")
+            print(table(results))
     return results
 
 
@@ -95,9 +103,24 @@ def _eval_names(config: EvalConfig) -> list[str]:
     return names
 
 
+def _checked(
+    subjects: Sequence[Subject],
+    sets: Sequence[tuple[TextSet, on_texts.Planned]],
+    names: Sequence[str],
+    quirks: Quirks,
+) -> list[on_texts.Tokenised]:
+    """The labelled texts as the subjects' model reads them, once every evaluation has
+    what it needs."""
+    if "core" in names:
+        core.check(subjects)
+    if "absorption" in names:
+        absorption.check(subjects)
+    return on_texts.read(subjects, sets, quirks) if sets else []
+
+
 def _evaluated(
     subjects: Sequence[Subject],
-    sets: Sequence[TextSet],
+    sets: Sequence[on_texts.Tokenised],
     names: Sequence[str],
     config: EvalConfig,
     quirks: Quirks,

@@ -25,7 +25,7 @@ from vsae_jax.evals.first_letter import LETTERS, Words
 from vsae_jax.evals.probes import Probe, Recipe, fit_outputs
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import generator
-from vsae_jax.system.errors import missing_extra
+from vsae_jax.system.errors import UserError, missing_extra
 
 LETTER_PROBE = Recipe(
     lr=1e-2, batch_size=64, epochs=50, weight_decay=1e-4, coupled=True, end_lr=1e-5
@@ -64,14 +64,35 @@ class Prepared(NamedTuple):
         return np.flatnonzero(self.f1 > LEAST_F1).tolist()
 
 
+def check(subjects: Sequence[Subject]) -> None:
+    """Refuses what would end without a number: scikit-learn that is not there, prompts
+    longer than the model's contexts. Says so where it has too few words."""
+    if importlib.util.find_spec("sklearn") is None:
+        raise missing_extra("scikit-learn", extra="analysis")
+    language_model = subjects[0].lm
+    tokenizer = lm.load_tokenizer(language_model.name, revision=language_model.revision)
+    words = first_letter.alphabetic_words(tokenizer)
+    if first_letter.too_few(words):
+        print(
+            f"note: absorption will be refused: the vocabulary has {len(words)} words "
+            "of one token"
+        )
+        return
+    longest = first_letter.prompt_length(words, tokenizer)
+    if language_model.max_positions and longest > language_model.max_positions:
+        raise UserError(
+            f"--evals=absorption reads prompts of {longest} tokens and "
+            f"--model={language_model.name} has {language_model.max_positions} "
+            "positions; leave absorption out"
+        )
+
+
 def run(
     subjects: Sequence[Subject], config: EvalConfig, quirks: Quirks
 ) -> list[dict[str, Any]]:
     """`{"metrics", "per_letter", "config"}` of each; without metrics and with a
     `reason` where the model does not encode enough letters. The subjects share their
     language model and layer."""
-    if importlib.util.find_spec("sklearn") is None:
-        raise missing_extra("scikit-learn", extra="analysis")
     prepared = _prepare(subjects[0], config)
     results = []
     for subject in subjects:
@@ -135,7 +156,7 @@ def _prepare(subject: Subject, config: EvalConfig) -> Prepared:
     words = first_letter.alphabetic_words(tokenizer)
     halves = first_letter.split(words, generator(config.seed, "absorption", "split"))
     empty = Words([], np.zeros(0, int), np.zeros((0, subject.lm.d_model), np.float32))
-    if len(halves[1]) <= first_letter.EXAMPLES:
+    if first_letter.too_few(words):
         probe = Probe(*(np.zeros((0, 26)), np.zeros(26)))
         return Prepared(empty, empty, probe, np.zeros(26), None)
     print(f"absorption on {len(words):,} words")

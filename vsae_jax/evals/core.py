@@ -37,6 +37,11 @@ from vsae_jax.lm import LanguageModel, identity, next_token_loss
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
+_NOTHING = (
+    "nothing to predict: every token is special, without an activation row, or the "
+    "last of its context; evaluate on more or other text"
+)
+
 
 class Losses(NamedTuple):
     """Sums over a batch, of one way to run the model: cross-entropy in nats over
@@ -71,6 +76,20 @@ class Tally:
         self.reconstruction.add(jax.device_get(sums))
         self.losses.append(jax.device_get(losses))
         self.contexts_fired += np.asarray(contexts_fired, np.float64)
+
+
+def check(subjects: Sequence[Subject]) -> None:
+    """Refuses contexts that the model has no positions for, and tokens of which none
+    counts. The subjects share their language model and tokens."""
+    first = subjects[0]
+    most, length = first.lm.max_positions, first.tokens.shape[1]
+    if most and length > most:
+        raise UserError(
+            f"contexts of {length} tokens do not fit the {most} positions of "
+            f"--model={first.lm.name}; evaluate on shorter ones with --activations"
+        )
+    if not any(keep[:, :-1].any() for _, keep, _ in masked_batches(first)):
+        raise UserError(_NOTHING)
 
 
 def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
@@ -237,10 +256,7 @@ def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
         Losses(*np.sum(np.asarray(batches, np.float64), axis=0)) for batches in each
     ]
     if not totals[0].predictions:
-        raise UserError(
-            "nothing to predict: every token is special, without an activation row, or "
-            "the last of its context; evaluate on more or other text"
-        )
+        raise UserError(_NOTHING)
     clean, spliced, ablated = (float(t.ce / t.predictions) for t in totals)
     _, kl, kl_ablated = (float(t.kl / t.positions) for t in totals)
     kl_score = ratio(kl_ablated - kl, kl_ablated)

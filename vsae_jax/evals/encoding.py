@@ -80,7 +80,8 @@ def encode_texts(
     pooled = [np.zeros((len(tokens), s.run.sae.d_sae), np.float32) for s in subjects]
     size = subjects[0].batch_size
     with progress.bar(len(tokens), unit="text") as bar:
-        for rows, batch in _batches(tokens, size, sorted(lm.special_ids)):
+        special = sorted(lm.special_ids)
+        for rows, batch in _batches(tokens, size, special, most=lm.max_positions):
             residual = jnp.asarray(lm.residual(batch.tokens, data["layer"]))
             masked, mean = _masked(residual, batch.keep, center=data["center_residual"])
             n = len(rows)
@@ -101,7 +102,8 @@ def residuals_at(
     language_model, data = subject.lm, subject.run.data
     found = np.zeros((len(tokens), language_model.d_model), np.float32)
     with progress.bar(len(tokens), unit="text") as bar:
-        for rows, batch in _batches(tokens, subject.batch_size, []):
+        most = language_model.max_positions
+        for rows, batch in _batches(tokens, subject.batch_size, [], most=most):
             residual = jnp.asarray(language_model.residual(batch.tokens, data["layer"]))
             own = residual[np.arange(len(rows)), places[rows]][:, None]
             found[rows] = rows_of(own, center=data["center_residual"])
@@ -149,14 +151,20 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    tokens: Sequence[Int[np.ndarray, " tokens"]], size: int, special: list[int]
+    tokens: Sequence[Int[np.ndarray, " tokens"]],
+    size: int,
+    special: list[int],
+    *,
+    most: int | None,
 ) -> Iterator[tuple[Int[np.ndarray, " rows"], _Batch]]:
     """Numbers of texts of like length, and their padded tokens. `size` is in texts of
-    the full length; of shorter ones more are taken."""
+    the full length; of shorter ones more are taken. No batch is longer than `most`."""
     lengths = np.array([len(row) for row in tokens])
-    ends = [length for length in _LENGTHS if length < CONTEXT]
+    longest = max(CONTEXT, lengths.max(initial=0))
+    longest = min(longest, most or longest)
+    ends = [length for length in _LENGTHS if length < min(CONTEXT, longest)]
     bucket = np.searchsorted(ends, lengths)
-    for i, length in enumerate([*ends, max(CONTEXT, lengths.max(initial=0))]):
+    for i, length in enumerate([*ends, longest]):
         rows = np.flatnonzero(bucket == i)
         at_once = size * max(CONTEXT // length, 1)
         for start in range(0, len(rows), at_once):

@@ -60,6 +60,17 @@ def split(words: list[str], rng: np.random.Generator) -> tuple[list[str], list[s
     return shuffled[:n], shuffled[n:]
 
 
+def too_few(words: list[str]) -> bool:
+    """Whether there are not enough of them for prompts about the rest of `split`."""
+    return len(words) - int(len(words) * _TRAIN_SHARE) <= EXAMPLES
+
+
+def prompt_length(words: list[str], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Tokens of a prompt: every word is one, and so is a letter."""
+    made = prompts(words[:1], words, np.random.default_rng(0))
+    return len(text.encode(made, tokenizer)[0])
+
+
 def letter_of(word: str) -> int:
     """The number of a word's first letter."""
     return LETTERS.index(word.strip()[0].lower())

@@ -1,8 +1,9 @@
 """Labelled texts: local `.jsonl` files, or SAEBench's own data sets by name."""
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,19 @@ from vsae_jax.evals import hub_sets
 from vsae_jax.system.errors import UserError, one_line
 
 _MOST_VALUES = 100
+# What a row lacks, by the flag that names the column.
+_MISSING = {
+    "text_column": "without a text",
+    "label_column": "without a label (null, empty, NaN or infinite)",
+    "attribute_column": "without an attribute (null, empty, NaN or infinite)",
+}
 
 
 class TextSet(NamedTuple):
     """Texts with a label each, and where there is one an attribute.
 
     classes: the labels that are probed for, sorted. in_test: the rows of the set's own
-    test split; None where it has none, and ours is drawn.
+    test split; None where it has none, and ours is drawn. notes: what was left out.
     """
 
     name: str
@@ -28,6 +35,7 @@ class TextSet(NamedTuple):
     attributes: np.ndarray | None
     classes: tuple[str, ...]
     in_test: np.ndarray | None
+    notes: tuple[str, ...] = ()
 
 
 def read_sets(config: EvalConfig) -> list[TextSet]:
@@ -43,8 +51,9 @@ def read_sets(config: EvalConfig) -> list[TextSet]:
             found = hub_sets.read(name, rows=config.train_size + config.test_size)
             sets += [_text_set(*part) for part in found]
         else:
-            rows = _jsonl(name, config.text_column, label, attribute)
-            sets.append(_text_set(Path(name).stem, list(rows), (), None))
+            rows, missing = _jsonl(name, config.text_column, label, attribute)
+            notes = _left_out(missing, len(rows))
+            sets.append(_text_set(Path(name).stem, rows, (), None, notes))
     repeated = [n for n, count in Counter(s.name for s in sets).items() if count > 1]
     if repeated:
         raise UserError(f"--labelled: two sets have the name {repeated[0]}; rename one")
@@ -67,6 +76,7 @@ def _text_set(
     rows: list[hub_sets.Row],
     classes: tuple[str, ...],
     in_test: np.ndarray | None,
+    notes: tuple[str, ...] = (),
 ) -> TextSet:
     labels = np.array([row.label for row in rows])
     found = sorted(set(labels.tolist()))
@@ -82,31 +92,48 @@ def _text_set(
     known = all(row.attribute is not None for row in rows)
     attributes = np.array([row.attribute for row in rows]) if known else None
     texts = [row.text for row in rows]
-    return TextSet(name, texts, labels, attributes, classes or tuple(found), in_test)
+    classes = classes or tuple(found)
+    return TextSet(name, texts, labels, attributes, classes, in_test, notes)
 
 
-def _jsonl(name: str, text: str, label: str, attribute: str) -> Iterator[hub_sets.Row]:
+def _jsonl(
+    name: str, text: str, label: str, attribute: str
+) -> tuple[list[hub_sets.Row], Counter[str]]:
+    """The rows of a file that have all that is asked for, and how many lack what."""
     path = Path(name).expanduser()
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         known = ", ".join(hub_sets.SETS)
         raise UserError(f"--labelled={name} is no .jsonl file here and none of {known}")
     columns = {"text_column": text, "label_column": label}
     columns |= {"attribute_column": attribute} if attribute else {}
-    empty = True
+    rows: list[hub_sets.Row] = []
+    missing: Counter[str] = Counter()
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             row = _object(line, f"{path}, line {number}")
-            values = [
-                _value(row, column, flag, f"{path}, line {number}")
+            values = {
+                flag: _value(row, column, flag, f"{path}, line {number}")
                 for flag, column in columns.items()
-            ]
-            if None not in values and values[0].strip():
-                empty = False
-                yield hub_sets.Row(*values)
-    if empty:
+            }
+            lacking = [flag for flag, value in values.items() if value is None]
+            if lacking:
+                missing[_MISSING[lacking[0]]] += 1
+            else:
+                rows.append(hub_sets.Row(*values.values()))
+    if not rows:
         raise UserError(f"{path} holds no labelled text")
+    return rows, missing
+
+
+def _left_out(missing: Counter[str], kept: int) -> tuple[str, ...]:
+    """A note on the rows that are left out, where there are some."""
+    if not missing:
+        return ()
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in missing.items())
+    left, total = missing.total(), missing.total() + kept
+    return (f"{left:,} of {total:,} rows are left out: {kinds}",)
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:
@@ -120,20 +147,24 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _value(row: dict[str, Any], column: str, flag: str, where: str) -> Any:
-    """A column as text; None where it is null."""
+    """A column as text; None where it is null, blank, or no finite number, which is
+    how a table's missing numbers are written."""
     if column not in row:
         raise _no_column(flag, column, row, where)
     value = row[column]
-    if value is None:
-        return None
     is_text = flag == "text_column"
-    if isinstance(value, list | dict) or (is_text and not isinstance(value, str)):
+    if isinstance(value, list | dict) or (
+        is_text and not isinstance(value, str | None)
+    ):
         raise UserError(
             f"{where}: --{flag}={column} is of type {type(value).__name__}, not "
             + ("text" if is_text else "a label")
         )
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None
     # JSON can spell lone surrogates, which no tokenizer takes.
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    value = str(value).encode("utf-8", "replace").decode("utf-8")
+    return value if value.strip() else None
 
 
 def _no_column(flag: str, column: str, row: Iterable[str], where: str) -> UserError:

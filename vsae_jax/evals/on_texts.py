@@ -1,22 +1,24 @@
 """The evaluations on labelled texts: one pass of the language model over each set for
 all autoencoders, whose pooled latents serve all evaluations."""
 
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from vsae_jax import lm
 from vsae_jax.config import EvalConfig
 from vsae_jax.evals import Subject, hub_sets, sampling, scr, sparse_probing, tpp
-from vsae_jax.evals.encoding import encode_texts, tokenise
+from vsae_jax.evals.encoding import CONTEXT, encode_texts, tokenise
 from vsae_jax.evals.labelled import TextSet, read_sets
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Split
 from vsae_jax.evals.tasks import Metrics, Task, mean_metrics
-from vsae_jax.system.errors import UserError
+from vsae_jax.system.errors import UserError, missing_extra
 
 EVALS: dict[str, ModuleType] = {
     "sparse_probing": sparse_probing,
@@ -28,16 +30,30 @@ _LATENT_BYTES = 2**31
 
 
 class Planned(NamedTuple):
-    """A set cut to the rows that are used, and these by class and by quadrant."""
+    """A set cut to the rows that are used, and these by class and by quadrant.
 
+    evals: the evaluations that take it. about: what was there and what of it is used.
+    """
+
+    name: str
     texts: list[str]
     split: Split
     quadrants: dict[str, Split]
+    evals: list[str]
+    about: dict[str, Any]
+
+
+class Tokenised(NamedTuple):
+    """A plan, and its texts as a language model reads them."""
+
+    planned: Planned
+    tokens: list[Int[np.ndarray, " tokens"]]
+    notes: list[str]
 
 
 def run(
     subjects: Sequence[Subject],
-    sets: Sequence[TextSet],
+    sets: Sequence[Tokenised],
     names: Sequence[str],
     config: EvalConfig,
     quirks: Quirks,
@@ -45,17 +61,16 @@ def run(
     """What each evaluation's JSON holds, by name, for each subject. The subjects share
     their language model and layer."""
     found: dict[str, list[dict[str, Any]]] = {n: [{} for _ in subjects] for n in names}
-    sizes: dict[str, dict[str, Any]] = {}
+    about: dict[str, dict[str, Any]] = {}
     for s in sets:
-        wanted = [name for name in names if _takes(name, s)]
-        planned = plan(s, wanted, config)
-        sizes[s.name] = _sizes(s, planned)
-        print(f"{s.name}: {_describe(sizes[s.name])}")
-        for name, i, by_class in _scores(subjects, s, planned, wanted, config, quirks):
-            found[name][i][s.name] = by_class
+        planned = s.planned
+        about[planned.name] = planned.about | {"notes": s.notes}
+        print(f"{planned.name}: {_describe(planned.about)}")
+        for name, i, by_class in _scores(subjects, s, config, quirks):
+            found[name][i][planned.name] = by_class
     return {
         name: [
-            _result(name, per_set, subject, config, quirks, sizes)
+            _result(name, per_set, subject, config, quirks, about)
             for per_set, subject in zip(found[name], subjects, strict=True)
         ]
         for name in names
@@ -64,6 +79,7 @@ def run(
 
 def plan(s: TextSet, names: Sequence[str], config: EvalConfig) -> Planned:
     """Which rows the evaluations need, renumbered within those."""
+    names = [name for name in names if _takes(name, s)]
     sizes: dict[str, int] = {
         name: getattr(config, name) for name in ("train_size", "test_size", "seed")
     }
@@ -88,9 +104,12 @@ def plan(s: TextSet, names: Sequence[str], config: EvalConfig) -> Planned:
     parts = [part for each in splits for rows in each for part in rows.values()]
     used = np.unique(np.concatenate(parts))
     return Planned(
-        [s.texts[row] for row in used],
-        _renumbered(split, used),
-        {pair: _renumbered(each, used) for pair, each in quadrants.items()},
+        name=s.name,
+        texts=[s.texts[row] for row in used],
+        split=_renumbered(split, used),
+        quadrants={pair: _renumbered(each, used) for pair, each in quadrants.items()},
+        evals=names,
+        about=_about(s, split, quadrants, used=len(used)),
     )
 
 
@@ -102,8 +121,91 @@ def _renumbered(split: Split, used: np.ndarray) -> Split:
     return Split(train, test)
 
 
-def open_sets(names: Sequence[str], config: EvalConfig) -> list[TextSet]:
-    """The labelled sets, checked for what the evaluations need."""
+def notes(s: TextSet, planned: Planned) -> list[str]:
+    """What makes the scores of a set other than they seem."""
+    said = list(s.notes)
+    labels: dict[str, set[str]] = {}
+    for text, label in zip(s.texts, s.labels.tolist(), strict=True):
+        labels.setdefault(text, set()).add(label)
+    several = [text for text, found in labels.items() if len(found) > 1]
+    if several:
+        said.append(
+            f"{len(several):,} texts have more than one label, such as "
+            f"{shortened(several[0])}: no probe can be right about all of them"
+        )
+    seen = repeated(planned)
+    if seen:
+        said.append(
+            f"{len(seen):,} texts are both in train and in test, such as "
+            f"{shortened(seen[0])}: accuracies are the higher for what is remembered"
+        )
+    return said
+
+
+def repeated(planned: Planned) -> list[str]:
+    """Texts that a probe is both trained and tested on, in the set's order."""
+    found: set[int] = set()
+    for split in (planned.split, *planned.quadrants.values()):
+        train, test = (
+            {int(row) for rows in part.values() for row in rows} for part in split
+        )
+        seen = {planned.texts[row] for row in train}
+        found |= {row for row in test if planned.texts[row] in seen}
+    return list(dict.fromkeys(planned.texts[row] for row in sorted(found)))
+
+
+def shortened(text: str) -> str:
+    """The beginning of a text, in quotation marks, on one line."""
+    return repr(text if len(text) <= 40 else text[:40] + "...")
+
+
+def read(
+    subjects: Sequence[Subject],
+    sets: Sequence[tuple[TextSet, Planned]],
+    quirks: Quirks,
+) -> list[Tokenised]:
+    """The sets as the subjects' language model reads them; what should be known of them
+    is printed."""
+    first = subjects[0]
+    length = CONTEXT
+    if first.lm.max_positions and first.lm.max_positions < CONTEXT:
+        length = first.lm.max_positions
+        if quirks.padding_leak:
+            raise UserError(
+                f"--model={first.lm.name} has {length} positions and SAEBench reads "
+                f"texts in {CONTEXT}: leave out --saebench_compatible and the quirk "
+                "padding_leak, and texts are cut to what the model can read"
+            )
+    bos = [] if first.run.data["bos"] == "none" else [first.lm.bos_id]
+    tokenizer = lm.load_tokenizer(first.lm.name, revision=first.lm.revision)
+    found = []
+    for s, planned in sets:
+        tokens = tokenise(planned.texts, tokenizer, bos=bos, length=length)
+        said = notes(s, planned)
+        special = sorted(first.lm.special_ids)
+        empty = sum(np.isin(row, special).all() for row in tokens)
+        if empty:
+            said.append(
+                f"{empty:,} of {len(tokens):,} texts have only special tokens: their "
+                "vectors are 0"
+            )
+        if length < CONTEXT:
+            said.append(
+                f"texts are cut to the {length} positions of the model, not {CONTEXT}"
+            )
+        for line in said:
+            print(f"note: {s.name}: {line}")
+        found.append(Tokenised(planned, tokens, said))
+    return found
+
+
+def open_sets(
+    names: Sequence[str], config: EvalConfig
+) -> list[tuple[TextSet, Planned]]:
+    """The labelled sets and what of them is used, checked for what the evaluations
+    need."""
+    if "sparse_probing" in names and importlib.util.find_spec("sklearn") is None:
+        raise missing_extra("scikit-learn", extra="analysis")
     sets = read_sets(config)
     for name in names:
         if not any(_takes(name, s) for s in sets):
@@ -118,7 +220,8 @@ def open_sets(names: Sequence[str], config: EvalConfig) -> list[TextSet]:
                 f"{s.name}: --attribute_column has {len(values)} values "
                 f"({', '.join(values[:3])}, ...); scr needs two"
             )
-    return sets
+    taken = [s for s in sets if any(_takes(name, s) for name in names)]
+    return [(s, plan(s, names, config)) for s in taken]
 
 
 def _takes(name: str, s: TextSet) -> bool:
@@ -129,25 +232,17 @@ def _takes(name: str, s: TextSet) -> bool:
 
 
 def _scores(
-    subjects: Sequence[Subject],
-    s: TextSet,
-    planned: Planned,
-    names: Sequence[str],
-    config: EvalConfig,
-    quirks: Quirks,
+    subjects: Sequence[Subject], s: Tokenised, config: EvalConfig, quirks: Quirks
 ) -> Iterator[tuple[str, int, dict[str, Metrics]]]:
     """(evaluation, number of the subject, metrics by class) of one set."""
-    first = subjects[0]
-    bos = [] if first.run.data["bos"] == "none" else [first.lm.bos_id]
-    tokenizer = lm.load_tokenizer(first.lm.name, revision=first.lm.revision)
-    tokens = tokenise(planned.texts, tokenizer, bos=bos)
+    planned, tokens = s.planned, s.tokens
     prepared: dict[str, Any] = {}
     for group in _groups(subjects, len(tokens)):
         some = [subjects[i] for i in group]
         pooled, latents = encode_texts(some, tokens, stored_norms=quirks.stored_norms)
         split, quadrants = planned.split, planned.quadrants
-        task = Task(s.name, split, quadrants, pooled, config.seed, quirks)
-        for name in names:
+        task = Task(planned.name, split, quadrants, pooled, config.seed, quirks)
+        for name in planned.evals:
             if name not in prepared:
                 prepared[name] = EVALS[name].prepare(task)
             for i, own in zip(group, latents, strict=True):
@@ -167,12 +262,13 @@ def _groups(subjects: Sequence[Subject], n_texts: int) -> Iterator[list[int]]:
     yield group
 
 
-def _sizes(s: TextSet, planned: Planned) -> dict[str, Any]:
+def _about(
+    s: TextSet, split: Split, quadrants: dict[str, Split], *, used: int
+) -> dict[str, Any]:
     """What was there and what of it is used."""
-    split = planned.split
     return {
         "texts": len(s.texts),
-        "used": len(planned.texts),
+        "used": used,
         "per_class": {
             name: {"train": len(rows), "test": len(split.test[name])}
             for name, rows in split.train.items()
@@ -180,7 +276,7 @@ def _sizes(s: TextSet, planned: Planned) -> dict[str, Any]:
         "left_out": sorted(set(s.classes) - split.train.keys()) if split.train else [],
         "per_quadrant": {
             pair: {"train": len(quad.train["P-"]), "test": len(quad.test["P-"])}
-            for pair, quad in planned.quadrants.items()
+            for pair, quad in quadrants.items()
         },
     }
 
@@ -206,7 +302,7 @@ def _result(
     subject: Subject,
     config: EvalConfig,
     quirks: Quirks,
-    sizes: dict[str, dict[str, Any]],
+    about: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     if EVALS[name].SETS_WEIGH_EQUALLY:
         of_sets = [mean_metrics(list(each.values())) for each in per_set.values()]
@@ -220,7 +316,7 @@ def _result(
             "tokens_from": "labelled texts",
             "n_tokens": None,
             "n_contexts": None,
-            "sets": {name: sizes[name] for name in per_set},
+            "sets": {name: about[name] for name in per_set},
             "train_size": config.train_size,
             "test_size": config.test_size,
             "eval_seed": config.seed,

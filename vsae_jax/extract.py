@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from vsae_jax.activations import extraction, text
+from vsae_jax.activations import extraction, massive, text
 from vsae_jax.activations.manifest import Manifest, read_manifest
 from vsae_jax.activations.shards import Activations, ShardWriter, is_missing
 from vsae_jax.activations.shared_shards import open_writer
@@ -102,6 +102,8 @@ def _extract(config: ExtractConfig, folder: Path) -> None:
         folder, manifest, model, contexts, batch_size=config.batch_size
     )
     _conclude(folder, manifest, time.monotonic() - began)
+    if processes.first():
+        print(_massive(config, folder, model))
 
 
 def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
@@ -225,6 +227,13 @@ def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
         f"wrote {m.n_contexts:,} contexts, {m.n_rows:,} rows to {folder} in "
         f"{seconds:.1f} s; root mean square norm of a row: {norm:.4g}"
     )
+
+
+def _massive(config: ExtractConfig, folder: Path, model: LanguageModel) -> str:
+    """What `massive` found in a sample of the rows, with tokens by their text."""
+    tokenizer = load_tokenizer(config.model, revision=model.revision)
+    found = massive.look(*massive.sample(Activations.open(folder)))
+    return massive.described(found, lambda token: str(tokenizer.decode([token])))
 
 
 def write_shards(

@@ -57,7 +57,7 @@ def test_skip_counts_them_and_never_trains_on_them(spoilt, tmp_path, feed, capsy
     assert planned.left_out.rows.tolist() == list(BAD)
     plan.explain(planned, asked=planned.train)
     said = capsys.readouterr().out
-    assert "3 of 1200 rows are NaN, infinite or giant and left out" in said
+    assert "3 of 1200 rows are NaN, infinite or giant and are left out" in said
     good = np.delete(Activations.open(spoilt).rows(0, 960), list(BAD), axis=0)
     with Feed(planned) as source:
         taken = source.stack(0, 60, n_max=60)
@@ -122,6 +122,68 @@ def test_every_bad_value_is_found_and_no_good_one(extracted, dtype):
         changed = rows.copy()
         changed[17, 5] = value
         assert not check.bad(changed).any(), value
+
+
+# Row of the folder, and what its norm is multiplied with.
+MASSIVE = {5: 12.0, 490: 30.0, 1100: 11.0, 1101: 8.0}
+
+
+@pytest.fixture
+def massive_rows(tiny_rows, tmp_path):
+    rows = copied(tiny_rows, tmp_path / "rows")
+    opened = Activations.open(tiny_rows)
+    whole = opened.rows(0, opened.n_rows).astype(np.float64)
+    norms = np.linalg.norm(whole, axis=1)
+    for number, times in MASSIVE.items():
+        factor = times * np.median(norms) / norms[number]
+        shard, at = divmod(number, 480)
+
+        def change(array, at=at, factor=factor):
+            array[at] *= factor
+
+        rewrite(rows / f"activations-{shard:05d}.npy", change)
+    return rows
+
+
+def test_massive_rows_are_left_out_counted_and_recorded(massive_rows, tmp_path, capsys):
+    flags = {"activations": massive_rows, **TRAINING}
+    out = tmp_path / "run"
+    assert call("train", out=out, max_norm_multiple=10, **flags) == 0
+    said = capsys.readouterr().out
+    assert (
+        "3 of 1200 rows have a norm above 10 times the median and are left out; the "
+        "first is row 5" in said
+    )
+    stored = runs.read_json(out / runs.CONFIG)
+    assert stored["data"]["left_out"].startswith("3 rows, sha256 ")
+    planned = plan.plan(config(massive_rows, out, max_norm_multiple=10.0))
+    assert planned.left_out.rows.tolist() == [5, 490, 1100]
+    with Feed(planned) as source:
+        taken = np.asarray(source.stack(0, 60, n_max=60)).reshape(1920, -1)
+    norms = np.linalg.norm(taken, axis=1)
+    assert norms.max() < 10 * np.median(norms)
+    # As one mechanism: what is left out sets neither the scale nor the mean.
+    opened = Activations.open(massive_rows)
+    kept = np.delete(opened.rows(0, 1200).astype(np.float64), [5, 490, 1100], axis=0)
+    squares = np.square(kept).sum(1).mean()
+    assert planned.left_out.mean_squared_norm == pytest.approx(squares)
+    # Unset, all rows are trained on, and the run is another.
+    assert plan.plan(config(massive_rows, out)).left_out is None
+    assert call("train", out=out, **flags) == 2
+
+
+def test_bad_and_massive_rows_are_left_out_together_or_stop(
+    massive_rows, tmp_path, capsys
+):
+    spoil(massive_rows)
+    flags = {"activations": massive_rows, "max_norm_multiple": 10, **TRAINING}
+    assert call("train", out=tmp_path / "stop", **flags) == 2
+    assert "--bad_rows=skip" in capsys.readouterr().err
+    assert call("train", out=tmp_path / "skip", bad_rows="skip", **flags) == 0
+    assert (
+        "6 of 1200 rows are NaN, infinite or giant or have a norm above 10 times the "
+        "median and are left out" in capsys.readouterr().out
+    )
 
 
 def test_rows_in_many_pieces(tiny_rows, monkeypatch):

@@ -1,8 +1,10 @@
-"""Activation rows that are not to be trained on: NaN, infinite, or giant.
+"""Activation rows that are not to be trained on: NaN, infinite, giant, or massive.
 
 A row is giant when a value of it is beyond `--giant` times the median norm of the
-first rows. `--bad_rows=stop` names the first bad row that is read; `skip` reads all
-rows before the start and leaves the bad ones out, also of the mean and the norm.
+first rows: a fault. `--bad_rows=stop` names the first such row that is read; `skip`
+reads all rows before the start and leaves them out, also of the mean and the norm.
+`--max_norm_multiple` leaves rows out whose norm is beyond so many medians: they are the
+language model's own, but few and large enough to rule the loss.
 """
 
 import functools
@@ -24,12 +26,13 @@ _AT_ONCE_BYTES = 2**20
 
 
 class LeftOut(NamedTuple):
-    """What `skip` found: the bad rows' numbers, ascending, and the mean and mean
-    squared norm of the others."""
+    """The numbers of rows that are left out, ascending, the mean and mean squared norm
+    of the others, and why: "are NaN, ...", or "have a norm above ..."."""
 
     rows: Int[np.ndarray, " bad"]
     mean: Float[np.ndarray, " d_model"]
     mean_squared_norm: float
+    why: str
 
     def described(self) -> str:
         """For a run's config: how many rows, and which by their hash."""
@@ -42,7 +45,8 @@ class Check:
 
     def __init__(self, activations: Activations, *, giant: float):
         self._activations, self._giant = activations, giant
-        self._limit = _largest_value(activations, giant)
+        self._median, end = _median_norm(activations)
+        self._limit = min(giant * self._median, end) if self._median else end
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
         """The rows start, ..., stop - 1, as `Activations.view`; none may be bad."""
@@ -67,21 +71,39 @@ class Check:
                 found[at : at + step] = ((bits & ~sign) > limit).any(1)
         return found
 
-    def survey(self) -> LeftOut:
-        """All bad rows, and the statistics without them."""
+    def survey(self, *, max_norm_multiple: float | None, stop: bool) -> LeftOut:
+        """All rows to leave out, and the statistics without them: with `stop` a bad one
+        is refused, else it is among them."""
         m, found = self._activations.manifest, []
         total = np.array(m.mean) * m.n_rows
         squares, kept = m.mean_squared_norm * m.n_rows, m.n_rows
         step = max(_AT_ONCE_BYTES * 16 // m.row_bytes, 1)
+        bad_ones = 0
         with progress.bar(m.n_rows, unit="rows checked") as bar:
             for start in range(0, m.n_rows, step):
-                rows = self._activations.view(start, min(start + step, m.n_rows))
-                found.append(start + np.flatnonzero(self.bad(rows)))
+                end = min(start + step, m.n_rows)
+                rows = (self.rows if stop else self._activations.view)(start, end)
+                bad = self.bad(rows)
+                bad_ones += int(bad.sum())
+                if max_norm_multiple is not None:
+                    bad |= self._massive(rows, max_norm_multiple)
+                found.append(start + np.flatnonzero(bad))
                 bar.update(len(rows))
-        bad = np.concatenate(found)
-        if len(bad):
-            total, squares, kept = self._statistics(bad, step)
-        return LeftOut(bad, total / kept, float(squares / kept))
+        out = np.concatenate(found)
+        if len(out):
+            total, squares, kept = self._statistics(out, step)
+        reasons = ["are NaN, infinite or giant"] if bad_ones else []
+        if len(out) > bad_ones:
+            reasons.append(f"have a norm above {max_norm_multiple:g} times the median")
+        return LeftOut(out, total / kept, float(squares / kept), " or ".join(reasons))
+
+    def _massive(
+        self, rows: Float[np.ndarray, "rows d_model"], multiple: float
+    ) -> Bool[np.ndarray, " rows"]:
+        """Rows with a norm above so many medians."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.linalg.norm(rows.astype(np.float32), axis=1)
+        return norms > multiple * self._median
 
     def _statistics(self, bad: np.ndarray, step: int) -> tuple[np.ndarray, float, int]:
         """Sum, sum of squares and number of the rows that are not bad, once more from
@@ -112,28 +134,41 @@ class Check:
         )
 
 
-def _largest_value(activations: Activations, giant: float) -> float:
-    """What no value may exceed, in the rows' dtype."""
+def _median_norm(activations: Activations) -> tuple[float, float]:
+    """The median norm of the first rows, 0 where none is finite, and the largest value
+    of the rows' dtype."""
     first = activations.view(0, min(_SAMPLE_ROWS, activations.n_rows))
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(first.astype(np.float64), axis=1)
-    end = float(ml_dtypes.finfo(first.dtype).max)
-    median = float(np.median(norms[np.isfinite(norms)])) if len(norms) else 0.0
-    return min(giant * median, end) if median > 0 else end
+    norms = norms[np.isfinite(norms)]
+    median = float(np.median(norms)) if len(norms) else 0.0
+    return median, float(ml_dtypes.finfo(first.dtype).max)
 
 
 @functools.lru_cache(maxsize=4)
-def _left_out(folder: Path, manifest: str, giant: float) -> LeftOut:
+def _left_out(
+    folder: Path,
+    manifest: str,
+    giant: float,
+    max_norm_multiple: float | None,
+    stop: bool,
+) -> LeftOut:
     """The survey of a folder with that manifest, made once for all arms."""
-    return Check(Activations.open(folder), giant=giant).survey()
+    check = Check(Activations.open(folder), giant=giant)
+    return check.survey(max_norm_multiple=max_norm_multiple, stop=stop)
 
 
 def left_out(
-    activations: Activations, *, bad_rows: str, giant: float
+    activations: Activations,
+    *,
+    bad_rows: str,
+    giant: float,
+    max_norm_multiple: float | None = None,
 ) -> LeftOut | None:
     """What a run leaves out of its activations; None where it leaves out nothing."""
-    if bad_rows == "stop":
+    stop = bad_rows == "stop"
+    if stop and max_norm_multiple is None:
         return None
-    manifest = activations.manifest.hash
-    found = _left_out(activations.folder.absolute(), manifest, giant)
+    manifest, folder = activations.manifest.hash, activations.folder.absolute()
+    found = _left_out(folder, manifest, giant, max_norm_multiple, stop)
     return found if len(found.rows) else None

@@ -147,6 +147,11 @@ class TrainConfig:
         1e4,
         runtime=True,
     )
+    max_norm_multiple: float | None = flag(
+        "leave rows out whose norm is above so many times the median, as a language "
+        "model's massive activations are; 10 is dictionary_learning's; unset: none",
+        runtime=True,
+    )
     fork_from: str = flag(
         "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
         "the arm of the same name",
@@ -174,7 +179,7 @@ class TrainConfig:
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
         check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
-        check_above_zero(self, "decoder_init_norm", "giant")
+        check_above_zero(self, "decoder_init_norm", "giant", "max_norm_multiple")
         check_below(self, 1, "adam_b1", "adam_b2", "held_out")
         # They are int32 on the device.
         check_below(self, 2**31, "k", "steps", "dead_after_tokens")
@@ -191,7 +196,7 @@ class TrainConfig:
 
 
 # Changing one of these leaves the result of a run unchanged, so a resumed run may. What
-# `bad_rows`, `giant` and `fork_from` did to a run is in its `data`.
+# `bad_rows`, `giant`, `max_norm_multiple` and `fork_from` did to it is in its `data`.
 RUNTIME_FIELDS = frozenset(
     field.name for field in dataclasses.fields(TrainConfig) if field.metadata["runtime"]
 )

@@ -61,7 +61,12 @@ def plan(config: TrainConfig) -> Job:
         dtype = "bfloat16" if jax.default_backend() == "gpu" else "float32"
     mesh = meshes.open_mesh(resolved.mesh)
     meshes.check(mesh, d_sae=resolved.d_sae, batch_size=resolved.batch_size)
-    bad = left_out(activations, bad_rows=resolved.bad_rows, giant=resolved.giant)
+    bad = left_out(
+        activations,
+        bad_rows=resolved.bad_rows,
+        giant=resolved.giant,
+        max_norm_multiple=resolved.max_norm_multiple,
+    )
     return Job(
         train=resolved,
         sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
@@ -133,8 +138,9 @@ def explain(job: Job, *, asked: TrainConfig) -> None:
     )
     if job.left_out:
         print(
-            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows are NaN, "
-            f"infinite or giant and left out; the first is row {job.left_out.rows[0]}"
+            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows "
+            f"{job.left_out.why} and are left out; the first is row "
+            f"{job.left_out.rows[0]}"
         )
     if asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")

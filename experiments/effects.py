@@ -20,6 +20,8 @@ MEASURES = {
     "tpp": "TPP",
     "decoder_cosine": "nearest cosine",
 }
+# Of all others more is better.
+LESS_IS_BETTER = {"decoder_cosine"}
 Effects = Mapping[str, Mapping[str, Interval]]
 
 
@@ -56,6 +58,7 @@ def effects_figure(
                     ax.plot(ends, [place, place], color=colour, linewidth=2)
                     ax.plot(found.mean, place, "o", color=colour, markersize=4)
             ax.set_title(measures[measure])
+            ax.set_xlabel("← better" if measure in LESS_IS_BETTER else "better →")
             ax.tick_params(axis="x", labelrotation=45)
         all_axes[0].set_yticks(range(len(effects)), list(effects))
         all_axes[0].invert_yaxis()

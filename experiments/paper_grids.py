@@ -97,7 +97,7 @@ def draw(
             drawn = list(figure(arms(name)))
         for i, (_, made) in enumerate(drawn):
             number = f"_{i + 1}" if len(drawn) > 1 else ""
-            made.suptitle(f"preset and layer: {name}", fontsize=9)
+            style.title(made, f"preset and layer: {name}")
             paths.append(study.save(f"{label}_{name}{number}", made, kind=kind))
     return paths
 

@@ -157,7 +157,7 @@ def run(study: Study) -> Section:
     """The map as a figure and as a table."""
     measured(study)
     c, found = study.scale.controlled, cells(study)
-    figure = study.save("signal_to_noise", _figure(found))
+    figure = study.save("signal_to_noise", draw(found))
     return Section(
         "Signal to noise",
         "sampling at sigma = 1 (Baker and Li 2.2.1)",
@@ -219,13 +219,13 @@ def _named(found: list[Cell]) -> str:
     return "; ".join(names) or "none"
 
 
-def _figure(found: list[Cell]) -> "Figure":
+def draw(found: list[Cell]) -> "Figure":
     """Rows are decoders, columns measures; each cell says vSAE - TopK."""
     from vsae_jax.report.figures import style
 
     titles = ("explained variance", "alive latents", "effective latents")
     with style.applied():
-        figure = style.figure(12, 5.5)
+        figure = style.figure(14, 5.5)
         all_axes = figure.subplots(len(DECODERS), len(_MEASURES), squeeze=False)
         for row, decoder in zip(all_axes, DECODERS, strict=True):
             of_decoder = [c for c in found if c.decoder == decoder]
@@ -247,9 +247,13 @@ def _heat_map(ax: Any, found: list[Cell], measure: str) -> None:
     for c in found:
         values[y.index(c.beta), x.index(c.norm)] = c.difference(measure).mean
     limit = 0.2 if measure == "explained_variance" else np.nanmax(np.abs(values))
-    ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    image = ax.imshow(values, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    beyond = "both" if np.nanmax(np.abs(values)) > limit else "neither"
+    ax.figure.colorbar(image, ax=ax, extend=beyond, label="vSAE - TopK")
     for i, j in np.ndindex(values.shape):
-        text = f"{values[i, j]:.2f}" if limit < 1 else f"{values[i, j]:.0f}"
+        # Adding 0 makes of the -0 that a small loss is rounded to a 0.
+        rounded = round(values[i, j], 2 if limit < 1 else 0) + 0.0
+        text = f"{rounded:.2f}" if limit < 1 else f"{rounded:.0f}"
         dark = abs(values[i, j]) > 0.7 * limit
         ax.text(j, i, text, ha="center", va="center", color="w" if dark else "k")
     ax.set_xticks(range(len(x)), [f"{v:g}" for v in x])

@@ -10,6 +10,7 @@ from planted import write_planted
 from tiny_runs import call, identity_arrays, write_run
 
 from vsae_jax import runs
+from vsae_jax.report.figures import style
 
 HOSTILE = {
     "script": "<script>document.title='owned'</script>",
@@ -332,6 +333,18 @@ def test_choosing_a_token_of_a_text_lists_its_latents(browser, pages):
     found = page.text(".strongest")
     assert "Strongest latents" in found and "not counted" not in found
     assert page.run("return document.querySelectorAll('.prompts .t.hot').length") > 1
+
+
+def test_a_figure_keeps_a_tokens_leading_space(browser, tmp_path):
+    with style.applied():
+        figure = style.figure(3, 2)
+        for text in ("g", " ghost"):
+            figure.text(0.2, 0.5, text, family="DejaVu Sans Mono")
+        svg, _ = style.save(figure, tmp_path / "tokens")
+    browser.get(svg.as_uri())
+    script = "return [...document.querySelectorAll('text')].map(t => "
+    one, six = browser.execute_script(script + "t.getComputedTextLength())")
+    assert six == pytest.approx(6 * one, rel=0.01)
 
 
 def test_a_phone_can_read_it(browser, pages):

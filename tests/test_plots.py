@@ -2,6 +2,7 @@
 
 import json
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -231,6 +232,109 @@ def test_what_there_are_no_files_for_is_left_out_and_said(arms, capfd):
     assert names == {"max_activations.svg", "max_activations.png"}
 
 
+def test_svg_keeps_the_spaces_of_its_texts(maximised, styled, tmp_path):
+    figure = dict(features.pages(maximised))["feature_arm-0_7"]
+    svg, _ = style.save(figure, tmp_path / "page")
+    root = ElementTree.parse(svg).getroot()
+    space = "{http://www.w3.org/XML/1998/namespace}space"
+    # A formula, such as 10^2, is a text without words of its own.
+    texts = [n for n in root.iter("{http://www.w3.org/2000/svg}text") if n.text.strip()]
+    assert {" w6", " w7"} <= {node.text for node in texts}
+    assert {node.get(space) for node in texts} == {"preserve"}
+
+
+def test_a_title_does_not_lie_over_a_legend(arms, maximised, styled):
+    for arm in arms:
+        write_eval(arm, "core", {"ce_loss_score": 0.9, "explained_variance": 0.8})
+    figure = the_only(lines.draw("core", arms))
+    style.title(figure, "preset and layer: paper-2")
+    assert figure.get_suptitle() == ""
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    boxes = [legend.get_title(), *legend.get_texts(), figure.axes[0].title]
+    boxes = [text.get_window_extent() for text in boxes]
+    assert boxes[0].y0 >= max(box.y1 for box in boxes[1:3])
+    assert min(box.y0 for box in boxes[1:3]) >= boxes[3].y1
+    page = dict(features.pages(maximised))["feature_arm-0_7"]
+    named = page.get_suptitle()
+    style.title(page, "paper-2")
+    assert page.get_suptitle() == f"{named} (paper-2)" and "latent 7" in named
+
+
+@pytest.mark.parametrize("same", [1, 2])
+def test_scr_of_one_direction_has_no_second_panel_of_it(arms, styled, same):
+    for arm in arms:
+        scores = {1: {n: 0.1 * n + arm.settings["seed"] for n in NS}}
+        scores[2] = {n: -s for n, s in scores[1].items()}
+        metrics = {
+            f"scr_dir{d}_threshold_{n}": s
+            for d, found in scores.items()
+            for n, s in found.items()
+        }
+        metrics |= {f"scr_metric_threshold_{n}": s for n, s in scores[same].items()}
+        write_eval(arm, "scr", metrics)
+    axes = the_only(lines.draw("scr", arms)).axes
+    titles = [ax.get_title() for ax in axes]
+    assert titles == [f"SCR = direction {same}", f"Direction {3 - same}"]
+
+
+@pytest.mark.parametrize(
+    "seeds, ks, caption",
+    [
+        ((0,), (2,), "Dot: one seed."),
+        ((0,), (2, 4), "Line: one seed."),
+        ((0, 1), (2,), "Dot: mean of 2 seeds. Bar: lowest to highest seed."),
+        ((0, 1), (2, 4), "Line: mean of 2 seeds. Band: lowest to highest seed."),
+    ],
+)
+def test_the_caption_says_what_is_drawn(arms, styled, seeds, ks, caption):
+    some = [a for a in arms if a.settings["seed"] in seeds and a.settings["k"] in ks]
+    for arm in some:
+        score = 0.5 + 0.1 * arm.settings["seed"]
+        write_eval(arm, "core", {"ce_loss_score": score})
+    figure = the_only(lines.draw("core", some))
+    assert figure.get_supxlabel() == caption
+    if len(ks) == 1 < len(seeds):
+        ends = figure.axes[0].collections[0].get_segments()[0][:, 1]
+        np.testing.assert_allclose(ends, [0.5, 0.6])
+
+
+@pytest.mark.parametrize("high, expected", [(20.0, [1, 2, 5, 10, 20]), (1e4, None)])
+def test_labels_of_a_log_axis_do_not_run_together(styled, high, expected):
+    figure = style.figure(3.0, 2.0)
+    ax = figure.subplots()
+    ax.set(xscale="log", xlim=(1, high))
+    style.plain_log(ax.xaxis)
+    figure.draw_without_rendering()
+    shown = [t for t in ax.get_xticklabels() if 1 <= t.get_position()[0] <= high]
+    boxes = sorted(t.get_window_extent().extents.tolist() for t in shown)
+    assert all(left[2] < right[0] for left, right in zip(boxes, boxes[1:]))
+    found = [float(t.get_text()) for t in shown]
+    assert found == (expected or [1, 10, 100, 1000, 1e4])
+
+
+def test_ten_clusters_have_ten_colours_and_twelve_two_kinds_of_dots(mapped, styled):
+    of = maps.read_map(mapped[0])
+    n = len(of.arrays["cluster"])
+    for count in (10, 12):
+        cluster = np.arange(n) % count
+        changed = of._replace(arrays={**of.arrays, "cluster": cluster})
+        axes = maps.draw_panels(changed, title="x").axes
+        dots = axes[0].collections
+        assert sum(len(d.get_offsets()) for d in dots) == n
+        looks = {(i, *c) for i, d in enumerate(dots) for c in d.get_facecolors()}
+        assert len(looks) == count
+        # On each, the black number stands out: WCAG's contrast of 3 and more.
+        assert all(contrast_with_black(look[1:4]) > 3 for look in looks)
+        names = [tick.get_text() for tick in axes[3].get_xticklabels()]
+        assert names == [f"{c}\n{size}" for c, size in enumerate(np.bincount(cluster))]
+
+
+def contrast_with_black(rgb) -> float:
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) / 0.05
+
+
 def test_a_figure_that_was_asked_for_is_not_left_out(arms, capfd):
     assert call("plots", run=arms[0].folder.parent, figures="tpp") == 2
     assert "vsae_jax.evaluate --evals=tpp" in capfd.readouterr().err
@@ -261,7 +365,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, flags, said, capfd):
 
 
 def test_without_matplotlib_it_names_the_extra(tiny_run, monkeypatch, capfd):
-    for name in [n for n in sys.modules if n.startswith("vsae_jax.figures")]:
+    for name in [n for n in sys.modules if n.startswith("vsae_jax.report.figures")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert call("plots", run=tiny_run) == 2

@@ -22,6 +22,7 @@ from experiments import (
     reproduce,
     signal_to_noise,
 )
+from experiments.effects import effects_figure
 from experiments.paired import Interval, difference, interval
 from experiments.reproduce import PARTS, ReproduceConfig, open_study
 from experiments.scales import SCALES
@@ -31,6 +32,33 @@ from vsae_jax.config import cli
 from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_a_figure_of_effects_says_which_side_is_better():
+    seeds = {seed: float(seed) for seed in range(3)}
+    of = dict.fromkeys(("alive", "decoder_cosine"), difference(seeds, seeds))
+    figure = effects_figure({"topk_noise": of}, "against topk")
+    sides = {ax.get_title(): ax.get_xlabel() for ax in figure.axes}
+    assert sides == {"alive": "better →", "nearest cosine": "← better"}
+
+
+def test_the_map_of_norms_has_a_colour_bar_and_no_minus_zero():
+    values = iter((-0.001, -0.3, 0.1, -2.0) * len(signal_to_noise.DECODERS))
+    measures = ("explained_variance", "alive", "entropy_effective_latents")
+    cells = []
+    for decoder in signal_to_noise.DECODERS:
+        for norm in (1.0, 3.0):
+            for beta in (0.0, 0.1):
+                of = dict.fromkeys(measures, next(values))
+                vsae = dict.fromkeys((0, 1), of)
+                topk = dict.fromkeys((0, 1), dict.fromkeys(measures, 0.0))
+                cells.append(signal_to_noise.Cell(norm, beta, decoder, vsae, topk))
+    figure = signal_to_noise.draw(cells)
+    bars = [ax for ax in figure.axes if ax.get_ylabel() == "vSAE - TopK"]
+    assert len(bars) == len(signal_to_noise.DECODERS) * len(measures)
+    said = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert {"0.00", "-0.30", "0.10", "-2.00"} <= said
+    assert not {"-0", "-0.00"} & said
 
 
 def test_an_interval_is_scipys():

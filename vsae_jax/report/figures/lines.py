@@ -25,13 +25,14 @@ LEAST_UNINTENDED = 0.001
 
 class Panel(NamedTuple):
     """One axes: `read(metrics, k)` gives y by x; `reference` is the metric drawn as a
-    level line."""
+    level line; `part` is left out where it is the first panel once more."""
 
     title: str
     ylabel: str
     read: Callable[[Metrics, int], Points]
     reference: str | None = None
     log: bool = False
+    part: bool = False
 
 
 class Lines(NamedTuple):
@@ -98,8 +99,8 @@ FIGURES = {
         False,
         (
             Panel("SCR", "SCR score", by_n("scr_metric_threshold_{n}")),
-            Panel("Direction 1", "score", by_n("scr_dir1_threshold_{n}")),
-            Panel("Direction 2", "score", by_n("scr_dir2_threshold_{n}")),
+            Panel("Direction 1", "score", by_n("scr_dir1_threshold_{n}"), part=True),
+            Panel("Direction 2", "score", by_n("scr_dir2_threshold_{n}"), part=True),
         ),
     ),
     "tpp": Lines(
@@ -143,18 +144,43 @@ def draw(name: str, arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
         arm.folder: arm.read("evals", f"{lines.eval}.json", made_by=command)["metrics"]
         for arm in arms
     }
-    figure = style.figure(2.9 * len(lines.panels), 3.2)
-    axes = figure.subplots(1, len(lines.panels), squeeze=False)[0]
-    for ax, panel in zip(axes, lines.panels, strict=True):
+    panels = _different(lines.panels, arms, metrics)
+    figure = style.figure(2.9 * len(panels), 3.2)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels, strict=True):
         _panel(ax, panel, lines, arms, metrics)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    seeds = sorted({len(s) for s in arms_module.series_of(arms).values()})
-    count = " or ".join(map(str, seeds))
-    style.caption(
-        figure, f"Line: mean of {count} seed(s). Band: lowest to highest seed."
-    )
+    style.caption(figure, _caption(lines, arms))
     yield name, figure
+
+
+def _different(
+    panels: Sequence[Panel], arms: Sequence[Arm], metrics: Mapping[Any, Metrics]
+) -> list[Panel]:
+    """The panels without parts that show what the first one shows, which names them:
+    an SCR score is that of one direction where all arms start out worse in it."""
+    drawn = [
+        [panel.read(metrics[arm.folder], arm.settings["k"]) for arm in arms]
+        for panel in panels
+    ]
+    again = [p for p, d in zip(panels, drawn, strict=True) if p.part and d == drawn[0]]
+    first = panels[0]
+    for panel in again:
+        title = f"{first.title} = {panel.title[0].lower()}{panel.title[1:]}"
+        first = first._replace(title=title)
+    return [first, *(panel for panel in panels[1:] if panel not in again)]
+
+
+def _caption(lines: Lines, arms: Sequence[Arm]) -> str:
+    """How to read it: how many seeds a point is of."""
+    seeds = sorted({len(s) for s in arms_module.series_of(arms).values()})
+    one_k = lines.over_k and len({arm.settings["k"] for arm in arms}) == 1
+    point, spread = ("Dot", "Bar") if one_k else ("Line", "Band")
+    if seeds == [1]:
+        return f"{point}: one seed."
+    count = " or ".join(map(str, seeds))
+    return f"{point}: mean of {count} seeds. {spread}: lowest to highest seed."
 
 
 def _panel(
@@ -203,4 +229,7 @@ def _line(ax: Axes, points: dict[int, list[float]], **look: Any) -> None:
     x = list(points)
     (line,) = ax.plot(x, [float(np.mean(v)) for v in points.values()], **look)
     low, high = ([f(v) for v in points.values()] for f in (min, max))
+    if len(x) == 1:
+        ax.vlines(x, low, high, color=line.get_color(), linewidth=1)
+        return
     ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -14,6 +14,8 @@ from vsae_jax.report.figures import style
 from vsae_jax.runs import series as arms_module
 from vsae_jax.runs.series import Arm
 
+_CLUSTERS = "Clusters of k-means in 2-D"
+
 
 class Map(NamedTuple):
     """`maps.json` and `maps.npz` of a run."""
@@ -36,18 +38,23 @@ def panels(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     for shared, members in arms_module.series_of(arms).items():
         label, seed = arms_module.label(shared), members[0].settings.get("seed")
         of_seed = "" if seed is None else f", seed {seed}"
-        figure = _panels(read_map(members[0]), title=label + of_seed)
+        figure = draw_panels(read_map(members[0]), title=label + of_seed)
         yield f"maps_{label.replace(', ', '_').replace(' ', '-')}", figure
 
 
-def _panels(of: Map, *, title: str) -> Figure:
+def draw_panels(of: Map, *, title: str) -> Figure:
+    """Clusters, firing rates, mean activations on the map; rates by cluster."""
     arrays, m = of.arrays, of.metrics
     cluster, rate = arrays["cluster"], arrays["firing_rate"]
     figure = style.figure(9.0, 7.2)
     figure.suptitle(f"{title}: {len(cluster):,} latents")
     (clusters, rates), (means, bars) = figure.subplots(2, 2)
-    colours = [style.PALETTE[c % len(style.PALETTE)] for c in cluster]
-    _scatter(clusters, arrays, "Clusters of k-means in 2-D", c=colours, s=10)
+    colours = np.array(style.CLUSTERS)[cluster % len(style.CLUSTERS)]
+    # More clusters than colours: those from ten on have another kind of dot.
+    kind = cluster // len(style.CLUSTERS)
+    for n in range(kind.max() + 1):
+        look = {"c": colours[kind == n], "s": 10, "marker": style.MARKERS[n % 4]}
+        _scatter(clusters, arrays, _CLUSTERS, some=kind == n, **look)
     for c in range(cluster.max() + 1):
         middle = arrays["embedding"][cluster == c].mean(0)
         box = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
@@ -76,9 +83,14 @@ def _panels(of: Map, *, title: str) -> Figure:
 
 
 def _scatter(
-    ax: Axes, arrays: Mapping[str, np.ndarray], title: str, **look: Any
+    ax: Axes,
+    arrays: Mapping[str, np.ndarray],
+    title: str,
+    *,
+    some: np.ndarray | slice = slice(None),
+    **look: Any,
 ) -> Any:
-    x, y = arrays["embedding"].T
+    x, y = arrays["embedding"][some].T
     ax.set(title=title, xlabel="t-SNE 1", ylabel="t-SNE 2")
     return ax.scatter(x, y, alpha=0.8, linewidths=0, rasterized=True, **look)
 
@@ -86,12 +98,13 @@ def _scatter(
 def _bars(ax: Axes, cluster: np.ndarray, rate: np.ndarray) -> None:
     sizes = np.bincount(cluster)
     means = np.bincount(cluster, weights=rate) / sizes
-    bars = ax.bar(np.arange(len(means)), means, color=style.BLUE)
-    ax.bar_label(bars, [f"n={n}" for n in sizes], fontsize=7, padding=1)
+    names = [f"{c}\n{n}" for c, n in enumerate(sizes)]
+    ax.bar(np.arange(len(means)), means, color=style.BLUE)
     level = float(rate.mean())
     ax.axhline(level, color=style.GREY, linestyle="--", label="mean of all latents")
-    ax.set(title="Firing rate by cluster", xlabel="cluster", ylabel="mean firing rate")
-    ax.set_xticks(np.arange(len(means)))
+    ax.set(title="Firing rate by cluster", ylabel="mean firing rate")
+    ax.set_xlabel("cluster, and how many latents it has")
+    ax.set_xticks(np.arange(len(means)), names)
     ax.margins(y=0.15)
     ax.legend(fontsize=8)
 

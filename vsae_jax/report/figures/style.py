@@ -17,13 +17,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from vsae_jax.runs.series import label
+from vsae_jax.system.files import replace_file
 
 BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK, GREY = "#E69F00", "#56B4E9", "#F0E442", "#000000", "#777777"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
 VARIANTS = {"topk": BLUE, "vsae_topk": VERMILLION, "relu": GREEN, "vsae": PURPLE}
+# Ten that are told apart on white; none so dark that a number on it is lost.
+CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION) + (
+    "#8f8a00",
+    "#7b61c9",
+    "#a6761d",
+    "#666f7a",
+)
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 DPI = 100
+# A log axis from there on has labels at powers of ten only.
+_LONG_LOG = 100.0
 
 _RC: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -61,6 +71,16 @@ def caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color=GREY)
 
 
+def title(figure: Figure, text: str) -> None:
+    """A line above the figure, after a title that it has. Where a legend stands above
+    the axes it is the legend's: constrained layout would draw one over the other."""
+    if figure.legends:
+        figure.legends[0].set_title(text)
+    else:
+        own = figure.get_suptitle()
+        figure.suptitle(f"{own} ({text})" if own else text)
+
+
 def colours(labels: Sequence[str]) -> dict[str, str]:
     """A colour for each label; a variant alone always has its own."""
     if set(labels) <= VARIANTS.keys():
@@ -87,8 +107,12 @@ def looks(
 
 
 def plain_log(axis: Axis) -> None:
-    """Labels 1, 2, 5, 10, ... on a log axis."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    """Labels 1, 2, 5, 10, ... on a log axis; 1, 10, 100 where it is too long for all.
+    Call it after the data or the limits are set."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high / low < _LONG_LOG else (1.0,))
+    )
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -98,8 +122,18 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None, "Creator": "vsae_jax"})
+    # Text stays text, and SVG drops spaces at its ends unless told not to: a token's
+    # leading space, the columns of a table.
+    drawn = paths[0].read_text(encoding="utf-8")
+    replace_file(paths[0], with_spaces(drawn).encode())
     figure.savefig(paths[1], metadata={"Software": "vsae_jax"})
     return paths
+
+
+def with_spaces(svg: str) -> str:
+    """An SVG of matplotlib's whose texts keep their spaces. Each says so: Chromium
+    does not take it from the whole."""
+    return svg.replace("<text ", '<text xml:space="preserve" ')
 
 
 def drawable(text: str) -> str:

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.config import EvalConfig, SAEConfig
 from vsae_jax.latents.feature_tables import encode_counted, open_source, pass_over
 from vsae_jax.latents.firings import FeaturePass, Limits
@@ -73,7 +74,7 @@ def timed(work: Callable[[int], Any], count: int) -> float:
 def memory(d_sae: int, k: int, num_tokens: int) -> None:
     """Resident memory while random rows go by, and at the end."""
     config = SAEConfig(d_model=_D_MODEL, d_sae=d_sae, k=k)
-    variables = sae.init(jax.random.key(0), config)
+    reader = Reader(sae.init(jax.random.key(0), config), config)
     made, rng = FeaturePass(d_sae, limits=Limits()), np.random.default_rng(0)
     contexts = max(2**22 // (d_sae * _ROWS), 1)
     counts, start = np.ones((contexts, _ROWS), bool), time.perf_counter()
@@ -82,9 +83,7 @@ def memory(d_sae: int, k: int, num_tokens: int) -> None:
         # A few directions stand out, so that latents fire at very different rates.
         x = rng.standard_normal((counts.size, _D_MODEL)).astype(np.float32)
         x *= 1 + 4 * rng.random(_D_MODEL, np.float32) ** 8
-        f = encode_counted(
-            variables, x, counts.ravel(), config=config, layer_norm=False
-        )
+        f = encode_counted(reader, x, counts.ravel())
         made.add(np.asarray(f).reshape(contexts, _ROWS, d_sae), counts)
         if made.n_tokens >= shown:
             _say(made.n_tokens, start)

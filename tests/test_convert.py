@@ -166,7 +166,7 @@ def test_load_normalises_rows_as_openai_does(tmp_path):
     rows = x.astype("f4")
     np.testing.assert_allclose(loaded.encode(rows), f, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(loaded(rows), x_hat, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match=r"decode\(f, rows=x\) needs x"):
+    with pytest.raises(ValueError, match=r"decode\(f, rows=x\) needs x"):
         loaded.decode(loaded.encode(rows))
 
 

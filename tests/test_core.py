@@ -4,6 +4,7 @@ Numbers come from a real GPT-NeoX with random weights, so that its losses say no
 about language but everything about the arithmetic.
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -60,7 +61,7 @@ def zero_run(tiny_rows, tmp_path_factory) -> Path:
 def measured(folder, lm, tokens, *, batch_size=16, **data) -> dict:
     """Core's metrics of a run on these tokens; `data` replaces what it was made of."""
     run = runs.open_run(folder)
-    run = run._replace(data=run.data | data)
+    run = dataclasses.replace(run, data=run.data | data)
     result = core.run([Subject(run, lm, tokens, batch_size, config={})], Quirks())[0]
     return result["metrics"]
 

@@ -1,6 +1,7 @@
 """The page's data and the command; how the page behaves is in test_page.py."""
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -242,7 +243,7 @@ def test_chance_is_that_of_the_dimensions_which_the_rows_fill():
 def test_what_was_not_trained_here_has_no_known_start(tiny_rows, tmp_path):
     run = untrained(tiny_rows, "topk", 0, tmp_path / "a")
     alive = np.arange(D_SAE) < 3
-    imported = run._replace(train=None)
+    imported = dataclasses.replace(run, train=None)
     matched = compare(run, imported, alive_a=alive, alive_b=alive)
     assert matched.shared_start is None and len(matched.of_pairs) == 3
     assert "How they started is not known" in " ".join(describe(matched))

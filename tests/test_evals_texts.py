@@ -1,5 +1,6 @@
 """Labelled texts from file to table: reading, sampling, encoding, the real command."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -184,7 +185,9 @@ def test_moving_the_decoders_norms_changes_nothing_but_with_the_quirk(
 def test_pooled_vectors_are_means_over_the_tokens_that_count(tiny_run, tiny_model):
     language_model = lm.load_language_model(str(tiny_model))
     trained = runs.open_run(tiny_run)
-    trained = trained._replace(data=trained.data | {"center_residual": True})
+    trained = dataclasses.replace(
+        trained, data=trained.data | {"center_residual": True}
+    )
     subject = Subject(trained, language_model, np.zeros((1, 1), int), 2, {})
     tokens = [np.array(ids, np.int32) for ids in ([0, 5, 6, 7], [0, 9], [0] + [8] * 40)]
     pooled, (latents,) = encoding.encode_texts([subject], tokens, stored_norms=True)

@@ -1,12 +1,14 @@
 """Variational and ordinary sparse autoencoders on language-model activations."""
 
 from vsae_jax import losses, runs
+from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.sae import SAE, fold, init
 from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import ConvertConfig, ExtractConfig, SAEConfig, TrainConfig
 from vsae_jax.interop.loading import load
 
+open_activations = Activations.open
 __version__ = "0.1.0"
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "keep_top_k",
     "load",
     "losses",
+    "open_activations",
     "runs",
     "sae",
 ]

@@ -97,7 +97,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
     return Features(opened, arrays, info)
 
 
-def _stale(info: dict[str, Any], opened: runs.Run, c: DashboardConfig) -> str:
+def _stale(info: dict[str, Any], opened: runs.TrainedSAE, c: DashboardConfig) -> str:
     """Why `features/` must be made (again), or an empty string."""
     if not info:
         return f"no {FOLDER}/ yet"

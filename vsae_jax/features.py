@@ -63,7 +63,7 @@ from vsae_jax.latents.firings import Limits
 from vsae_jax.latents.logit_effects import logit_effects
 from vsae_jax.latents.loss_effect import loss_effects
 from vsae_jax.latents.token_text import token_texts
-from vsae_jax.runs import Run
+from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.files import TEMPORARY, naming
 
 FOLDER, ARRAYS, INFO = "features", "features.npz", "features.json"
@@ -123,7 +123,7 @@ def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
         "parameters": parameters_hash(source.run),
         "autoencoder": to_json(source.run.sae),
         "model": source.lm.name,
-        "layer": source.run.data["layer"],
+        "layer": source.run.reader.layer,
         "hook_name": m.hook_name,
         "dataset": m.dataset,
         "activations": str(source.activations.folder),
@@ -138,7 +138,7 @@ def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
     }
 
 
-def parameters_hash(run: Run) -> str:
+def parameters_hash(run: TrainedSAE) -> str:
     """sha256 over the parameters, in the order of their names."""
     digest = hashlib.sha256()
     flat = {**run.variables["params"], **run.variables["norm"]}

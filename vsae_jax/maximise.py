@@ -9,7 +9,6 @@ that, beside the best real sequence of the held-out text.
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vsae_jax import lm, runs
-from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.sae import Variables
+from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.config import MaximiseConfig, cli
 from vsae_jax.config.fields import to_json
-from vsae_jax.evals import Subject, core, subjects
 from vsae_jax.interop.loading import open_any
-from vsae_jax.latents.ascent import Reading, Schedule, climb, pre_activations
+from vsae_jax.latents.ascent import Schedule, climb
 from vsae_jax.latents.token_text import token_texts
 from vsae_jax.lm.files import locate, read_config
 from vsae_jax.lm.neox import NeoX
+from vsae_jax.runs.opening import Subject, subject_of
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -44,7 +42,7 @@ def run(c: MaximiseConfig) -> list[Path]:
     """Writes `maximised/<latent>.json` for every latent; returns the files."""
     opened = open_any(Path(c.run))
     latents = _latents(c.latents, d_sae=opened.sae.d_sae)
-    subject = subjects.subject_of(opened, c, _load)
+    subject = subject_of(opened, c, _load)
     tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
     allowed = _allowed(subject.lm, n_named=len(tokenizer))
     real = best_real(subject, latents, length=c.length)
@@ -80,12 +78,12 @@ def best_synthetic(
     """Of all restarts the one that fires the latent most once it is tokens."""
     climbed = climb(
         subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a NeoX
-        subject.run.variables,
+        subject.reader,
         jnp.int32(latent),
         jax.random.split(jax.random.key(c.seed), c.restarts),
         jnp.asarray(allowed),
         Schedule(lr=c.lr, hot=c.hot, cold=c.cold),
-        reading=reading_of(subject),
+        bos_id=subject.lm.bos_id if subject.reader.has_bos else None,
         length=c.length,
         steps=c.steps,
     )
@@ -143,46 +141,24 @@ def latents_of(
     """Tokens `[contexts, time]`, activations and pre-activations `[contexts, time,
     latents]`, batch by batch; 0 and -inf at special tokens and positions without a row.
     """
-    reading = reading_of(subject)
-    for tokens, keep, count in core.masked_batches(subject):
-        f, mu = _measure(
-            subject.lm,
-            subject.run.variables,
-            tokens,
-            jnp.asarray(latents),
-            reading=reading,
-        )
+    for tokens, keep, count in subject.batches():
+        f, mu = _measure(subject.lm, subject.reader, tokens, jnp.asarray(latents))
         f = np.where(keep[..., None], f, 0.0)
         mu = np.where(keep[..., None], mu, -np.inf)
         yield tokens[:count], f[:count], mu[:count]
 
 
-@partial(jax.jit, static_argnames="reading")
+@jax.jit
 def _measure(
     lm: NeoX,
-    variables: Variables,
+    reader: Reader,
     tokens: Int[Array | np.ndarray, "batch time"],
     latents: Int[Array, " latents"],
-    *,
-    reading: Reading,
 ) -> tuple[Float[Array, "batch time latents"], Float[Array, "batch time latents"]]:
-    residual = lm.residual(tokens, reading.layer)
-    f = sae.encode(variables, reading.rows(residual), config=reading.config)
-    mu = pre_activations(variables, residual, reading=reading)
+    rows = reader.rows(lm.residual(tokens, reader.layer))
+    f, mu = reader.encode(rows), reader.pre_activations(rows)
     shape = *tokens.shape, len(latents)
     return f[:, latents].reshape(shape), mu[:, latents].reshape(shape)
-
-
-def reading_of(subject: Subject) -> Reading:
-    """How the subject's autoencoder reads its language model."""
-    data = subject.run.data
-    return Reading(
-        config=subject.run.sae,
-        layer=data["layer"],
-        center=data["center_residual"],
-        layer_norm=bool(data.get("layer_norm")),
-        bos_id=None if data["bos"] == "none" else subject.lm.bos_id,
-    )
 
 
 def _latents(text: str, *, d_sae: int) -> list[int]:

@@ -18,21 +18,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from vsae_jax import runs
 from vsae_jax.activations.shards import Activations
-from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.layer_norm import normalise_rows
 from vsae_jax.config import MapConfig, cli
 from vsae_jax.config.fields import to_json
-from vsae_jax.evals import subjects
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import map_statistics
-from vsae_jax.runs import Run, series
+from vsae_jax.runs import TrainedSAE, opening, series
 from vsae_jax.runs.series import Arm
 from vsae_jax.system.errors import UserError, missing_extra
 from vsae_jax.system.files import replace_file
@@ -56,7 +51,6 @@ COLUMNS = {
 }
 _PERPLEXITY = 30
 _BATCH_ROWS = 1024
-_encode = jax.jit(sae.encode, static_argnames="config")
 
 
 class Features(NamedTuple):
@@ -160,7 +154,7 @@ def _stem(c: MapConfig) -> str:
 
 
 def _points(
-    run: Run, latents: Int[np.ndarray, " n"], c: MapConfig
+    run: TrainedSAE, latents: Int[np.ndarray, " n"], c: MapConfig
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
     """What the latents are as points; without those that do not vary in the sample."""
     if c.points == "decoder":
@@ -173,23 +167,20 @@ def _points(
 
 
 def sampled_latents(
-    run: Run, latents: Int[np.ndarray, " n"], c: MapConfig
+    run: TrainedSAE, latents: Int[np.ndarray, " n"], c: MapConfig
 ) -> Float[np.ndarray, "samples n"]:
     """Activations on at most `--samples` rows, spread evenly over the held-out ones;
     rows of special tokens are left out."""
-    run = subjects.filled(run, c)
-    activations = subjects.open_activations(run, c)
-    start, stop, _ = subjects.held_out(run, activations)
+    run = opening.filled(run, c)
+    activations = opening.open_activations(run, c)
+    start, stop, _ = opening.held_out(run, activations)
     row = _text_rows(activations, start, stop)
     row = row[np.linspace(0, len(row) - 1, min(c.samples, len(row))).astype(int)]
     parts = []
     for first in range(0, len(row), _BATCH_ROWS):
         some = row[first : first + _BATCH_ROWS]
         x = activations.view(int(some[0]), int(some[-1]) + 1)[some - some[0]]
-        x = jnp.asarray(x, jnp.float32)
-        x = normalise_rows(x)[0] if run.data.get("layer_norm") else x
-        f = _encode(run.variables, x, config=run.sae)
-        parts.append(np.asarray(f)[:, latents])
+        parts.append(np.asarray(run.encode(x))[:, latents])
     return np.concatenate(parts)
 
 

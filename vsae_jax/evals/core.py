@@ -10,8 +10,8 @@ elsewhere the residual stays as it is. The ablation sets every position to 0. Th
 language model's clean and ablated passes serve all autoencoders of a grid.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,12 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.sae import Variables
-from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.config import SAEConfig
+from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject, latent_statistics
-from vsae_jax.evals.encoding import encode_rows, rows_of
 from vsae_jax.evals.metrics import (
     BatchSums,
     Reconstruction,
@@ -88,7 +84,7 @@ def check(subjects: Sequence[Subject]) -> None:
             f"contexts of {length} tokens do not fit the {most} positions of "
             f"--model={first.lm.name}; evaluate on shorter ones with --activations"
         )
-    if not any(keep[:, :-1].any() for _, keep, _ in masked_batches(first)):
+    if not any(keep[:, :-1].any() for _, keep, _ in first.batches()):
         raise UserError(_NOTHING)
 
 
@@ -98,27 +94,21 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     first = subjects[0]
     # A JAX model is a pytree of arrays; any other is one leaf, which jit cannot trace.
     traced = isinstance(jax.tree.leaves(first.lm)[0], jax.Array)
-    measure_base, measure = _compiled() if traced else (_base, _measure)
-    layer, center = first.run.data["layer"], first.run.data["center_residual"]
-    options = {"layer": layer, "underflow": quirks.kl_underflow}
+    measure_base, measure = _base, _measure
+    if traced:
+        measure_base, measure = _base_compiled, _measure_compiled
+    options = {"underflow": quirks.kl_underflow}
     base: list[tuple[Losses, Losses]] = []
     tallies = [Tally() for _ in subjects]
     with progress.bar(len(first.tokens), unit="context") as bar:
-        for tokens, keep, count in masked_batches(first):
-            batch = measure_base(first.lm, tokens, keep, **options)
+        for tokens, keep, count in first.batches():
+            batch = measure_base(
+                first.lm, tokens, keep, layer=first.reader.layer, **options
+            )
             base.append(jax.device_get((batch.clean, batch.ablated)))
             for subject, tally in zip(subjects, tallies, strict=True):
                 sums, losses, fired = measure(
-                    subject.lm,
-                    subject.run.variables,
-                    batch.residual,
-                    batch.log_p,
-                    tokens,
-                    keep,
-                    config=subject.run.sae,
-                    center=center,
-                    layer_norm=subject.run.data.get("layer_norm", False),
-                    **options,
+                    subject.lm, subject.reader, batch, tokens, keep, **options
                 )
                 tally.add(sums, losses, fired)
             bar.update(count)
@@ -146,60 +136,37 @@ def _base(
 
 def _measure(
     lm: LanguageModel,
-    variables: Variables,
-    residual: Float[Array, "batch time d_model"],
-    log_p: Float[Array, "batch time vocab"],
+    reader: Reader,
+    base: Base,
     tokens: Int[Array | np.ndarray, "batch time"],
     keep: Bool[Array | np.ndarray, "batch time"],
     *,
-    config: SAEConfig,
-    layer: int,
-    center: bool,
-    layer_norm: bool,
     underflow: bool,
 ) -> tuple[BatchSums, Losses, Float[Array, " d_sae"]]:
-    x, x_hat, f = _reconstruct(
-        variables, residual, config=config, center=center, layer_norm=layer_norm
-    )
-    shift = residual.reshape(x.shape) - x
-    spliced = (x_hat + shift).reshape(residual.shape)
-    spliced = jnp.where(keep[..., None], spliced, residual)
+    x, x_hat, f = _reconstruct(reader, base.residual)
+    shift = base.residual.reshape(x.shape) - x
+    spliced = (x_hat + shift).reshape(base.residual.shape)
+    spliced = jnp.where(keep[..., None], spliced, base.residual)
     # Under jit the blocks below the splice are not run again: nothing needs them.
-    (logits,) = lm.logits(tokens, layer=layer, splices=(lambda _: spliced,))
-    losses = _losses(log_p, logits, tokens=tokens, keep=keep, underflow=underflow)
+    (logits,) = lm.logits(tokens, layer=reader.layer, splices=(lambda _: spliced,))
+    losses = _losses(base.log_p, logits, tokens=tokens, keep=keep, underflow=underflow)
     fired = (f > 0).reshape(*keep.shape, -1) & keep[..., None]
     contexts_fired = jnp.sum(jnp.any(fired, axis=1), axis=0)
     return batch_sums(x, x_hat, f, keep.reshape(-1)), losses, contexts_fired
 
 
-@cache
-def _compiled() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`_base` and `_measure` under jit."""
-    of_base = ("layer", "underflow")
-    static = (*of_base, "config", "center", "layer_norm")
-    options = compiler_options()
-    return (
-        jax.jit(_base, static_argnames=of_base),
-        jax.jit(_measure, static_argnames=static, compiler_options=options),
-    )
+_base_compiled = jax.jit(_base, static_argnames=("layer", "underflow"))
+_measure_compiled = jit_encode(_measure, static_argnames=("underflow",))
 
 
-@partial(jax.jit, static_argnames=("config", "center", "layer_norm"))
+@jax.jit
 def _reconstruct(
-    variables: Variables,
-    residual: Float[Array, "batch time d_model"],
-    *,
-    config: SAEConfig,
-    center: bool,
-    layer_norm: bool,
+    reader: Reader, residual: Float[Array, "batch time d_model"]
 ) -> tuple[Array, Array, Array]:
     """x, x_hat and f of every position, `[batch * time, ...]`, as trained on."""
-    x = rows_of(residual, center=center)
-    f, mean, std = encode_rows(variables, x, config=config, layer_norm=layer_norm)
-    x_hat = sae.decode(variables, f, config=config)
-    if mean is not None and std is not None:
-        x_hat = x_hat * std + mean
-    return x, x_hat, f
+    x = reader.rows(residual)
+    f = reader.encode(x)
+    return x, reader.decode(f, rows=x), f
 
 
 @partial(jax.jit, static_argnames=("underflow",))
@@ -271,15 +238,3 @@ def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
         "kl_div_with_sae": -1.0 if unknown else kl,
         "kl_div_with_ablation": -1.0 if unknown else kl_ablated,
     }
-
-
-def masked_batches(subject: Subject) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Tokens, the mask of those that count, and the number of contexts; the last batch
-    is padded with contexts that do not count."""
-    special = sorted(subject.lm.special_ids)
-    for start in range(0, len(subject.tokens), subject.batch_size):
-        tokens = subject.tokens[start : start + subject.batch_size]
-        keep = ~np.isin(tokens, special)
-        keep[:, : subject.run.data["dropped_positions"]] = False
-        padding = ((0, subject.batch_size - len(tokens)), (0, 0))
-        yield np.pad(tokens, padding), np.pad(keep, padding), len(tokens)

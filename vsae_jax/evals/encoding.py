@@ -5,8 +5,7 @@ a text's vector is the mean over its other tokens of x, or of the latents of eac
 One pass of the language model serves all autoencoders of a grid.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -16,10 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vsae_jax.activations import text
 from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.layer_norm import normalise_rows
-from vsae_jax.autoencoder.sae import Variables
-from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.config import SAEConfig
+from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject
 from vsae_jax.system import progress
 
@@ -74,7 +70,7 @@ def encode_texts(
 ) -> tuple[Pooled, list[Latents]]:
     """Pooled vectors of the texts and of each subject's latents on them. The subjects
     share their language model and layer."""
-    lm, data = subjects[0].lm, subjects[0].run.data
+    lm, reader = subjects[0].lm, subjects[0].reader
     x = np.zeros((len(tokens), lm.d_model), np.float32)
     n_valid = np.zeros(len(tokens), np.int32)
     pooled = [np.zeros((len(tokens), s.run.sae.d_sae), np.float32) for s in subjects]
@@ -82,15 +78,15 @@ def encode_texts(
     with progress.bar(len(tokens), unit="text") as bar:
         special = sorted(lm.special_ids)
         for rows, batch in _batches(tokens, size, special, most=lm.max_positions):
-            residual = jnp.asarray(lm.residual(batch.tokens, data["layer"]))
-            masked, mean = _masked(residual, batch.keep, center=data["center_residual"])
+            residual = jnp.asarray(lm.residual(batch.tokens, reader.layer))
+            masked, mean = _masked(reader, residual, batch.keep)
             n = len(rows)
             x[rows], n_valid[rows] = mean[:n], batch.keep[:n].sum(axis=1)
             for subject, out in zip(subjects, pooled, strict=True):
-                out[rows] = _pooled(subject, masked, batch.keep)[:n]
+                out[rows] = np.asarray(_pool(subject.reader, masked, batch.keep))[:n]
             bar.update(n)
     each = zip(subjects, pooled, strict=True)
-    return Pooled(x, n_valid), [_latents(s, p, stored_norms) for s, p in each]
+    return Pooled(x, n_valid), [_latents(s.reader, p, stored_norms) for s, p in each]
 
 
 def residuals_at(
@@ -99,14 +95,14 @@ def residuals_at(
     places: Int[np.ndarray, " texts"],
 ) -> Float[np.ndarray, "texts d_model"]:
     """One position's row of each text, as the subject was trained on."""
-    language_model, data = subject.lm, subject.run.data
-    found = np.zeros((len(tokens), language_model.d_model), np.float32)
+    reader = subject.reader
+    found = np.zeros((len(tokens), subject.lm.d_model), np.float32)
     with progress.bar(len(tokens), unit="text") as bar:
-        most = language_model.max_positions
+        most = subject.lm.max_positions
         for rows, batch in _batches(tokens, subject.batch_size, [], most=most):
-            residual = jnp.asarray(language_model.residual(batch.tokens, data["layer"]))
+            residual = jnp.asarray(subject.lm.residual(batch.tokens, reader.layer))
             own = residual[np.arange(len(rows)), places[rows]][:, None]
-            found[rows] = rows_of(own, center=data["center_residual"])
+            found[rows] = reader.rows(own)
             bar.update(len(rows))
     return found
 
@@ -118,31 +114,9 @@ def encode_residuals(
     size = subject.batch_size * CONTEXT
     padded = np.pad(x, ((0, -len(x) % size), (0, 0))).reshape(-1, size, 1, x.shape[1])
     keep = np.ones((size, 1), bool)
-    f = [_pooled(subject, jnp.asarray(part), keep) for part in padded]
-    latents = _latents(subject, np.concatenate(f)[: len(x)], stored_norms)
+    f = [np.asarray(_pool(subject.reader, part, keep)) for part in padded]
+    latents = _latents(subject.reader, np.concatenate(f)[: len(x)], stored_norms)
     return latents.pooled, latents.directions
-
-
-def rows_of(
-    residual: Float[Array, "batch time d_model"], *, center: bool
-) -> Float[Array, "rows d_model"]:
-    """Every position as a row, as trained on."""
-    x = residual.reshape(-1, residual.shape[-1])
-    return x - jnp.mean(x, axis=-1, keepdims=True) if center else x
-
-
-def encode_rows(
-    variables: Variables,
-    x: Float[Array, "rows d_model"],
-    *,
-    config: SAEConfig,
-    layer_norm: bool,
-) -> tuple[Float[Array, "rows d_sae"], Array | None, Array | None]:
-    """Latents; with a LayerNorm per row also its mean and standard deviation."""
-    if not layer_norm:
-        return sae.encode(variables, x, config=config), None, None
-    x, mean, std = normalise_rows(x)
-    return sae.encode(variables, x, config=config), mean, std
 
 
 class _Batch(NamedTuple):
@@ -177,48 +151,27 @@ def _batches(
             yield some, _Batch(ids, keep)
 
 
-@partial(jax.jit, static_argnames=("center",))
+@jax.jit
 def _masked(
+    reader: Reader,
     residual: Float[Array, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
-    *,
-    center: bool,
 ) -> tuple[Float[Array, "batch time d_model"], Float[Array, "batch d_model"]]:
     """x, 0 where nothing counts, and its mean over what counts."""
-    x = rows_of(residual, center=center).reshape(residual.shape)
+    x = reader.rows(residual).reshape(residual.shape)
     x = jnp.where(keep[..., None], x, 0.0)
     return x, _mean(x, keep)
 
 
-def _pooled(
-    subject: Subject,
-    x: Float[Array, "batch time d_model"],
-    keep: Bool[np.ndarray, "batch time"],
-) -> Float[np.ndarray, "batch d_sae"]:
-    run = subject.run
-    layer_norm = run.data.get("layer_norm", False)
-    pooled = _pool_jit()(run.variables, x, keep, config=run.sae, layer_norm=layer_norm)
-    return np.asarray(pooled)
-
-
-@cache
-def _pool_jit() -> Callable[..., Array]:
-    static, options = ("config", "layer_norm"), compiler_options()
-    return jax.jit(_pool, static_argnames=static, compiler_options=options)
-
-
+@jit_encode
 def _pool(
-    variables: Variables,
-    x: Float[Array, "batch time d_model"],
+    reader: Reader,
+    x: Float[Array | np.ndarray, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
-    *,
-    config: SAEConfig,
-    layer_norm: bool,
 ) -> Float[Array, "batch d_sae"]:
+    """The mean, over what counts, of what the latents add to x in their directions."""
     rows = x.reshape(-1, x.shape[-1])
-    f, _, std = encode_rows(variables, rows, config=config, layer_norm=layer_norm)
-    # What a latent adds to x grows with the row's standard deviation.
-    f = f if std is None else f * std
+    f = reader.encode(rows) * reader.row_scale(rows)
     f = f.reshape(*x.shape[:2], f.shape[-1])
     return _mean(jnp.where(keep[..., None], f, 0.0), keep)
 
@@ -228,18 +181,15 @@ def _mean(values: Array, keep: Array | np.ndarray) -> Array:
     return jnp.sum(values, axis=1) / n[:, None]
 
 
-def _latents(subject: Subject, pooled: np.ndarray, stored_norms: bool) -> Latents:
+def _latents(reader: Reader, pooled: np.ndarray, stored_norms: bool) -> Latents:
     """In the units of x, their directions of norm 1, unless `stored_norms`."""
-    run = subject.run
-    zero = jnp.zeros((1, run.sae.d_model))
-    at_zero = jnp.zeros((1, run.sae.d_sae))
-    if not run.data.get("layer_norm", False):
-        at_zero = sae.encode(run.variables, zero, config=run.sae)
-    scale = float(run.variables["norm"]["scale"])
-    directions = np.asarray(run.variables["params"]["w_dec"]) / scale
+    at_zero = np.zeros(reader.config.d_sae, np.float32)
+    if not reader.layer_norm:
+        zero = jnp.zeros((1, reader.config.d_model))
+        f = sae.encode(reader.variables, zero, config=reader.config)
+        at_zero = np.asarray(f[0])
     if stored_norms:
-        return Latents(pooled, np.asarray(at_zero[0]), directions)
-    norms = np.linalg.norm(directions, axis=1)
-    directions = directions / np.maximum(norms, 1e-30)[:, None]
-    pooled = pooled * norms
-    return Latents(pooled, np.asarray(at_zero[0]) * norms, directions)
+        return Latents(pooled, at_zero, reader.directions)
+    norms = np.linalg.norm(reader.directions, axis=1)
+    directions = reader.directions / np.maximum(norms, 1e-30)[:, None]
+    return Latents(pooled * norms, at_zero * norms, directions)

@@ -176,7 +176,7 @@ def read(
                 f"texts in {CONTEXT}: leave out --saebench_compatible and the quirk "
                 "padding_leak, and texts are cut to what the model can read"
             )
-    bos = [] if first.run.data["bos"] == "none" else [first.lm.bos_id]
+    bos = [first.lm.bos_id] if first.reader.has_bos else []
     tokenizer = lm.load_tokenizer(first.lm.name, revision=first.lm.revision)
     found = []
     for s, planned in sets:

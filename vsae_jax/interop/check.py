@@ -1,19 +1,16 @@
 """The self-check that ends every import and export: both sides on the same rows."""
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vsae_jax.activations.shards import Activations
-from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.layer_norm import normalise_rows
-from vsae_jax.config import SAEConfig
+from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.system.errors import UserError
 
@@ -78,43 +75,19 @@ def generated_rows(ae: Autoencoder, *, count: int) -> Float[np.ndarray, "rows d"
     return (rows / ae.scale + ae.mean).astype(np.float32)
 
 
-@partial(jax.jit, static_argnames=("config", "layer_norm"))
-def encode(
-    variables: Any, x: Float[Array, "rows d"], *, config: SAEConfig, layer_norm: bool
-) -> Float[Array, "rows d_sae"]:
-    """`sae.encode`, after the LayerNorm of each row where there is one."""
-    x = normalise_rows(x)[0] if layer_norm else x
-    return sae.encode(variables, x, config=config)
-
-
-@partial(jax.jit, static_argnames=("config", "layer_norm"))
-def decode(
-    variables: Any,
-    f: Float[Array, "rows d_sae"],
-    x: Float[Array, "rows d"],
-    *,
-    config: SAEConfig,
-    layer_norm: bool,
-) -> Float[Array, "rows d"]:
-    """`sae.decode`, then back to the rows' own mean and deviation."""
-    x_hat = sae.decode(variables, f, config=config)
-    if not layer_norm:
-        return x_hat
-    _, mean, std = normalise_rows(x)
-    return x_hat * std + mean
-
-
 def run_rows(ae: Autoencoder, rows: Float[np.ndarray, "rows d"]) -> Pass:
     """Latents and x_hat in float32."""
-    config = dataclasses.replace(ae.config, dtype="float32")
-    options = {"config": config, "layer_norm": ae.layer_norm}
-    variables = jax.tree.map(jnp.asarray, ae.variables)
+    reader = Reader(
+        jax.tree.map(jnp.asarray, ae.variables),
+        dataclasses.replace(ae.config, dtype="float32"),
+        layer_norm=ae.layer_norm,
+    )
     latents, reconstructions = [], []
     for start in range(0, len(rows), _CHUNK):
         x = jnp.asarray(rows[start : start + _CHUNK])
-        f = encode(variables, x, **options)
+        f = reader.encode(x)
         latents.append(np.asarray(f))
-        reconstructions.append(np.asarray(decode(variables, f, x, **options)))
+        reconstructions.append(np.asarray(reader.decode(f, rows=x)))
     return Pass(np.concatenate(latents), np.concatenate(reconstructions))
 
 

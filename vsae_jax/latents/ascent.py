@@ -1,7 +1,5 @@
 """Soft tokens that climb the gradient of one latent, through the language model."""
 
-import dataclasses
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,34 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.layer_norm import normalise_rows
-from vsae_jax.autoencoder.sae import Variables
-from vsae_jax.config import SAEConfig
-from vsae_jax.evals.encoding import rows_of
+from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.lm.neox import NeoX
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How an autoencoder reads the residual stream after block `layer`.
-
-    center: the mean of each row is subtracted; layer_norm: rows are normalised;
-    bos_id: what stands at position 0 of every context, None where nothing does.
-    """
-
-    config: SAEConfig
-    layer: int
-    center: bool
-    layer_norm: bool
-    bos_id: int | None
-
-    def rows(
-        self, residual: Float[Array, "batch time d_model"]
-    ) -> Float[Array, "rows d_model"]:
-        """The rows that the autoencoder was trained on, `batch * time` of them."""
-        x = rows_of(residual, center=self.center)
-        return normalise_rows(x)[0] if self.layer_norm else x
 
 
 class Schedule(NamedTuple):
@@ -56,16 +28,16 @@ class Climb(NamedTuple):
     soft: Float[Array, " restarts"]
 
 
-@partial(jax.jit, static_argnames=("reading", "length", "steps"))
+@partial(jax.jit, static_argnames=("bos_id", "length", "steps"))
 def climb(
     lm: NeoX,
-    variables: Variables,
+    reader: Reader,
     latent: Int[Array, ""],
     keys: Key[Array, " restarts"],
     allowed: Bool[Array, " vocab"],
     schedule: Schedule,
     *,
-    reading: Reading,
+    bos_id: int | None,
     length: int,
     steps: int,
 ) -> Climb:
@@ -76,9 +48,10 @@ def climb(
 
     mu is before the relu and the selection, which have no gradient where the latent is
     off. By Adam, T falling geometrically, so that at the end a soft token is nearly the
-    token it is rounded to. Tokens not `allowed` have none. The keys are consumed.
+    token it is rounded to. Tokens not `allowed` have none. `bos_id` stands at position
+    0, None where nothing does. The keys are consumed.
     """
-    objective = partial(_objective, lm, variables, latent, allowed, reading)
+    objective = partial(_objective, lm, reader, latent, allowed, bos_id)
 
     def ascend(key: Key[Array, ""]) -> Climb:
         logits = jax.random.normal(key, (length, len(allowed)))
@@ -93,8 +66,8 @@ def climb(
         state, done = (logits, adam.init(logits)), jnp.linspace(0.0, 1.0, steps)
         (logits, _), _ = jax.lax.scan(step, state, done)
         tokens = jnp.argmax(jnp.where(allowed[None, :], logits, -jnp.inf), axis=-1)
-        if reading.bos_id is not None:
-            tokens = jnp.concatenate([jnp.array([reading.bos_id]), tokens])
+        if bos_id is not None:
+            tokens = jnp.concatenate([jnp.array([bos_id]), tokens])
         return Climb(tokens, objective(logits, jnp.asarray(schedule.cold)))
 
     return jax.vmap(ascend)(keys)
@@ -106,10 +79,10 @@ def _temperature(schedule: Schedule, done: Float[Array, ""]) -> Float[Array, ""]
 
 def _objective(
     lm: NeoX,
-    variables: Variables,
+    reader: Reader,
     latent: Int[Array, ""],
     allowed: Bool[Array, " vocab"],
-    reading: Reading,
+    bos_id: int | None,
     logits: Float[Array, "length vocab"],
     temperature: Float[Array, ""],
 ) -> Float[Array, ""]:
@@ -117,18 +90,7 @@ def _objective(
     scaled = jnp.where(allowed[None, :], logits / temperature, -jnp.inf)
     table = lm.params["embed"]
     x = jax.nn.softmax(scaled, axis=-1) @ table
-    if reading.bos_id is not None:
-        x = jnp.concatenate([table[reading.bos_id][None, :], x])
-    last = lm.residual_from(x[None], reading.layer)[:, -1:]
-    return pre_activations(variables, last, reading=reading)[0, latent]
-
-
-def pre_activations(
-    variables: Variables,
-    residual: Float[Array, "batch time d_model"],
-    *,
-    reading: Reading,
-) -> Float[Array, "rows d_sae"]:
-    """mu of every latent before the relu, if any: `batch * time` rows."""
-    config = dataclasses.replace(reading.config, relu=False)
-    return sae.pre_activations(variables, reading.rows(residual), config=config)
+    if bos_id is not None:
+        x = jnp.concatenate([table[bos_id][None, :], x])
+    last = lm.residual_from(x[None], reader.layer)[:, -1:]
+    return reader.pre_activations(reader.rows(last))[0, latent]

@@ -3,11 +3,10 @@ held-out activation rows, and what the decoder's rows say of each other."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -15,14 +14,12 @@ from jaxtyping import Array, Bool, Float
 from vsae_jax import lm
 from vsae_jax.activations.shards import Activations
 from vsae_jax.activations.shuffle import read_ahead
+from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.autoencoder.sae import Variables
-from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.config import OpenOptions, SAEConfig
-from vsae_jax.evals import subjects
-from vsae_jax.evals.encoding import encode_rows
+from vsae_jax.config import OpenOptions
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.firings import FeaturePass, Limits
-from vsae_jax.runs import Run
+from vsae_jax.runs import TrainedSAE, opening
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -34,7 +31,7 @@ _BATCH_LATENTS = 2**22
 class Source(NamedTuple):
     """A run with the held-out contexts start, ..., stop - 1 and its language model."""
 
-    run: Run
+    run: TrainedSAE
     lm: lm.LanguageModel
     activations: Activations
     start: int
@@ -48,27 +45,28 @@ def open_source(
     load: Callable[..., Any] = lm.load_language_model,
 ) -> Source:
     """What the pass reads, checked to belong together."""
-    opened = subjects.filled(open_any(folder), settings)
-    opened = opened._replace(sae=dataclasses.replace(opened.sae, dtype="float32"))
-    activations = subjects.open_activations(opened, settings)
+    opened = opening.filled(open_any(folder), settings)
+    static = dataclasses.replace(opened.sae, dtype="float32")
+    opened = dataclasses.replace(opened, sae=static)
+    activations = opening.open_activations(opened, settings)
     m = activations.manifest
     for name, mine in (
         ("d_model", opened.sae.d_model),
-        ("layer", opened.data["layer"]),
-        ("center_residual", opened.data["center_residual"]),
+        ("layer", opened.reader.layer),
+        ("center_residual", opened.reader.center),
     ):
         if getattr(m, name) != mine:
             raise UserError(
                 f"{activations.folder} has {name}={getattr(m, name)} but {folder} was "
                 f"trained on {name}={mine}; name its activations with --activations"
             )
-    model = subjects.load_model(opened, settings, load)
+    model = opening.load_model(opened, settings, load)
     if m.tokenizer_hash != model.tokenizer_hash:
         raise UserError(
             f"the tokens in {activations.folder} were made with another tokenizer than "
             f"that of --model={model.name}; name the model they were extracted from"
         )
-    start, stop, where = subjects.held_out(opened, activations)
+    start, stop, where = opening.held_out(opened, activations)
     stop = min(stop, start + max(settings.num_tokens // m.context_length, 1))
     return Source(opened, model, activations, start, stop, where)
 
@@ -78,13 +76,7 @@ def pass_over(source: Source, *, limits: Limits, groups: int) -> dict[str, Any]:
     config, rows = source.run.sae, source.activations.rows_per_context
     at_once = max(_BATCH_LATENTS // (config.d_sae * rows), 1)
     streamed = FeaturePass(config.d_sae, limits=limits)
-    layer_norm = bool(source.run.data.get("layer_norm", False))
-    encode = partial(
-        encode_counted,
-        source.run.variables,
-        config=config,
-        layer_norm=layer_norm,
-    )
+    encode = partial(encode_counted, source.run.reader)
     waiting: list[tuple[Array, np.ndarray]] = []
 
     def take() -> None:
@@ -103,27 +95,14 @@ def pass_over(source: Source, *, limits: Limits, groups: int) -> dict[str, Any]:
     return streamed.finish(groups=groups)
 
 
+@jit_encode
 def encode_counted(
-    variables: Variables,
+    reader: Reader,
     x: Float[Array | np.ndarray, "rows d_model"],
     counts: Bool[Array | np.ndarray, " rows"],
-    *,
-    config: SAEConfig,
-    layer_norm: bool,
 ) -> Float[Array, "rows d_sae"]:
     """f of raw activation rows at the mean; 0 on rows that do not count."""
-    options = {"config": config, "layer_norm": layer_norm}
-    return _compiled()(variables, x, counts, **options)
-
-
-@cache
-def _compiled() -> Callable[..., Array]:
-    def encode(variables: Variables, x: Array, counts: Array, **options: Any) -> Array:
-        f, *_ = encode_rows(variables, x.astype(jnp.float32), **options)
-        return jnp.where(counts[:, None], f, 0)
-
-    static, options = ("config", "layer_norm"), compiler_options()
-    return jax.jit(encode, static_argnames=static, compiler_options=options)
+    return jnp.where(counts[:, None], reader.encode(x), 0)
 
 
 def _batches(source: Source, at_once: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -8,12 +8,9 @@ nats: above 0, the latent helped to predict that token.
 
 from typing import TYPE_CHECKING, Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax.autoencoder.layer_norm import normalise_rows
-from vsae_jax.latents.feature_tables import encode_counted
 from vsae_jax.lm import identity
 from vsae_jax.system import progress
 
@@ -60,7 +57,7 @@ def of_contexts(
     delta = _contributions(source, latent, context)
     clean, without = source.lm.loss(
         tokens,
-        layer=source.run.data["layer"],
+        layer=source.run.reader.layer,
         splices=[identity, lambda residual: residual - delta],
     )
     effect = np.full(tokens.shape, np.nan, np.float32)
@@ -72,19 +69,11 @@ def _contributions(
     source: "Source", latent: np.ndarray, context: np.ndarray
 ) -> Float[np.ndarray, "n time d_model"]:
     """f_i w_dec_i in units of x at every position; 0 where there is no row."""
-    activations, run = source.activations, source.run
+    activations, reader = source.activations, source.run.reader
     rows, m = activations.rows_per_context, activations.manifest
     x = np.concatenate([activations.rows(c * rows, (c + 1) * rows) for c in context])
-    layer_norm = bool(run.data.get("layer_norm", False))
-    f = encode_counted(
-        run.variables, x, np.ones(len(x), bool), config=run.sae, layer_norm=layer_norm
-    )
-    own = np.asarray(f).reshape(len(context), rows, -1)
-    own = np.take_along_axis(own, latent[:, None, None], 2)
-    scale = float(np.asarray(run.variables["norm"]["scale"]))
-    w_dec = np.asarray(run.variables["params"]["w_dec"])[latent][:, None, :] / scale
-    delta = own * w_dec
-    if layer_norm:
-        std = normalise_rows(jnp.asarray(x, jnp.float32))[2]
-        delta = delta * np.asarray(std).reshape(len(context), rows, 1)
+    f = np.asarray(reader.encode(x)).reshape(len(context), rows, -1)
+    own = np.take_along_axis(f, latent[:, None, None], 2)
+    scale = np.asarray(reader.row_scale(x)).reshape(len(context), rows, 1)
+    delta = own * reader.directions[latent][:, None, :] * scale
     return np.pad(delta, ((0, 0), (m.dropped_positions, 0), (0, 0)))

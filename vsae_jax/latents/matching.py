@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
-from vsae_jax.runs import Run
+from vsae_jax.runs import TrainedSAE
 
 # Pairs above it are called alike.
 CLOSE = 0.7
@@ -41,7 +41,11 @@ class Matching(NamedTuple):
 
 
 def compare(
-    a: Run, b: Run, *, alive_a: Bool[np.ndarray, " d_a"], alive_b: Bool[np.ndarray, "b"]
+    a: TrainedSAE,
+    b: TrainedSAE,
+    *,
+    alive_a: Bool[np.ndarray, " d_a"],
+    alive_b: Bool[np.ndarray, "b"],
 ) -> Matching:
     """The alive latents of two runs that read the same activations, matched."""
     w_a, w_b = (np.asarray(run.variables["params"]["w_dec"]) for run in (a, b))
@@ -116,7 +120,7 @@ def _spread(cosines: Float[np.ndarray, " pairs"]) -> str:
     )
 
 
-def _start(a: Run, b: Run) -> tuple[str, bool | None]:
+def _start(a: TrainedSAE, b: TrainedSAE) -> tuple[str, bool | None]:
     """The sentence, and whether both began with the same decoder rows: these depend on
     the seed and the shape alone."""
     if a.train is None or b.train is None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from vsae_jax import runs
 from vsae_jax.config.fields import to_json
-from vsae_jax.runs import Run
+from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.errors import UserError
 
 # Latents in one compressed block of the page: in full, and in brief.
@@ -34,7 +34,7 @@ _NO_MAP = (
 class Features(NamedTuple):
     """A run with what `features/` holds of it."""
 
-    run: Run
+    run: TrainedSAE
     arrays: dict[str, np.ndarray]
     info: dict[str, Any]
 
@@ -62,7 +62,7 @@ def overview(side: Features, full: list[int], *, name: str) -> dict[str, Any]:
     }
 
 
-def settings(run: Run) -> dict[str, Any]:
+def settings(run: TrainedSAE) -> dict[str, Any]:
     """What it was trained with and on."""
     shown = to_json(run.sae) | (to_json(run.train) if run.train else {})
     data = {n: run.data.get(n) for n in ("model", "hook_name", "dataset", "bos")}

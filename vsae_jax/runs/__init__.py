@@ -10,7 +10,6 @@ from vsae_jax.runs.folder import (
     METRICS,
     PARAMETERS,
     SUMMARY,
-    Run,
     holds_other_files,
     keep_metrics_up_to,
     metrics_line,
@@ -23,6 +22,7 @@ from vsae_jax.runs.folder import (
     write_json,
     write_parameters,
 )
+from vsae_jax.runs.trained import TrainedSAE
 
 __all__ = [
     "SUMMARY",
@@ -34,7 +34,7 @@ __all__ = [
     "CHECKPOINTS",
     "DATA",
     "DIVERGED",
-    "Run",
+    "TrainedSAE",
     "holds_other_files",
     "keep_metrics_up_to",
     "metrics_line",

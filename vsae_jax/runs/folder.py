@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save
 
 from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.config.fields import difference, from_json
+from vsae_jax.runs.trained import TrainedSAE
 from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.system.files import TEMPORARY, replace_file
 from vsae_jax.system.locks import LOCK
@@ -45,21 +46,7 @@ DATA = {
 }
 
 
-class Run(NamedTuple):
-    """A trained autoencoder and all that is known of it.
-
-    `data` says what it was trained on: activations folder, the manifest's hash and
-    main fields, held-out contexts. `train` is None for what was not trained here.
-    """
-
-    folder: Path
-    train: TrainConfig | None
-    sae: SAEConfig
-    data: dict[str, Any]
-    variables: dict[str, dict[str, Array]]
-
-
-def open_run(folder: str | Path) -> Run:
+def open_run(folder: str | Path) -> TrainedSAE:
     """A finished run from its folder."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
@@ -73,7 +60,7 @@ def open_run(folder: str | Path) -> Run:
         raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
     sae = from_json(SAEConfig, stored["sae"], where=where)
     _check_data(stored["data"], where)
-    return Run(
+    return TrainedSAE(
         folder=folder,
         train=from_json(
             TrainConfig, stored["train"], where=where, may_lack=RUNTIME_FIELDS

@@ -1,0 +1,223 @@
+"""A trained autoencoder with its language model and its tokens, checked against each
+other: what every command that looks at one needs."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from vsae_jax import lm
+from vsae_jax.activations import text
+from vsae_jax.activations.shards import Activations
+from vsae_jax.autoencoder.reader import Reader
+from vsae_jax.config import OpenOptions
+from vsae_jax.runs import CONFIG
+from vsae_jax.runs.trained import TrainedSAE
+from vsae_jax.system.errors import UserError
+
+# Of a config, what only training reads: autoencoders that differ in nothing else are
+# evaluated by one compiled program.
+_OF_THE_LOSS = {
+    "noise": False,
+    "penalty": "none",
+    "kl_over": "all",
+    "auxk": False,
+    "k_aux": 1,
+    "auxk_units": "loss",
+    "decoder_norm": "unit",
+}
+_TEXTS = (".jsonl", ".txt", ".parquet")
+_OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
+# Of an autoencoder from elsewhere, where nothing says otherwise.
+_OF_CONTEXTS = {
+    "context_length": 128,
+    "bos": "keep",
+    "dropped_positions": 0,
+    "center_residual": False,
+}
+
+
+class Subject(NamedTuple):
+    """A trained autoencoder, its language model and held-out contexts.
+
+    tokens: `[contexts, context_length]`. config: what goes beside every result.
+    """
+
+    run: TrainedSAE
+    lm: lm.LanguageModel
+    tokens: Int[np.ndarray, "contexts time"]
+    batch_size: int
+    config: dict[str, Any]
+
+    @property
+    def reader(self) -> Reader:
+        """How the autoencoder reads the language model."""
+        return self.run.reader
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """Tokens, the mask of those that count, and the number of contexts; the last
+        batch is padded with contexts that do not count."""
+        special = sorted(self.lm.special_ids)
+        for start in range(0, len(self.tokens), self.batch_size):
+            tokens = self.tokens[start : start + self.batch_size]
+            keep = ~np.isin(tokens, special)
+            keep[:, : self.reader.dropped_positions] = False
+            padding = ((0, self.batch_size - len(tokens)), (0, 0))
+            yield np.pad(tokens, padding), np.pad(keep, padding), len(tokens)
+
+
+def subject_of(run: TrainedSAE, c: OpenOptions, load: Callable[..., Any]) -> Subject:
+    """A run with its language model and its tokens, checked against each other."""
+    run = filled(run, c)
+    language_model = load_model(run, c, load)
+    tokens, tokens_from = _tokens(run, c, language_model)
+    # Whatever it was trained in, it is evaluated in float32, as the config says.
+    static = dataclasses.replace(run.sae, dtype="float32", **_OF_THE_LOSS)
+    run = dataclasses.replace(run, sae=static)
+    return Subject(
+        run=run,
+        lm=language_model,
+        tokens=tokens,
+        batch_size=min(c.batch_size, len(tokens)),
+        config={
+            "n_tokens": int(tokens.size),
+            "n_contexts": len(tokens),
+            "context_length": tokens.shape[1],
+            "batch_size": c.batch_size,
+            "tokens_from": tokens_from,
+            "model": language_model.name,
+            "revision": language_model.revision or "",
+            "layer": run.data["layer"],
+            "bos": run.data["bos"],
+            "dropped_positions": run.data["dropped_positions"],
+            "center_residual": run.data["center_residual"],
+            "special_tokens": "excluded",
+            "dtype": run.sae.dtype,
+            **{name: getattr(run.train, name, None) for name in _OF_TRAINING},
+        },
+    )
+
+
+def load_model(
+    run: TrainedSAE, c: OpenOptions, load: Callable[..., Any] = lm.load_language_model
+) -> lm.LanguageModel:
+    """The language model of a `filled` run, checked against it."""
+    model = c.model or run.data.get("model")
+    revision = c.revision or ("" if c.model else run.data.get("revision"))
+    language_model = load(model, revision=revision or None, backend=c.backend)
+    if language_model.d_model != run.sae.d_model:
+        raise UserError(
+            f"--model={model} has d_model={language_model.d_model} but {run.folder} "
+            f"was trained on {run.sae.d_model}; name the model it was trained on"
+        )
+    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
+    return language_model
+
+
+def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
+    """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
+    how contexts start from `--activations`, or as text usually is."""
+    data, unknown = run.data, {}
+    layer = data.get("layer")
+    if layer is None and data.get("hook_name") is not None:
+        raise UserError(
+            f"{run.folder} reads {data['hook_name']}; only the residual stream after a "
+            "block is evaluated"
+        )
+    if c.layer is not None and layer not in (None, c.layer):
+        raise UserError(f"--layer={c.layer}, but {run.folder} is of layer {layer}")
+    if layer is None and c.layer is None:
+        raise UserError(f"{run.folder} does not say its layer; name it with --layer")
+    if not c.model and not data.get("model"):
+        raise UserError(f"{run.folder} names no language model; name it with --model")
+    if any(data.get(name) is None for name in _OF_CONTEXTS):
+        unknown = _OF_CONTEXTS
+        if c.activations:
+            m = Activations.open(Path(c.activations)).manifest
+            unknown = {name: getattr(m, name) for name in _OF_CONTEXTS}
+    unknown = unknown | {"layer": c.layer, "revision": ""}
+    filled = {n: v for n, v in unknown.items() if data.get(n) is None}
+    return dataclasses.replace(run, data=data | filled)
+
+
+def _tokens(
+    run: TrainedSAE, c: OpenOptions, language_model: lm.LanguageModel
+) -> tuple[np.ndarray, str]:
+    """At most `--num_tokens` of held-out contexts, or of what the flags name; and
+    where they are from."""
+    if c.text:
+        return _tokens_of_text(run, c, language_model), c.text
+    activations = open_activations(run, c)
+    m = activations.manifest
+    if m.tokenizer_hash != language_model.tokenizer_hash:
+        raise UserError(
+            f"the tokens in {activations.folder} were made with another tokenizer than "
+            f"that of --model={language_model.name}; name the model they were "
+            "extracted from"
+        )
+    start, stop, where = held_out(run, activations)
+    count = max(c.num_tokens // m.context_length, 1)
+    return activations.tokens(start, min(stop, start + count)), where
+
+
+def held_out(run: TrainedSAE, activations: Activations) -> tuple[int, int, str]:
+    """The contexts start, ..., stop - 1 that the run was not trained on, and what to
+    call them: all of another folder's."""
+    m, where = activations.manifest, str(activations.folder)
+    if m.hash == run.data.get("manifest"):
+        start, stop = run.data["held_out_contexts"]
+        if stop > activations.n_contexts:
+            raise UserError(
+                f"{run.folder} holds out contexts up to {stop} of "
+                f"{activations.n_contexts}: its {CONFIG} was edited"
+            )
+        return start, stop, "held-out contexts"
+    if m.dataset == run.data.get("dataset"):
+        print(
+            f"note: {where} is from the data set that {run.folder} was trained on: "
+            "some of its text may have been seen in training"
+        )
+    return 0, activations.n_contexts, where
+
+
+def _tokens_of_text(
+    run: TrainedSAE, c: OpenOptions, language_model: lm.LanguageModel
+) -> np.ndarray:
+    path = Path(c.text).expanduser()
+    if path.suffix.lower() not in _TEXTS or not path.is_file():
+        raise UserError(f"--text={c.text} is not a {', '.join(_TEXTS)} file")
+    length = run.data["context_length"]
+    contexts = text.contexts(
+        text.documents(c.text, split="train", text_column=c.text_column),
+        lm.load_tokenizer(language_model.name, revision=language_model.revision),
+        context_length=length,
+        bos_id=language_model.bos_id,
+        bos=run.data["bos"],
+    )
+    count = max(c.num_tokens // length, 1)
+    return np.stack(list(itertools.islice(contexts, count)))
+
+
+def open_activations(run: TrainedSAE, c: OpenOptions) -> Activations:
+    """The run's activations, or others whose contexts start as the run's do."""
+    other = "name activations to evaluate on with --activations, or text with --text"
+    own = run.train.activations if run.train else ""
+    if not c.activations and not own:
+        raise UserError(f"{run.folder} was not trained here; {other}")
+    folder = Path(c.activations or own)
+    if not c.activations and not folder.is_dir():
+        raise UserError(f"{folder}, which {run.folder} names, is not here; {other}")
+    activations = Activations.open(folder)
+    m = activations.manifest
+    if not c.activations and m.hash != run.data.get("manifest"):
+        raise UserError(f"{folder} is not what {run.folder} was trained on; {other}")
+    if (m.bos == "none") != (run.data["bos"] == "none"):
+        raise UserError(
+            f"--activations={folder} has bos={m.bos} but {run.folder} was trained with "
+            f"bos={run.data['bos']}: one has BOS before every context and one has not"
+        )
+    return activations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_lm_neox import CONFIG, TOKENS, write_neox
+from test_lm_decoder import CONFIG, TOKENS, write_neox
 
 from vsae_jax.lm import load_language_model, load_tokenizer
 from vsae_jax.lm.files import locate, model_facts
@@ -124,7 +124,9 @@ def test_home_folder_is_expanded(folder, monkeypatch):
 
 
 def test_special_ids(folder):
-    facts = partial(model_facts, locate(str(folder)), d_model=1, n_layers=1)
+    facts = partial(
+        model_facts, locate(str(folder)), d_model=1, n_layers=1, dtype="float32"
+    )
     base = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": [4, 5]}
     assert facts({**base, "pad_token_id": -1}).special_ids == {4, 5}
     assert facts(base).bos_id == 4

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_lm_neox import TOKENS, write_neox
+from test_lm_decoder import TOKENS, write_neox
 
 from vsae_jax.lm import identity, load_language_model
 from vsae_jax.system.errors import UserError
@@ -69,13 +69,14 @@ def torch():
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     folder = save_random("Llama", SMALL, tmp_path_factory.mktemp("llama"))
-    return load_language_model(folder)
+    return load_language_model(folder, backend="transformers")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_residuals_are_the_hidden_states(torch, family, tmp_path):
     settings, norm = FAMILIES[family]
-    model = load_language_model(save_random(family, settings, tmp_path))
+    folder = save_random(family, settings, tmp_path)
+    model = load_language_model(folder, backend="transformers")
     assert (model.d_model, model.n_layers, model.vocab_size) == (32, 3, 61)
     assert (model.bos_id, model.special_ids) == (1, frozenset({0, 1, 2, 3}))
     with torch.no_grad():
@@ -140,6 +141,42 @@ def test_splices_and_loss(torch, llama):
         np.testing.assert_allclose(loss, expected, atol=1e-4)
 
 
+def test_blocks_below_a_splice_run_once_and_change_no_bit(llama):
+    ran = []
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+        for i, layer in enumerate(llama.module.model.layers)
+    ]
+    clean = llama.logits(TOKENS)[0]
+    whole, ran[:] = list(ran), []
+    spliced = llama.logits(TOKENS, layer=1, splices=(identity, np.copy))
+    assert (whole, ran) == ([0, 1, 2], [0, 1, 2, 2])
+    for handle in handles:
+        handle.remove()
+    for logits in spliced:
+        np.testing.assert_array_equal(logits, clean)
+    for layer in range(3):
+        residual = llama.residual(TOKENS, layer)
+        np.testing.assert_array_equal(llama.logits_from(residual, layer), clean)
+    np.testing.assert_array_equal(llama.logits(TOKENS)[0], clean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_backends_agree_on_losses(torch, family, tmp_path):
+    folder = save_random(family, FAMILIES[family][0], tmp_path)
+    theirs = load_language_model(folder, backend="transformers")
+    residual = theirs.residual(TOKENS, 0)
+    streams = residual, np.zeros_like(residual), residual[::-1]
+    losses = theirs.losses_from(streams, 0, TOKENS)
+    clean, zeroed = theirs.loss(TOKENS, layer=0, splices=(identity, np.zeros_like))
+    np.testing.assert_array_equal(losses.ce[0], clean)
+    np.testing.assert_array_equal(losses.ce[1], zeroed)
+    if family != "Gemma":
+        ours = load_language_model(folder, backend="jax")
+        for a, b in zip(ours.losses_from(streams, 0, TOKENS), losses, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_an_error_inside_a_splice_leaves_no_hook_behind(llama):
     clean = llama.logits(TOKENS)[0]
 
@@ -174,12 +211,14 @@ def test_both_backends_agree_on_a_model(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_auto_is_jax_for_neox_and_transformers_for_the_rest(llama, tmp_path):
-    folder = write_neox(tmp_path)
-    assert type(load_language_model(folder)).__name__ == "NeoX"
-    assert type(llama).__name__ == "HFModel"
-    with pytest.raises(UserError, match="'llama'; use --backend=transformers"):
-        load_language_model(llama.name, backend="jax")
+@pytest.mark.usefixtures("torch")
+def test_auto_is_jax_for_the_families_that_it_runs(llama, tmp_path):
+    assert type(load_language_model(write_neox(tmp_path / "a"))).__name__ == "Decoder"
+    assert type(load_language_model(llama.name)).__name__ == "Decoder"
+    other = save_random("Gemma", SMALL, tmp_path / "b")
+    assert type(load_language_model(other)).__name__ == "HFModel"
+    with pytest.raises(UserError, match="does not run.*GemmaForCausalLM.*transformers"):
+        load_language_model(other, backend="jax")
 
 
 def test_pickled_weights_need_transformers(torch, tmp_path):
@@ -189,7 +228,7 @@ def test_pickled_weights_need_transformers(torch, tmp_path):
     torch.save(whole.module.state_dict(), tmp_path / "b" / "pytorch_model.bin")
     with pytest.raises(UserError, match="no model.safetensors.*backend=transformers"):
         load_language_model(str(tmp_path / "b"), backend="jax")
-    pickled = load_language_model(str(tmp_path / "b"), backend="transformers")
+    pickled = load_language_model(str(tmp_path / "b"))
     np.testing.assert_array_equal(
         pickled.residual(TOKENS, 2), whole.residual(TOKENS, 2)
     )

@@ -10,8 +10,8 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from test_lm_decoder import ROOT, TOKENS
 from test_lm_files import write_whole_model
-from test_lm_neox import ROOT, TOKENS
 
 from vsae_jax.lm import load_language_model, load_tokenizer
 from vsae_jax.system.errors import UserError

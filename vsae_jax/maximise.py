@@ -24,8 +24,7 @@ from vsae_jax.config.fields import to_json
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.ascent import Schedule, climb
 from vsae_jax.latents.token_text import token_texts
-from vsae_jax.lm.files import locate, read_config
-from vsae_jax.lm.neox import NeoX
+from vsae_jax.lm import Traceable
 from vsae_jax.runs.opening import Subject, subject_of
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
@@ -77,7 +76,7 @@ def best_synthetic(
 ) -> dict[str, Any]:
     """Of all restarts the one that fires the latent most once it is tokens."""
     climbed = climb(
-        subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a NeoX
+        subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a Traceable
         subject.reader,
         jnp.int32(latent),
         jax.random.split(jax.random.key(c.seed), c.restarts),
@@ -150,7 +149,7 @@ def latents_of(
 
 @jax.jit
 def _measure(
-    lm: NeoX,
+    lm: Traceable,
     reader: Reader,
     tokens: Int[Array | np.ndarray, "batch time"],
     latents: Int[Array, " latents"],
@@ -175,13 +174,9 @@ def _latents(text: str, *, d_sae: int) -> list[int]:
 def _load(model: str, *, revision: str | None, backend: str) -> lm.LanguageModel:
     """The model in JAX: of the backends it alone has gradients."""
     del backend
-    family = read_config(locate(model, revision=revision)).get("model_type")
-    if family != "gpt_neox":
-        raise UserError(
-            "maximise takes gradients through the language model, which only GPT-NeoX "
-            f"(Pythia) has here; --model={model} is {family!r}"
-        )
-    return lm.load_language_model(model, revision=revision, backend="jax")
+    return lm.load_language_model(
+        model, revision=revision, backend="jax", dtype="float32"
+    )
 
 
 def _allowed(model: lm.LanguageModel, *, n_named: int) -> Bool[np.ndarray, " vocab"]:

@@ -10,7 +10,7 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class MaximiseConfig(OpenOptions):
     """Finds tokens that fire chosen latents, by gradient ascent through the language
-    model (GPT-NeoX), and shows them beside the best real text."""
+    model, and shows them beside the best real text."""
 
     run: str = flag("run folder, or a folder of any format that convert reads", "")
     latents: str = flag("comma list of latents, such as 3,17", "")

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.autoencoder.reader import Reader
-from vsae_jax.lm.neox import NeoX
+from vsae_jax.lm import Traceable
 
 
 class Schedule(NamedTuple):
@@ -30,7 +30,7 @@ class Climb(NamedTuple):
 
 @partial(jax.jit, static_argnames=("bos_id", "length", "steps"))
 def climb(
-    lm: NeoX,
+    lm: Traceable,
     reader: Reader,
     latent: Int[Array, ""],
     keys: Key[Array, " restarts"],
@@ -78,7 +78,7 @@ def _temperature(schedule: Schedule, done: Float[Array, ""]) -> Float[Array, ""]
 
 
 def _objective(
-    lm: NeoX,
+    lm: Traceable,
     reader: Reader,
     latent: Int[Array, ""],
     allowed: Bool[Array, " vocab"],
@@ -88,7 +88,7 @@ def _objective(
 ) -> Float[Array, ""]:
     """The latent's pre-activation at the last position."""
     scaled = jnp.where(allowed[None, :], logits / temperature, -jnp.inf)
-    table = lm.params["embed"]
+    table = lm.embedding
     x = jax.nn.softmax(scaled, axis=-1) @ table
     if bos_id is not None:
         x = jnp.concatenate([table[bos_id][None, :], x])

@@ -1,153 +1,64 @@
 """Language models as the rest of the library sees them: one protocol, two backends.
 
-`neox.py` runs GPT-NeoX (all of Pythia) in JAX; `hf.py` runs any causal language
-model through transformers and torch. Neither they nor transformers are imported
-before a model is asked for.
+`jax_backend.py` runs the families of `families.py` in JAX; `hf.py` runs any causal
+language model through transformers and torch. Neither they nor transformers are
+imported before a model is asked for.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
-
-from vsae_jax.lm.files import locate, read_config, read_vocab_size, tokenizer_source
+from vsae_jax.lm.dtype import choose_dtype
+from vsae_jax.lm.files import (
+    ModelFiles,
+    find,
+    locate,
+    read_config,
+    read_vocab_size,
+    tokenizer_source,
+)
+from vsae_jax.lm.protocol import (
+    LanguageModel,
+    Logits,
+    Losses,
+    Residual,
+    Splice,
+    Tokens,
+    Traceable,
+    check_layer,
+    identity,
+    next_token_loss,
+)
 from vsae_jax.system.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = Int[Array | np.ndarray, "batch time"]
-Residual = Float[Array | np.ndarray, "batch time d_model"]
-Logits = Float[Array | np.ndarray, "batch time vocab"]
-Splice = Callable[[Any], Any]
+__all__ = [
+    "LanguageModel",
+    "Logits",
+    "Losses",
+    "Residual",
+    "Splice",
+    "Tokens",
+    "Traceable",
+    "check_layer",
+    "identity",
+    "load_language_model",
+    "load_tokenizer",
+    "next_token_loss",
+]
 
 
-def identity(residual: Residual) -> Residual:
-    """The splice that changes nothing."""
-    return residual
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What extraction and evaluation need of a language model.
-
-    A splice maps the residual stream `[batch, time, d_model]` after block `layer` to
-    what the blocks above it see instead. The JAX model is a pytree whose methods are
-    pure and may be called under `jax.jit`, splices included; the transformers model
-    hands splices NumPy arrays and takes any array back.
-    """
-
-    @property
-    def name(self) -> str:
-        """The hub id or the local folder, as the user gave it."""
-        ...
-
-    @property
-    def revision(self) -> str | None:
-        """The hub commit that was loaded; None for a local folder."""
-        ...
-
-    @property
-    def d_model(self) -> int: ...
-
-    @property
-    def n_layers(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest context the model was made for; None where it does not say."""
-        ...
-
-    @property
-    def bos_id(self) -> int:
-        """What starts a context: BOS, or EOS where the model has no BOS."""
-        ...
-
-    @property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of BOS, EOS and padding, those that exist."""
-        ...
-
-    @property
-    def config_hash(self) -> str: ...
-
-    @property
-    def tokenizer_hash(self) -> str: ...
-
-    def residual(self, tokens: Tokens, layer: int) -> Residual:
-        """`blocks.{layer}.hook_resid_post` in float32; nothing above it is computed."""
-        ...
-
-    def logits(
-        self,
-        tokens: Tokens,
-        *,
-        layer: int | None = None,
-        splices: Sequence[Splice] = (identity,),
-    ) -> Sequence[Logits]:
-        """The logits with each splice after block `layer`, a list as long as
-        `splices`; lower blocks run once where the backend can do that."""
-        ...
-
-    def loss(
-        self,
-        tokens: Tokens,
-        *,
-        layer: int | None = None,
-        splices: Sequence[Splice] = (identity,),
-    ) -> Sequence[Float[Array, "batch time-1"]]:
-        """`next_token_loss` of each of `logits`, without holding them all at once."""
-        ...
-
-
-@jax.jit
-def next_token_loss(logits: Logits, tokens: Tokens) -> Float[Array, "batch time-1"]:
-    """loss_t = -log softmax(logits_t)[token_{t+1}], unreduced, in nats."""
-    logits = logits[:, :-1]
-    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def check_layer(layer: int, *, n_layers: int) -> int:
-    """`layer`, if there is such a block."""
-    if not 0 <= layer < n_layers:
-        raise UserError(
-            f"layer={layer} must be from 0 to {n_layers - 1}: "
-            f"the model has {n_layers} blocks"
-        )
-    return layer
-
-
-def splice_layer(layer: int | None, splices: Sequence[Splice], *, n_layers: int) -> int:
-    """The block that splices follow; the last one where nothing is spliced."""
-    if layer is not None:
-        return check_layer(layer, n_layers=n_layers)
-    if any(splice is not identity for splice in splices):
-        raise ValueError("splices need a layer: the block whose residual they replace")
-    return n_layers - 1
-
-
-def apply_splice(splice: Splice, residual: Residual) -> Any:
-    """`splice(residual)`, which must keep the shape."""
-    replaced = splice(residual)
-    if np.shape(replaced) != residual.shape:
-        raise ValueError(
-            f"a splice returned the shape {np.shape(replaced)} for {residual.shape}"
-        )
-    return replaced
+Backend = Literal["transformers", "jax", "auto"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def load_language_model(
     model: str,
     *,
     revision: str | None = None,
-    backend: Literal["transformers", "jax", "auto"] = "auto",
+    backend: Backend = "auto",
+    dtype: Dtype = "auto",
 ) -> LanguageModel:
     """The language model in a local folder or under a hub id.
 
@@ -155,24 +66,34 @@ def load_language_model(
       model: local folder with config.json, tokenizer.json and model.safetensors, or a
         hub id.
       revision: branch, tag or commit of a hub id; unset is its default branch.
-      backend: `auto` is jax for GPT-NeoX and transformers for every other family.
+      backend: `auto` is jax for the families that it runs and that have safetensors,
+        and transformers for every other.
+      dtype: of the operands of products, see `choose_dtype`.
     """
     if backend not in ("transformers", "jax", "auto"):
         raise UserError(f"backend={backend!r} must be transformers, jax or auto")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"lm_dtype={dtype!r} must be auto, float32 or bfloat16")
     files = locate(model, revision=revision)
-    family = read_config(files).get("model_type")
-    if backend == "jax" and family != "gpt_neox":
-        raise UserError(
-            f"--backend=jax runs GPT-NeoX (Pythia) only and --model={model} is "
-            f"{family!r}; use --backend=transformers"
-        )
-    if backend == "transformers" or family != "gpt_neox":
-        from vsae_jax.lm.hf import load_hf
+    chosen = choose_dtype(files) if dtype == "auto" else dtype
+    if backend == "jax" or backend == "auto" and _runs_in_jax(files):
+        from vsae_jax.lm.jax_backend import load_decoder
 
-        return load_hf(files)
-    from vsae_jax.lm.neox import load_neox
+        return load_decoder(files, dtype=chosen)
+    from vsae_jax.lm.hf import load_hf
 
-    return load_neox(files)
+    return load_hf(files, dtype=chosen)
+
+
+def _runs_in_jax(files: ModelFiles) -> bool:
+    """Whether the family runs in JAX and its weights are not pickled."""
+    from vsae_jax.lm.families import family_of
+
+    if family_of(read_config(files)) is None:
+        return False
+    safe = "model.safetensors", "model.safetensors.index.json"
+    pickled = "pytorch_model.bin", "pytorch_model.bin.index.json"
+    return any(find(files, f) for f in safe) or not any(find(files, f) for f in pickled)
 
 
 def load_tokenizer(

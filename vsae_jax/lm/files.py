@@ -62,6 +62,7 @@ class ModelFacts:
     n_layers: int
     vocab_size: int
     max_positions: int | None
+    dtype: str
     bos_id: int
     special_ids: frozenset[int]
     config_hash: str
@@ -243,7 +244,12 @@ def _tokenizer_paths(files: ModelFiles) -> list[Path]:
 
 
 def model_facts(
-    files: ModelFiles, config: dict[str, Any], *, d_model: int, n_layers: int
+    files: ModelFiles,
+    config: dict[str, Any],
+    *,
+    d_model: int,
+    n_layers: int,
+    dtype: str,
 ) -> ModelFacts:
     """What a backend knows of a model from its files; `config` has the special ids."""
     bos, eos, pad = (_ids(config.get(f"{t}_token_id")) for t in ("bos", "eos", "pad"))
@@ -259,6 +265,7 @@ def model_facts(
         n_layers=n_layers,
         vocab_size=config["vocab_size"],
         max_positions=config.get("max_position_embeddings", config.get("n_positions")),
+        dtype=dtype,
         bos_id=(bos + eos)[0],
         special_ids=frozenset(bos + eos + pad),
         config_hash=_config_hash(read_config(files)),

@@ -1,4 +1,4 @@
-"""GPT-NeoX on disk: precision, buffers, and files that do not fit."""
+"""Weights on disk: precision, buffers, and files that do not fit."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_lm_neox import CONFIG, TOKENS, write_neox
+from test_lm_decoder import CONFIG, TOKENS, write_neox
 
 from vsae_jax.lm import load_language_model
 from vsae_jax.system.errors import UserError
@@ -19,7 +19,7 @@ def test_half_precision_weights_are_read_exactly(dtype, tmp_path):
     name = "gpt_neox.layers.2.mlp.dense_h_to_4h.weight"
     assert loaded.params["blocks"]["w_up"].dtype == jnp.float32
     np.testing.assert_array_equal(
-        loaded.params["blocks"]["w_up"][2], stored[name].astype(np.float32)
+        loaded.params["blocks"]["w_up"][2], stored[name].astype(np.float32).T
     )
 
 
@@ -34,7 +34,7 @@ BROKEN_WEIGHTS = {
     ),
     "unexpected": (
         lambda t: t.update({"gpt_neox.lora": np.zeros(3, np.float32)}),
-        "tensor gpt_neox.lora is not GPT-NeoX's",
+        "tensor gpt_neox.lora is not gpt_neox's",
     ),
     "one layer too many": (
         lambda t: t.update({"gpt_neox.layers.3.attention.dense.bias": np.zeros(48)}),
@@ -71,10 +71,9 @@ def test_buffers_of_older_checkpoints_are_ignored(tmp_path):
     "changes, message",
     [
         ({"hidden_act": "mish"}, "hidden_act='mish'"),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            "rotary scaling 'linear'",
-        ),
+        ({"rope_scaling": {"type": "longrope"}}, "rotary scaling 'longrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "scaling 'linear' lacks factor"),
+        ({"quantization_config": {"bits": 4}}, "not run quantization_config="),
         ({"num_attention_heads": 5}, "hidden_size=48 must be a multiple"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],

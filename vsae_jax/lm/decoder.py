@@ -1,0 +1,302 @@
+"""The forward pass of a decoder-only language model: pure functions of parameters.
+
+Which steps a model takes is its `Spec`, read from its config.json by `families.py`. The
+blocks' arrays are stacked on a leading axis `[n_layers, ...]`, so that one compiled
+block runs any range of them. Matrices are `[in, out]`: of two matrices stored by rows a
+CPU makes bfloat16 products at full speed.
+
+The matrices' dtype decides: in float32 all is float32; in bfloat16 the operands of
+every product are rounded to it and summed in float32, and norms, rotations, softmax,
+activations and the residual stream stay in float32.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+
+_tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": _tanh_gelu,
+    "gelu_fast": _tanh_gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+# Logits that stand in memory at once where only their losses are asked for, and
+# positions that the blocks above a splice run at once.
+_PIECE_BYTES, _POSITIONS = 2**26, 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """The steps of a model, all of them static.
+
+    n_kv_heads: keys and values; `n_heads / n_kv_heads` queries share one.
+    gated: the MLP is down(act(gate x) * up x), else down(act(up x)).
+    parallel: attention and MLP read the same residual stream, else one by one.
+    post_norms: what attention and MLP add is normalised, too.
+    attention_cap, logit_cap: c of c tanh(y / c) on scores and logits; None for none.
+    rotary_scale: of the rotations' cosine and sine, which YaRN makes longer.
+    max_time: the longest context that can be run at all; None for any.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    norm: Literal["layer", "rms"]
+    norm_eps: float
+    activation: str
+    attention_scale: float
+    gated: bool = False
+    parallel: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    embed_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    rotary_scale: float = 1.0
+    learned_positions: bool = False
+    max_time: int | None = None
+
+
+def outer_arrays(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays outside the blocks, as files hold them."""
+    d, vocab = spec.d_model, spec.vocab_size
+    shapes: dict[str, tuple[int, ...]] = {"embed": (vocab, d)}
+    if spec.learned_positions:
+        assert spec.max_time is not None
+        shapes["positions"] = (spec.max_time, d)
+    if not spec.tied:
+        shapes["unembed"] = (d, vocab)
+    return shapes | _norm_arrays(spec, "ln", d)
+
+
+def block_arrays(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the arrays of one block."""
+    d, d_mlp = spec.d_model, spec.d_mlp
+    d_attention = spec.n_heads * spec.d_head
+    d_qkv = d_attention + 2 * spec.n_kv_heads * spec.d_head
+    up = {"gate": (d, d_mlp), "up": (d, d_mlp)} if spec.gated else {"up": (d, d_mlp)}
+    matrices = {"qkv": (d, d_qkv), "out": (d_attention, d)} | up | {"down": (d_mlp, d)}
+    biased = {"qkv": spec.qkv_bias, "out": spec.out_bias}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in matrices.items():
+        shapes[f"w_{name}"] = shape
+        if biased.get(name, spec.mlp_bias):
+            shapes[f"b_{name}"] = shape[1:]
+    for name in ("ln1", "ln2", *(("post1", "post2") if spec.post_norms else ())):
+        shapes |= _norm_arrays(spec, name, d)
+    if spec.qk_norm:
+        shapes |= {"q_norm_scale": (spec.d_head,), "k_norm_scale": (spec.d_head,)}
+    return shapes
+
+
+def _norm_arrays(spec: Spec, name: str, d: int) -> dict[str, tuple[int, ...]]:
+    names = ("scale", "bias") if spec.norm == "layer" else ("scale",)
+    return {f"{name}_{part}": (d,) for part in names}
+
+
+def _product(x: Array, w: Array, dtype: Any) -> Array:
+    """x @ w, operands of `dtype`, in float32."""
+    # float32 means float32: a GPU's default would be TF32, three digits.
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.matmul(
+        x.astype(dtype),
+        w.astype(dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _linear(p: Params, name: str, x: Array) -> Array:
+    """x W + b of one of the block's matrices; not every one has a b."""
+    w, b = p[f"w_{name}"], p.get(f"b_{name}")
+    y = _product(x, w, w.dtype)
+    return y if b is None else y + b[None, None, :]
+
+
+def _norm(
+    p: Params, name: str, x: Float[Array, "... d"], *, spec: Spec
+) -> Float[Array, "... d"]:
+    """LayerNorm, or x / rms(x), times a scale."""
+    if spec.norm == "layer":
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + spec.norm_eps)
+    over_rows = (None,) * (x.ndim - 1)
+    x = x * p[f"{name}_scale"][over_rows]
+    return x + p[f"{name}_bias"][over_rows] if spec.norm == "layer" else x
+
+
+def _rotate(
+    x: Float[Array, "batch time heads d_head"],
+    frequencies: Float[Array, " half"],
+    *,
+    scale: float,
+) -> Float[Array, "batch time heads d_head"]:
+    """Rotary positions: dimension i turns with i + half, all beyond them stay."""
+    time = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angles = time[:, None] * frequencies[None, :]
+    cos, sin = (scale * f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
+    half = frequencies.shape[0]
+    first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(turned, axis=-1)
+
+
+def _capped(x: Array, cap: float | None) -> Array:
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def _visible(p: Params, time: int) -> Bool[Array, "time time"]:
+    """Which keys (columns) a query sees: none after it, nor `window` before it."""
+    distance = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
+    return (distance >= 0) & (distance.astype(jnp.float32) < p["window"])
+
+
+def _attention(
+    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
+) -> Float[Array, "batch time d_model"]:
+    """softmax(q k' * scale) v over the visible positions."""
+    batch, time, _ = x.shape
+    n_kv, d, dtype = spec.n_kv_heads, spec.d_head, p["w_qkv"].dtype
+    group = spec.n_heads // n_kv
+    heads = _linear(p, "qkv", x).reshape(batch, time, -1, d)
+    q, k, v = jnp.split(heads, [spec.n_heads, spec.n_heads + n_kv], axis=2)
+    if spec.qk_norm:
+        q, k = _norm(p, "q_norm", q, spec=spec), _norm(p, "k_norm", k, spec=spec)
+    if "frequencies" in p:
+        turn = functools.partial(_rotate, scale=spec.rotary_scale)
+        q, k = turn(q, p["frequencies"]), turn(k, p["frequencies"])
+    # The queries that share a key are rows of one matrix, stored by rows.
+    q = q.reshape(batch, time, n_kv, group, d).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, n_kv, group * time, d)
+    scores = _product(q, k.transpose(0, 2, 3, 1), dtype) * spec.attention_scale
+    scores = _capped(scores, spec.attention_cap)
+    scores = scores.reshape(batch, n_kv, group, time, time)
+    visible = _visible(p, time)[None, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    weights = weights.reshape(batch, n_kv, group * time, time)
+    mixed = _product(weights, v.transpose(0, 2, 1, 3), dtype)
+    mixed = mixed.reshape(batch, n_kv, group, time, d).transpose(0, 3, 1, 2, 4)
+    return _linear(p, "out", mixed.reshape(batch, time, -1))
+
+
+def _mlp(
+    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
+) -> Float[Array, "batch time d_model"]:
+    act = ACTIVATIONS[spec.activation]
+    if not spec.gated:
+        return _linear(p, "down", act(_linear(p, "up", x)))
+    return _linear(p, "down", act(_linear(p, "gate", x)) * _linear(p, "up", x))
+
+
+def _block(
+    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
+) -> Float[Array, "batch time d_model"]:
+    """y + mlp(ln2 y) with y = x + attention(ln1 x); parallel: y + mlp(ln2 x)."""
+    norm = functools.partial(_norm, p, spec=spec)
+    added = _attention(p, norm("ln1", x), spec=spec)
+    y = x + (norm("post1", added) if spec.post_norms else added)
+    added = _mlp(p, norm("ln2", x if spec.parallel else y), spec=spec)
+    return y + (norm("post2", added) if spec.post_norms else added)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def embed(
+    params: Params, tokens: Int[Array, "batch time"], *, spec: Spec
+) -> Float[Array, "batch time d_model"]:
+    """What tokens put into the stream; NaN for an id outside the vocabulary."""
+    rows = jnp.take(params["embed"], tokens, axis=0, mode="fill", fill_value=jnp.nan)
+    return rows.astype(jnp.float32) * spec.embed_scale
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "start", "stop"))
+def run_blocks(
+    params: Params,
+    x: Float[Array, "batch time d_model"],
+    *,
+    spec: Spec,
+    start: int,
+    stop: int,
+) -> Float[Array, "batch time d_model"]:
+    """The residual stream after the blocks start, ..., stop - 1; before block 0 it is
+    `embed(params, tokens)`, to which learned positions are added here."""
+    if start == 0 and spec.learned_positions:
+        x = x + params["positions"][None, : x.shape[1]].astype(jnp.float32)
+
+    def step(x: Array, i: Array) -> tuple[Array, None]:
+        p = jax.tree.map(lambda stacked: stacked[i], params["blocks"])
+        return _block(p, x, spec=spec), None
+
+    return jax.lax.scan(step, x, jnp.arange(start, stop))[0]
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def unembed(
+    params: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
+) -> Float[Array, "batch time vocab"]:
+    """The logits of a residual stream after the last block."""
+    w = params["unembed"]
+    logits = _product(_norm(params, "ln", x, spec=spec), w, w.dtype)
+    return _capped(logits, spec.logit_cap)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "start", "underflow"))
+def losses(
+    params: Params,
+    streams: Float[Array, "n batch time d_model"],
+    tokens: Int[Array, "batch time"],
+    *,
+    spec: Spec,
+    start: int,
+    underflow: bool = False,
+) -> tuple[Float[Array, "n batch time-1"], Float[Array, "n batch time"]]:
+    """Next-token loss of each stream, which the blocks from `start` on have yet to run
+    through, and KL(p_0 || p_i) of stream i from the first; in nats.
+
+    Logits come in pieces of a few positions. underflow: log p by way of p, where it
+    can become -inf.
+    """
+    n, batch, time, d = streams.shape
+    run = functools.partial(
+        run_blocks, params, spec=spec, start=start, stop=spec.n_layers
+    )
+    at_once = max(_POSITIONS // (batch * time), 1)
+    rows = jax.lax.map(run, streams, batch_size=at_once).reshape(n, batch * time, d)
+    # The last position of a context predicts nothing; its loss is dropped below.
+    following = jnp.roll(tokens, -1, axis=1).reshape(-1)
+
+    def piece(args: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, token = args
+        logits = unembed(params, x[:, None], spec=spec)[:, 0]
+        if underflow:
+            log_p = jnp.log(jax.nn.softmax(logits, axis=-1))
+        else:
+            log_p = jax.nn.log_softmax(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, jnp.broadcast_to(token, (n, 1)), axis=-1)
+        ce = jax.nn.logsumexp(logits, axis=-1) - picked[:, 0]
+        kl = jnp.sum(jnp.exp(log_p[:1]) * (log_p[:1] - log_p), axis=-1)
+        return ce, kl
+
+    size = max(_PIECE_BYTES // (4 * n * spec.vocab_size), 1)
+    ce, kl = jax.lax.map(piece, (rows.transpose(1, 0, 2), following), batch_size=size)
+    ce, kl = (a.T.reshape(n, batch, time) for a in (ce, kl))
+    return ce[:, :, :-1], kl

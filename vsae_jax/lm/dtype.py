@@ -1,0 +1,33 @@
+"""Whether products of a language model are made of float32 or of bfloat16."""
+
+from pathlib import Path
+
+import jax
+
+from vsae_jax.lm.files import ModelFiles, read_config
+
+# Below it products are not what takes the time.
+_WIDE = 512
+
+
+def choose_dtype(files: ModelFiles) -> str:
+    """`--lm_dtype=auto`: bfloat16 on a GPU; on a CPU where it has instructions for it,
+    the model is at least 512 wide, and its weights lie in bfloat16, so that none is
+    rounded; else float32."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    config = read_config(files)
+    config = {**config, **config.get("text_config", {})}
+    width = config.get("hidden_size", config.get("n_embd", 0))
+    stored = config.get("dtype", config.get("torch_dtype"))
+    wide = isinstance(width, int) and width >= _WIDE
+    fast = wide and stored == "bfloat16" and _multiplies_bfloat16()
+    return "bfloat16" if fast else "float32"
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has matrix instructions for bfloat16."""
+    try:
+        return " amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,188 @@
+"""What extraction and evaluation ask of a language model, whatever runs it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from vsae_jax.system.errors import UserError
+
+Tokens = Int[Array | np.ndarray, "batch time"]
+Residual = Float[Array | np.ndarray, "batch time d_model"]
+Logits = Float[Array | np.ndarray, "batch time vocab"]
+Splice = Callable[[Any], Any]
+
+
+def identity(residual: Residual) -> Residual:
+    """The splice that changes nothing."""
+    return residual
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What extraction and evaluation need of a language model.
+
+    A splice maps the residual stream `[batch, time, d_model]` after block `layer` to
+    what the blocks above it see instead. The transformers model hands splices NumPy
+    arrays and takes any array back; of the JAX model see `Traceable`.
+    """
+
+    @property
+    def name(self) -> str:
+        """The hub id or the local folder, as the user gave it."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """The hub commit that was loaded; None for a local folder."""
+        ...
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def n_layers(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest context the model was made for; None where it does not say."""
+        ...
+
+    @property
+    def bos_id(self) -> int:
+        """What starts a context: BOS, or EOS where the model has no BOS."""
+        ...
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of BOS, EOS and padding, those that exist."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """What products are made of, float32 or bfloat16; sums are in float32."""
+        ...
+
+    @property
+    def config_hash(self) -> str: ...
+
+    @property
+    def tokenizer_hash(self) -> str: ...
+
+    def residual(self, tokens: Tokens, layer: int) -> Residual:
+        """`blocks.{layer}.hook_resid_post` in float32; nothing above it is computed."""
+        ...
+
+    def logits(
+        self,
+        tokens: Tokens,
+        *,
+        layer: int | None = None,
+        splices: Sequence[Splice] = (identity,),
+    ) -> Sequence[Logits]:
+        """The logits with each splice after block `layer`, a list as long as
+        `splices`; lower blocks run once where the backend can do that."""
+        ...
+
+    def loss(
+        self,
+        tokens: Tokens,
+        *,
+        layer: int | None = None,
+        splices: Sequence[Splice] = (identity,),
+    ) -> Sequence[Float[Array | np.ndarray, "batch time-1"]]:
+        """`next_token_loss` of each of `logits`, without holding them all at once."""
+        ...
+
+    def logits_from(self, residual: Residual, layer: int) -> Logits:
+        """The logits where the residual stream after block `layer` is `residual`;
+        nothing below is computed, after the last block only norm and unembedding."""
+        ...
+
+    def losses_from(
+        self,
+        residuals: Sequence[Residual],
+        layer: int,
+        tokens: Tokens,
+        *,
+        underflow: bool = False,
+    ) -> "Losses":
+        """The losses where the residual stream after block `layer` is each of
+        `residuals`, and KL from the first; all logits never stand in memory at once.
+
+        underflow: log p by way of p, where it can become -inf.
+        """
+        ...
+
+
+@runtime_checkable
+class Traceable(LanguageModel, Protocol):
+    """The JAX model: a pytree, to be passed through `jax.jit` as an argument, whose
+    methods are pure and have gradients, splices included."""
+
+    @property
+    def embedding(self) -> Float[Array, "vocab d_model"]:
+        """What each token puts into the residual stream."""
+        ...
+
+    def residual(
+        self, tokens: Tokens, layer: int
+    ) -> Float[Array, "batch time d_model"]: ...
+
+    def residual_from(
+        self, x: Residual, layer: int
+    ) -> Float[Array, "batch time d_model"]:
+        """The residual stream after block `layer` where tokens put `x` into it: rows
+        of `embedding`, or mixtures of them."""
+        ...
+
+
+class Losses(NamedTuple):
+    """Of n residual streams, unreduced, in nats: the next-token loss, and KL(p_0 ||
+    p_i) of the next token's distribution from that of the first stream."""
+
+    ce: Float[Array | np.ndarray, "n batch time-1"]
+    kl: Float[Array | np.ndarray, "n batch time"]
+
+
+@jax.jit
+def next_token_loss(logits: Logits, tokens: Tokens) -> Float[Array, "batch time-1"]:
+    """loss_t = -log softmax(logits_t)[token_{t+1}], unreduced, in nats."""
+    logits = logits[:, :-1]
+    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def check_layer(layer: int, *, n_layers: int) -> int:
+    """`layer`, if there is such a block."""
+    if not 0 <= layer < n_layers:
+        raise UserError(
+            f"layer={layer} must be from 0 to {n_layers - 1}: "
+            f"the model has {n_layers} blocks"
+        )
+    return layer
+
+
+def splice_layer(layer: int | None, splices: Sequence[Splice], *, n_layers: int) -> int:
+    """The block that splices follow; the last one where nothing is spliced."""
+    if layer is not None:
+        return check_layer(layer, n_layers=n_layers)
+    if any(splice is not identity for splice in splices):
+        raise ValueError("splices need a layer: the block whose residual they replace")
+    return n_layers - 1
+
+
+def apply_splice(splice: Splice, residual: Residual) -> Any:
+    """`splice(residual)`, which must keep the shape."""
+    replaced = splice(residual)
+    if np.shape(replaced) != residual.shape:
+        raise ValueError(
+            f"a splice returned the shape {np.shape(replaced)} for {residual.shape}"
+        )
+    return replaced

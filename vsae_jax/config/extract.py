@@ -21,7 +21,7 @@ class ExtractConfig:
     model: str = flag("hub id or local folder", "EleutherAI/pythia-70m-deduped")
     revision: str = flag("hub revision: branch, tag or commit", "")
     backend: Backend = flag(
-        "transformers needs torch; jax is GPT-NeoX only", "transformers"
+        "transformers needs torch; auto: jax where it runs the family", "transformers"
     )
     layer: int = preset_flag(
         "layer", "block whose output is kept, from 0", table="extract"

@@ -4,7 +4,7 @@ from vsae_jax.config.extract import Backend
 
 # The help of flags that are the same in every command that has them.
 LAYER = "block whose output is autoencoded, from 0; unset: the folder's"
-BACKEND = "auto: jax for GPT-NeoX, else transformers"
+BACKEND = "auto: jax where it runs the family, else transformers"
 ACTIVATIONS = "folder that extract wrote; unset: the run's"
 
 

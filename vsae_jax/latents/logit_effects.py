@@ -11,7 +11,6 @@ no probability. A decoder row's length makes no difference.
 
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -39,14 +38,11 @@ def effects(
     """effect(d) of each row; the mean over the vocabulary is 0."""
     norm = np.linalg.norm(directions, axis=1, keepdims=True)
     d = _LARGE * directions / np.maximum(norm, 1e-30) * np.sqrt(lm.d_model)
-    # Always as many rows: one compilation. Any token will do, all of it is replaced.
+    # Always as many rows: one compilation.
     filled = np.zeros((_AT_ONCE, 1, lm.d_model), np.float32)
     filled[: len(d), 0] = d
-    plus, minus = lm.logits(
-        np.full((_AT_ONCE, 1), lm.bos_id, np.int32),
-        layer=lm.n_layers - 1,
-        splices=[lambda _: jnp.asarray(filled), lambda _: jnp.asarray(-filled)],
-    )
+    last = lm.n_layers - 1
+    plus, minus = lm.logits_from(filled, last), lm.logits_from(-filled, last)
     both = (np.asarray(plus) - np.asarray(minus))[: len(d), 0] / 2
     return both - both.mean(1, keepdims=True)
 

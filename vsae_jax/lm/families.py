@@ -95,7 +95,7 @@ def read_spec(family: Family, config: Config) -> Read:
     return Read(read.spec, {"window": window} | read.per_layer)
 
 
-def _sizes(config: Config, *more: str, **names: str) -> dict[str, int]:
+def _sizes(config: Config, *more: str, **names: str) -> dict[str, Any]:
     """The sizes that every decoder has; `names` are those of a family's own."""
     keys = {
         "vocab_size": "vocab_size",

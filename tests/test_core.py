@@ -128,6 +128,8 @@ def reference(
     clean, sae, ablated = (np.mean(c) for c in ce)
     x, x_hat, f = (residual - shift)[keep], x_hat[keep], f[keep]
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(x_hat, axis=1)
+    ordinary = np.linalg.norm(x, axis=1) <= 3 * np.median(np.linalg.norm(x, axis=1))
+    some = x[ordinary]
     return {
         "ce_loss_without_sae": clean,
         "ce_loss_with_sae": sae,
@@ -138,6 +140,11 @@ def reference(
         "kl_div_score": 1 - np.mean(kl[1]) / np.mean(kl[2]),
         "explained_variance": 1
         - np.sum((x - x_hat) ** 2) / np.sum((x - x.mean(0)) ** 2),
+        "explained_variance_standardised": 1
+        - np.mean(np.mean((x - x_hat) ** 2, axis=0) / x.var(0)),
+        "explained_variance_ordinary_rows": 1
+        - np.sum((some - x_hat[ordinary]) ** 2) / np.sum((some - some.mean(0)) ** 2),
+        "share_ordinary_rows": ordinary.mean(),
         "cossim": np.mean((x * x_hat).sum(1) / np.maximum(norms, 1e-12)),
         "l0": (f != 0).sum(1).mean(),
         "frac_alive": (f > 0).any(0).mean(),
@@ -340,13 +347,65 @@ def test_other_activations_of_the_same_text_are_noted(
     assert "may have been seen in training" in capsys.readouterr().out
 
 
-def test_another_model_of_the_same_shape_is_used(tiny_run, tmp_path):
+def test_another_model_of_the_same_shape_is_refused_unless_it_is_meant(
+    tiny_run, tiny_model, tmp_path, capsys
+):
     folder = copied(tiny_run, tmp_path / "run")
     other = make_tiny_neox(tmp_path / "other", seed=1)
-    result = evaluated(folder, model=other)
+    for command in ("evaluate", "features"):
+        assert call(command, run=folder, model=other) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert f"--model={other} are others than those of {tiny_model}" in line
+        assert "--model_differs" in line
+    assert not (folder / "evals").exists()
+    result = evaluated(folder, model=other, model_differs=True)
     assert result["config"]["model"] == str(other)
+    assert result["config"]["model_weights"] == "others than the run's"
+    assert "other weights than in training" in (folder / "evals/summary.md").read_text()
+    own = evaluated(copied(tiny_run, tmp_path / "own"))
+    assert own["config"]["model_weights"] == "the run's"
     clean = "ce_loss_without_sae"
-    assert result["metrics"][clean] != evaluated(tiny_run)["metrics"][clean]
+    assert result["metrics"][clean] != own["metrics"][clean]
+
+
+def test_the_same_weights_elsewhere_are_the_runs(tiny_run, tiny_model, tmp_path):
+    folder = copied(tiny_run, tmp_path / "run")
+    moved = copied(tiny_model, tmp_path / "moved")
+    result = evaluated(folder, model=moved)
+    assert result["config"]["model_weights"] == "the run's"
+
+
+@pytest.mark.parametrize("activations_too", [False, True])
+def test_a_run_without_a_hash_of_the_weights_is_noted_or_asks_its_activations(
+    tiny_run, tiny_rows, tiny_corpus, tmp_path, capsys, activations_too
+):
+    """Older runs have none in config.json; some activations have none either."""
+    folder = copied(tiny_run, tmp_path / "run")
+    config = runs.read_json(folder / runs.CONFIG)
+    del config["data"]["weights_hash"]
+    if activations_too:
+        config["train"]["activations"] = str(tmp_path / "gone")
+    runs.write_json(folder / runs.CONFIG, config)
+    result = evaluated(folder, text=tiny_corpus, num_tokens=320)
+    known = "not known" if activations_too else "the run's"
+    assert result["config"]["model_weights"] == known
+    noted = "is not known: no hash of both is there" in capsys.readouterr().out
+    assert noted is activations_too
+
+
+def test_encoder_norms_are_in_units_of_raw_activations(tiny_run, tmp_path):
+    """As those of its export to SAELens, of which SAEBench would take them."""
+    result = evaluated(copied(tiny_run, tmp_path / "run"))
+    assert call("convert", input=tiny_run, to="saelens", out=tmp_path / "saelens") == 0
+    exported = load_file(tmp_path / "saelens" / "sae_weights.safetensors")
+    found = result["per_latent"]
+    norms = np.linalg.norm(exported["W_enc"], axis=0)
+    np.testing.assert_allclose(found["encoder_norm"], norms, rtol=1e-5)
+    np.testing.assert_allclose(found["encoder_bias"], exported["b_enc"], atol=1e-5)
+    stored = np.linalg.norm(load_file(tiny_run / runs.PARAMETERS)["w_enc"], axis=0)
+    assert not np.allclose(found["encoder_norm"], stored, rtol=0.1)
+    units = result["config"]["per_latent_units"]
+    assert units["encoder_norm"] == "latent per unit of raw activation"
 
 
 def test_a_grid_is_one_table_with_a_row_and_a_file_an_arm(tiny_grid, tmp_path, capsys):

@@ -14,6 +14,8 @@ from vsae_jax.evals.metrics import (
 from vsae_jax.system.errors import UserError
 
 TOKENS, D_MODEL, D_SAE = 60, 8, 20
+# A norm that about a third of the rows exceed.
+LIMIT = 4.0
 # By SAEBench's definition these are means over batches, not over tokens.
 PER_BATCH = {"explained_variance_saebench", "explained_variance_legacy"}
 
@@ -29,14 +31,16 @@ def data():
     return x, x_hat, f, rng.random(TOKENS) < 0.8
 
 
-def measured(x, x_hat, f=None, keep=None, *, batch_size=TOKENS) -> Reconstruction:
+def measured(
+    x, x_hat, f=None, keep=None, *, batch_size=TOKENS, limit=LIMIT
+) -> Reconstruction:
     """The metrics' sums of arrays, taken in batches."""
     f = np.ones((len(x), D_SAE)) if f is None else f
     keep = np.ones(len(x), bool) if keep is None else keep
     total = Reconstruction()
     for i in range(0, len(x), batch_size):
         part = [jnp.asarray(a[i : i + batch_size]) for a in (x, x_hat, f, keep)]
-        total.add(batch_sums(*part))
+        total.add(batch_sums(*part, limit))
     return total
 
 
@@ -50,12 +54,18 @@ def reference(batches) -> dict[str, float]:
     legacy = [
         1 - ((a - b) ** 2).sum(1) / ((a - a.mean(0)) ** 2).sum(1) for a, b, _ in batches
     ]
+    some = norm_in <= LIMIT
+    ordinary = x[some] - x[some].mean(0)
     rate = (f > 0).mean(0)
     share = rate[rate > 0] / rate.sum()
     return {
         "explained_variance": 1 - error.sum() / ((x - x.mean(0)) ** 2).sum(),
         "explained_variance_saebench": 1 - r / (s - (s / D_MODEL) ** 2),
         "explained_variance_legacy": np.concatenate(legacy).mean(),
+        "explained_variance_standardised": 1
+        - (((x - x_hat) / x.std(0)) ** 2).mean(0).mean(),
+        "explained_variance_ordinary_rows": 1 - error[some].sum() / (ordinary**2).sum(),
+        "share_ordinary_rows": some.mean(),
         "mse": ((x - x_hat) ** 2).mean(),
         "relative_reconstruction_bias": (norm_out**2).sum() / (x * x_hat).sum(),
         "cossim": ((x * x_hat).sum(1) / (norm_in * norm_out)).mean(),
@@ -117,6 +127,39 @@ def test_only_what_saebench_averages_over_batches_depends_on_the_batch_size(data
             assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
     for name in PER_BATCH:
         assert parts[name] != pytest.approx(whole[name], rel=1e-5), name
+
+
+def test_a_massive_dimension_and_massive_rows_are_looked_past():
+    """x_hat is 0 but for the dimension and the rows that have nearly all variance."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, D_MODEL))
+    x[:, 2] = 1000 + 50 * x[:, 2]
+    x_hat = np.zeros_like(x)
+    x_hat[:, 2] = x[:, 2]
+    metrics = measured(x, x_hat, batch_size=500, limit=np.inf).metrics()
+    assert metrics["explained_variance"] > 0.99
+    assert metrics["explained_variance_standardised"] == pytest.approx(1 / 8, abs=1e-2)
+    x = rng.normal(size=(4000, D_MODEL))
+    x[::100] *= 100
+    x_hat = np.zeros_like(x)
+    x_hat[::100] = x[::100]
+    metrics = measured(x, x_hat, batch_size=500, limit=20.0).metrics()
+    assert metrics["explained_variance"] > 0.98
+    ordinary = metrics["explained_variance_ordinary_rows"]
+    assert ordinary == pytest.approx(0, abs=1e-2)
+    assert 0.98 < metrics["share_ordinary_rows"] < 0.992
+
+
+def test_a_dimension_that_does_not_vary_is_left_out(data):
+    x, x_hat = data[0].copy(), data[1].copy()
+    without = measured(x[:, 1:], x_hat[:, 1:]).metrics()
+    x[:, 0], x_hat[:, 0] = 7.0, 9.0
+    name = "explained_variance_standardised"
+    assert measured(x, x_hat).metrics()[name] == pytest.approx(without[name], rel=1e-5)
+    assert measured(np.full((5, 8), 2.0), np.zeros((5, 8))).metrics()[name] is None
+    assert measured(x, x_hat, limit=0.0).metrics()["share_ordinary_rows"] == 0
+    none = measured(x, x_hat, limit=0.0).metrics()["explained_variance_ordinary_rows"]
+    assert none is None
 
 
 def test_an_identity_explains_everything(data):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vsae_jax.config.extract import Backend
 from vsae_jax.config.fields import check_at_least, flag
-from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER
+from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, MODEL_DIFFERS
 from vsae_jax.system.errors import UserError
 
 
@@ -23,6 +23,7 @@ class DashboardConfig:
         "512",
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
+    model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
     activations: str = flag(ACTIVATIONS, "")

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 
 from vsae_jax.config.extract import Backend
 from vsae_jax.config.fields import check_at_least, flag
-from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, OpenOptions
+from vsae_jax.config.opening import (
+    ACTIVATIONS,
+    BACKEND,
+    LAYER,
+    MODEL_DIFFERS,
+    OpenOptions,
+)
 from vsae_jax.system.errors import UserError
 
 
@@ -21,6 +27,7 @@ class EvalConfig(OpenOptions):
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
     revision: str = flag("hub revision; unset: the manifest's", "")
+    model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
     activations: str = flag(ACTIVATIONS, "")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vsae_jax.config.fields import check_above_zero, check_at_least, flag
-from vsae_jax.config.opening import ACTIVATIONS, LAYER, OpenOptions
+from vsae_jax.config.opening import ACTIVATIONS, LAYER, MODEL_DIFFERS, OpenOptions
 from vsae_jax.system.errors import UserError
 
 
@@ -23,6 +23,7 @@ class MaximiseConfig(OpenOptions):
     seed: int = flag("of the random starts", 0)
     model: str = flag("hub id or local folder; unset: the run's", "")
     revision: str = flag("hub revision; unset: the run's", "")
+    model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
     activations: str = flag(ACTIVATIONS, "")
     text: str = flag(

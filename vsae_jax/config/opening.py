@@ -5,6 +5,7 @@ from vsae_jax.config.extract import Backend
 # The help of flags that are the same in every command that has them.
 LAYER = "block whose output is autoencoded, from 0; unset: the folder's"
 BACKEND = "auto: jax where it runs the family, else transformers"
+MODEL_DIFFERS = "go on with a language model of other weights than the run's"
 ACTIVATIONS = "folder that extract wrote; unset: the run's"
 
 
@@ -16,6 +17,7 @@ class OpenOptions:
     run: str
     model: str = ""
     revision: str = ""
+    model_differs: bool = False
     layer: int | None = None
     backend: Backend = "auto"
     activations: str = ""

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject, latent_statistics
 from vsae_jax.evals.metrics import (
@@ -33,6 +34,8 @@ from vsae_jax.lm import LanguageModel, identity, next_token_loss
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
+ORDINARY_MEDIANS = 3
+_MEDIAN_CONTEXTS = 32
 _NOTHING = (
     "nothing to predict: every token is special, without an activation row, or the "
     "last of its context; evaluate on more or other text"
@@ -100,6 +103,7 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     options = {"underflow": quirks.kl_underflow}
     base: list[tuple[Losses, Losses]] = []
     tallies = [Tally() for _ in subjects]
+    limit = jnp.float32(ordinary_limit(first))
     with progress.bar(len(first.tokens), unit="context") as bar:
         for tokens, keep, count in first.batches():
             batch = measure_base(
@@ -108,7 +112,7 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
             base.append(jax.device_get((batch.clean, batch.ablated)))
             for subject, tally in zip(subjects, tallies, strict=True):
                 sums, losses, fired = measure(
-                    subject.lm, subject.reader, batch, tokens, keep, **options
+                    subject.lm, subject.reader, batch, tokens, keep, limit, **options
                 )
                 tally.add(sums, losses, fired)
             bar.update(count)
@@ -116,6 +120,20 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
         _result(subject, tally, base, quirks)
         for subject, tally in zip(subjects, tallies, strict=True)
     ]
+
+
+def ordinary_limit(subject: Subject) -> float:
+    """`ORDINARY_MEDIANS` times the median norm of rows x, by the first contexts: up to
+    here a row is an ordinary one."""
+    some = subject._replace(tokens=subject.tokens[:_MEDIAN_CONTEXTS])
+    norms = []
+    for tokens, keep, _ in some.batches():
+        residual = jnp.asarray(subject.lm.residual(tokens, subject.reader.layer))
+        x = np.asarray(subject.reader.rows(residual), np.float64)
+        norms.append(np.linalg.norm(x[keep.reshape(-1)], axis=1))
+    found = np.concatenate(norms)
+    # Where none of these counts, every row is ordinary.
+    return ORDINARY_MEDIANS * float(np.median(found)) if len(found) else np.inf
 
 
 def _base(
@@ -140,6 +158,7 @@ def _measure(
     base: Base,
     tokens: Int[Array | np.ndarray, "batch time"],
     keep: Bool[Array | np.ndarray, "batch time"],
+    limit: Float[Array, ""],
     *,
     underflow: bool,
 ) -> tuple[BatchSums, Losses, Float[Array, " d_sae"]]:
@@ -152,7 +171,8 @@ def _measure(
     losses = _losses(base.log_p, logits, tokens=tokens, keep=keep, underflow=underflow)
     fired = (f > 0).reshape(*keep.shape, -1) & keep[..., None]
     contexts_fired = jnp.sum(jnp.any(fired, axis=1), axis=0)
-    return batch_sums(x, x_hat, f, keep.reshape(-1)), losses, contexts_fired
+    sums = batch_sums(x, x_hat, f, keep.reshape(-1), limit)
+    return sums, losses, contexts_fired
 
 
 _base_compiled = jax.jit(_base, static_argnames=("layer", "underflow"))
@@ -199,8 +219,10 @@ def _result(
     clean, ablated = zip(*base, strict=True)
     losses = _loss_metrics(clean, tally.losses, ablated)
     density = tally.reconstruction.density
+    # As its export to SAELens: weights that read raw activations.
+    raw, _ = sae.fold(subject.run.variables, subject.run.sae)
     per_latent = latent_statistics.per_latent(
-        subject.run.variables["params"],
+        raw["params"],
         density,
         fired=tally.reconstruction.fired,
         contexts_fired=tally.contexts_fired,
@@ -213,7 +235,8 @@ def _result(
         | latent_statistics.averages(per_latent),
         "density_histogram": density_histogram(density),
         "per_latent": latent_statistics.rounded(per_latent),
-        "config": subject.config | {"quirks": quirks.names},
+        "config": subject.config
+        | {"quirks": quirks.names, "per_latent_units": latent_statistics.UNITS},
     }
 
 

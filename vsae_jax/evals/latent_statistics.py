@@ -12,6 +12,12 @@ from jaxtyping import Array, Float
 _ROWS = 1024
 _DIGITS = 6
 
+# Of what is no share, count or cosine.
+UNITS = {
+    "encoder_norm": "latent per unit of raw activation",
+    "encoder_bias": "latent, of a raw activation of 0 but for b_dec where subtracted",
+}
+
 PerLatent = dict[str, Float[np.ndarray, " d_sae"]]
 
 
@@ -25,7 +31,8 @@ def per_latent(
     """Each `[d_sae]`; NaN for what a latent that never fires has none of.
 
     Args:
-      params: w_enc `[d_model, d_sae]`, b_enc, and w_dec `[d_sae, d_model]`.
+      params: w_enc `[d_model, d_sae]`, b_enc, and w_dec `[d_sae, d_model]`, as they
+        read and write raw activations (`sae.fold`).
       density: the share of tokens on which a latent is above 0.
       fired: the number of these tokens.
       contexts_fired: the number of contexts with one.

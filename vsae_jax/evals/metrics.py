@@ -6,6 +6,7 @@ batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` an
 are SAEBench's only on demand: theirs are divided by the batch's tokens, and signed.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +23,10 @@ DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)
 class BatchSums(NamedTuple):
     """Sums over a batch's kept tokens.
 
-    error: of ||x - x_hat||^2. fired: how often each latent was above 0. legacy: of
-    1 - ||x - x_hat||^2 / ||x - mean of the batch||^2. The others are named after what
-    they sum.
+    error: of ||x - x_hat||^2; error_d by dimension. spread_d: of the squared distances
+    from the batch's mean, by dimension. ordinary_...: over rows with a norm up to a
+    limit. fired: how often each latent was above 0. legacy: of 1 - ||x - x_hat||^2 /
+    ||x - mean of the batch||^2. The others are named after what they sum.
     """
 
     tokens: Float[Array, ""]
@@ -42,6 +44,12 @@ class BatchSums(NamedTuple):
     squared_out: Float[Array, ""]
     legacy: Float[Array, ""]
     fired: Float[Array, " d_sae"]
+    error_d: Float[Array, " d_model"]
+    spread_d: Float[Array, " d_model"]
+    ordinary_tokens: Float[Array, ""]
+    ordinary_error: Float[Array, ""]
+    ordinary_squared_norm: Float[Array, ""]
+    ordinary_x: Float[Array, " d_model"]
 
 
 @jax.jit
@@ -50,17 +58,20 @@ def batch_sums(
     x_hat: Float[Array, "tokens d_model"],
     f: Float[Array, "tokens d_sae"],
     keep: Bool[Array, " tokens"],
+    limit: Float[Array, ""] | float = math.inf,
 ) -> BatchSums:
-    """The sums over the tokens where `keep` holds; what the others are is no matter."""
+    """The sums over the tokens where `keep` holds; what the others are is no matter.
+    Rows with a norm above `limit` are no ordinary ones."""
 
-    def total(values: Array) -> Array:
+    def total(values: Array, of: Array = keep) -> Array:
         # Not a product with the mask: NaN * 0 is NaN, and a GPU rounds to TF32.
-        where = keep.reshape(-1, *(1,) * (values.ndim - 1))
+        where = of.reshape(-1, *(1,) * (values.ndim - 1))
         return jnp.sum(values, axis=0, where=where, dtype=jnp.float32)
 
     n = total(keep)
     error = jnp.sum(jnp.square(x - x_hat), axis=-1)
     norm_in = jnp.linalg.norm(x, axis=-1)
+    ordinary = keep & (norm_in <= limit)
     norm_out = jnp.linalg.norm(x_hat, axis=-1)
     dot = jnp.sum(x * x_hat, axis=-1)
     center = total(x) / jnp.maximum(n, 1.0)
@@ -81,6 +92,12 @@ def batch_sums(
         squared_out=total(jnp.square(norm_out)),
         legacy=total(1 - error / jnp.maximum(spread, 1e-12)),
         fired=total(f > 0),
+        error_d=total(jnp.square(x - x_hat)),
+        spread_d=total(jnp.square(x - center[None, :])),
+        ordinary_tokens=total(ordinary),
+        ordinary_error=total(error, ordinary),
+        ordinary_squared_norm=total(jnp.square(norm_in), ordinary),
+        ordinary_x=total(x, ordinary),
     )
 
 
@@ -98,6 +115,8 @@ class Reconstruction:
         if n == 0:
             return
         error, squares = float(host["error"]), float(host["squared_norm"])
+        # In float64: a large mean would hide a small variance.
+        host["squared_d"] = host.pop("spread_d") + np.square(host["x"]) / n
         bias = ratio(float(host["squared_out"]), float(host["dot"]))
         self._batch_means.append((error / n, squares / n, bias or 0.0))
         self._sums = {k: self._sums.get(k, 0.0) + v for k, v in host.items()}
@@ -128,10 +147,7 @@ class Reconstruction:
         d_model = len(s["x"])
         r, m, bias = (float(mean) for mean in np.mean(self._batch_means, axis=0))
         squares = float(s["squared_norm"])
-        variance = squares - float(np.sum(np.square(s["x"]))) / n
-        # Equal rows leave a variance of float32's rounding, not of 0.
-        variance = 0.0 if variance < 1e-6 * squares else variance
-        explained = _explained(float(s["error"]), variance)
+        explained = _explained(float(s["error"]), _variance(squares, s["x"], n))
         # The mean is not removed: a bug of theirs (docs/saebench.md 1.4).
         saebench = _explained(r, m - (m / d_model) ** 2)
         mse = float(s["error"]) / n / d_model
@@ -143,6 +159,9 @@ class Reconstruction:
             "explained_variance": saebench if mean_in_variance else explained,
             "explained_variance_saebench": saebench,
             "explained_variance_legacy": float(s["legacy"]) / n,
+            "explained_variance_standardised": self._standardised(),
+            "explained_variance_ordinary_rows": self._of_ordinary_rows(),
+            "share_ordinary_rows": float(s["ordinary_tokens"]) / n,
             "mse": mse,
             "relative_reconstruction_bias": bias,
             "cossim": float(s["cosine"]) / n,
@@ -152,6 +171,33 @@ class Reconstruction:
             "l0": float(s["l0"]) / n,
             "l1": float(s["signed_l1" if batch_sums else "l1"]) / n,
         } | density_metrics(self.density)
+
+    def _standardised(self) -> float | None:
+        """1 - the mean over dimensions of error / variance: each counts as much, where
+        `explained_variance` weighs it with its variance. Those that do not vary are
+        left out."""
+        s, n = self._sums, float(self._sums["tokens"])
+        variance = s["squared_d"] - np.square(s["x"]) / n
+        varies = variance > 1e-6 * s["squared_d"]
+        if not varies.any():
+            return None
+        return 1 - float(np.mean(s["error_d"][varies] / variance[varies]))
+
+    def _of_ordinary_rows(self) -> float | None:
+        """The explained variance of the rows that are not massive, among themselves."""
+        s, n = self._sums, float(self._sums["ordinary_tokens"])
+        if not n:
+            return None
+        squares = float(s["ordinary_squared_norm"])
+        variance = _variance(squares, s["ordinary_x"], n)
+        return _explained(float(s["ordinary_error"]), variance)
+
+
+def _variance(squares: float, x: Float[np.ndarray, " d_model"], n: float) -> float:
+    """The summed squared distances from the mean, of sums over n rows."""
+    variance = squares - float(np.sum(np.square(x))) / n
+    # Equal rows leave a variance of float32's rounding, not of 0.
+    return 0.0 if variance < 1e-6 * squares else variance
 
 
 def ratio(a: float, b: float) -> float | None:

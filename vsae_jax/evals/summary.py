@@ -5,6 +5,7 @@ from typing import Any
 
 from vsae_jax import runs
 from vsae_jax.runs import series
+from vsae_jax.runs.opening import OTHERS
 from vsae_jax.system.files import replace_file
 
 _CORE = (
@@ -86,6 +87,8 @@ def _notes(found: dict[str, list[dict[str, Any]]]) -> str:
         )
         if norms and norms != ["1"]:
             lines.append(f"Decoder norms of {arm}: {'; '.join(norms)}.")
+    if any(one["config"].get("model_weights") == OTHERS for one in each):
+        lines.append("With a language model of other weights than in training.")
     quirks = sorted({q for one in each for q in one["config"].get("quirks", [])})
     if quirks:
         lines.append(f"SAEBench's quirks: {', '.join(quirks)}.")

@@ -1,6 +1,8 @@
 """What tells the weights of one local model from those of another."""
 
+import functools
 import hashlib
+from pathlib import Path
 
 from vsae_jax.lm.files import ModelFiles
 
@@ -15,10 +17,15 @@ def weights_hash(files: ModelFiles) -> str:
     commit says it."""
     if files.folder is None:
         return ""
+    paths = sorted(p for kind in _KINDS for p in files.folder.glob(kind))
+    return _hash(tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in paths))
+
+
+@functools.lru_cache(maxsize=8)
+def _hash(paths: tuple[tuple[Path, int, int], ...]) -> str:
+    """The same of files with their sizes and times, once for all runs of a command."""
     digest = hashlib.sha256()
-    paths = [p for kind in _KINDS for p in files.folder.glob(kind)]
-    for path in sorted(paths):
-        size = path.stat().st_size
+    for path, size, _ in paths:
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:
             for start in range(0, size, max(size // _PIECES, _PIECE_BYTES)):

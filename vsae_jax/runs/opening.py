@@ -12,9 +12,12 @@ from jaxtyping import Int
 
 from vsae_jax import lm
 from vsae_jax.activations import text
+from vsae_jax.activations.manifest import read_manifest
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.config import OpenOptions
+from vsae_jax.lm.files import locate
+from vsae_jax.lm.weights import weights_hash
 from vsae_jax.runs import CONFIG
 from vsae_jax.runs.trained import TrainedSAE
 from vsae_jax.system.errors import UserError
@@ -30,6 +33,8 @@ _OF_THE_LOSS = {
     "auxk_units": "loss",
     "decoder_norm": "unit",
 }
+# Of a language model's weights, against those that a run was trained on.
+THE_SAME, OTHERS, UNKNOWN = "the run's", "others than the run's", "not known"
 _TEXTS = (".jsonl", ".txt", ".parquet")
 _OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
 # Of an autoencoder from elsewhere, where nothing says otherwise.
@@ -91,6 +96,7 @@ def subject_of(run: TrainedSAE, c: OpenOptions, load: Callable[..., Any]) -> Sub
             "tokens_from": tokens_from,
             "model": language_model.name,
             "revision": language_model.revision or "",
+            "model_weights": weights_of(run, language_model),
             "layer": run.data["layer"],
             "bos": run.data["bos"],
             "dropped_positions": run.data["dropped_positions"],
@@ -115,7 +121,43 @@ def load_model(
             f"was trained on {run.sae.d_model}; name the model it was trained on"
         )
     lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
+    weights = weights_of(run, language_model)
+    if weights == OTHERS and not c.model_differs:
+        raise UserError(
+            f"the weights of --model={model} are others than those of "
+            f"{run.data['model']}, which {run.folder} was trained on; name that model, "
+            "or look at this one with --model_differs"
+        )
+    if weights == UNKNOWN and run.train is not None:
+        print(
+            f"note: whether {model} has the weights that {run.folder} was trained on "
+            "is not known: no hash of both is there to compare"
+        )
     return language_model
+
+
+def weights_of(run: TrainedSAE, language_model: lm.LanguageModel) -> str:
+    """Whether a language model has the weights of the one that the run was trained on:
+    `THE_SAME`, `OTHERS` or `UNKNOWN`. A commit of the hub stands for its weights."""
+    then = run.data.get("revision") or _weights_hash(run)
+    now = language_model.revision or weights_hash(locate(language_model.name))
+    if (
+        not then
+        or not now
+        or bool(run.data.get("revision")) != bool(language_model.revision)
+    ):
+        return UNKNOWN
+    return THE_SAME if then == now else OTHERS
+
+
+def _weights_hash(run: TrainedSAE) -> str:
+    """Of the model that the run was trained on, from its config or, as that of an older
+    run lacks it, from its activations; "" where neither says it."""
+    if run.data.get("weights_hash") or run.train is None:
+        return run.data.get("weights_hash") or ""
+    manifest = read_manifest(Path(run.train.activations))
+    same = manifest is not None and manifest.hash == run.data.get("manifest")
+    return manifest.weights_hash if manifest is not None and same else ""
 
 
 def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:

@@ -115,8 +115,8 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
             f"{config.held_out} holds out all of them; extract more tokens"
         )
     fields = (
-        "model revision hook_name layer context_length bos dropped_positions "
-        "center_residual dataset dtype"
+        "model revision weights_hash hook_name layer context_length bos "
+        "dropped_positions center_residual dataset dtype"
     )
     return {
         "manifest": m.hash,
@@ -216,7 +216,9 @@ def _anything_saved(folder: Path) -> bool:
 
 def _lasting(part: Any) -> dict[str, Any]:
     part = part if isinstance(part, dict) else {}
-    return {n: v for n, v in part.items() if n not in RUNTIME_FIELDS}
+    # An older run has no hash of the weights, which its manifest's hash covers.
+    fleeting = RUNTIME_FIELDS | {"weights_hash"}
+    return {n: v for n, v in part.items() if n not in fleeting}
 
 
 def first_b_dec(job: Job, sample: jax.Array) -> jax.Array | None:

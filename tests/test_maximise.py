@@ -45,6 +45,7 @@ def planted(tiny_rows, tmp_path_factory):
 def found(planted, planted_model):
     """The files of latents 0 to 3."""
     flags = {"run": planted, "model": planted_model, "latents": "0,1,2,3"}
+    flags |= {"model_differs": True}
     assert call("maximise", **flags, **FAST) == 0
     return [
         json.loads((planted / "maximised" / f"{i}.json").read_text()) for i in range(4)
@@ -123,6 +124,7 @@ def test_bos_stays_and_has_no_activation(found):
 
 def test_the_seed_decides(planted, planted_model, found):
     flags = {"run": planted, "model": planted_model, "latents": "0", **FAST}
+    flags |= {"model_differs": True}
     assert call("maximise", **flags) == 0
     path = planted / "maximised" / "0.json"
     assert json.loads(path.read_text())["synthetic"] == found[0]["synthetic"]

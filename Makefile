@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check faults format format-check lint types test slow
+.PHONY: check faults format format-check lint types test slow study
 
 check: format-check lint types test
 
@@ -21,6 +21,9 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+study:
+	$(PYTHON) -m pytest -m study
 
 # Kills, signals, full disks, damage, hostile input: all of it (FAULTS_KILLS=50 each).
 faults:

@@ -290,21 +290,16 @@ def test_an_unknown_part_is_named(capsys):
     )
 
 
-def reproduced(out: Path) -> str:
-    command = [sys.executable, "-m", "experiments.reproduce", "--scale=smoke"]
-    done = subprocess.run(
-        [*command, f"--out={out}"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
-
-
-def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path):
+@pytest.mark.study
+def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path, monkeypatch, capsys):
     """The study at its smallest: every part's section, table and figure; the second
     run trains and evaluates nothing and says the same."""
     out = tmp_path / "smoke"
-    first = reproduced(out)
-    assert "=== training" in first
+    flags = ["--scale=smoke", f"--out={out}"]
+    command = [sys.executable, "-m", "experiments.reproduce", *flags]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "=== training" in first.stdout
     text = (out / "report.md").read_text()
     for title in (
         "Three questions",
@@ -320,7 +315,10 @@ def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path):
     for arm in runs.run_folders(grids / "ablation"):
         found = runs.read_json(arm / "evals" / "scr.json")
         assert found["metrics"], arm
-    again = reproduced(out)
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    assert cli.run(reproduce.command, ReproduceConfig, ["reproduce", *flags]) == 0
+    again = capsys.readouterr().out
     assert "=== training" not in again and "=== evaluating" not in again
     assert (out / "report.md").read_text() == text
     assert STORIES.is_file()

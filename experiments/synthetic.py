@@ -25,8 +25,8 @@ from vsae_jax.system.errors import UserError
 
 FILE = "features.npy"
 CONTEXT_LENGTH = 128
-_SHARD_CONTEXTS = 1024
-_PIECE_BYTES = 2**26
+SHARD_CONTEXTS = 1024
+PIECE_BYTES = 2**26
 _LEAST, _SLOPE = 0.5, 0.5
 # Streams of random numbers under one seed; shard i is stream _SHARDS + i.
 _DIRECTIONS, _HELD_OUT, _SHARDS = range(3)
@@ -109,7 +109,7 @@ def shard_codes(
 ) -> Iterator[Float[np.ndarray, "rows n_features"]]:
     """The codes of the n rows of a shard, in pieces."""
     rng = _rng(seed, _SHARDS + shard)
-    piece = max(_PIECE_BYTES // (4 * len(features.rates)), 1)
+    piece = max(PIECE_BYTES // (4 * len(features.rates)), 1)
     for start in range(0, n, piece):
         yield features.codes(min(piece, n - start), rng)
 
@@ -117,8 +117,8 @@ def shard_codes(
 def _write_shards(
     writer: ShardWriter, features: Features, contexts: int, seed: int
 ) -> None:
-    for index, first in enumerate(range(0, contexts, _SHARD_CONTEXTS)):
-        n = min(_SHARD_CONTEXTS, contexts - first)
+    for index, first in enumerate(range(0, contexts, SHARD_CONTEXTS)):
+        n = min(SHARD_CONTEXTS, contexts - first)
         tokens = np.zeros((n, CONTEXT_LENGTH), np.int32)
         if writer.has(index, tokens):
             continue
@@ -160,7 +160,7 @@ def _manifest(truth: Truth, features: Features, seed: int) -> Manifest:
         split="",
         text_column="",
         num_tokens=-(-truth.n_rows // CONTEXT_LENGTH) * CONTEXT_LENGTH,
-        shard_contexts=_SHARD_CONTEXTS,
+        shard_contexts=SHARD_CONTEXTS,
     )
 
 

@@ -19,7 +19,7 @@ def stream(seed=0, monkeypatch=None, n_rows=N):
         return np.arange(start, stop)[:, None].repeat(2, axis=1)
 
     # A row claims to be large, so that a block holds ten of them.
-    row_bytes = shuffle._BLOCK_BYTES // 10
+    row_bytes = shuffle.BLOCK_BYTES // 10
     return shuffle.ShuffledRows(read, n_rows=n_rows, row_bytes=row_bytes, seed=seed)
 
 
@@ -62,11 +62,11 @@ def test_reads_are_contiguous_and_only_what_is_needed():
         reads.append((start, stop))
         return np.zeros((stop - start, 2))
 
-    row_bytes = shuffle._BLOCK_BYTES // 10
+    row_bytes = shuffle.BLOCK_BYTES // 10
     rows = shuffle.ShuffledRows(read, n_rows=N, row_bytes=row_bytes, seed=0)
     rows.take(0, 40)
     rows.take(40, 40)
-    assert len(reads) == shuffle._BLOCKS_IN_GROUP
+    assert len(reads) == shuffle.BLOCKS_IN_GROUP
     assert all(stop - start == 10 for start, stop in reads)
 
 
@@ -114,7 +114,7 @@ def test_closing_ends_the_thread():
 
 def prefetching(read, *, n_rows=N):
     """A stream whose thread loads ahead, in blocks of 10 rows and groups of 80."""
-    row_bytes = shuffle._BLOCK_BYTES // 10
+    row_bytes = shuffle.BLOCK_BYTES // 10
     return shuffle.ShuffledRows(
         read, n_rows=n_rows, row_bytes=row_bytes, seed=0, prefetch=True
     )
@@ -159,10 +159,10 @@ def test_the_next_group_is_read_in_another_thread_while_this_one_is_used():
 
     with prefetching(read) as rows:
         rows.take(0, 1)
-        wait_until(lambda: len(readers) == 2 * shuffle._BLOCKS_IN_GROUP)
+        wait_until(lambda: len(readers) == 2 * shuffle.BLOCKS_IN_GROUP)
         rows.take(1, 79)
-        assert len(readers) == 2 * shuffle._BLOCKS_IN_GROUP
-        later = readers[shuffle._BLOCKS_IN_GROUP :]
+        assert len(readers) == 2 * shuffle.BLOCKS_IN_GROUP
+        later = readers[shuffle.BLOCKS_IN_GROUP :]
     assert set(readers) - set(later) == {threading.current_thread()}
     assert threading.current_thread() not in later
 
@@ -173,7 +173,7 @@ def test_two_groups_are_the_most_in_memory():
         jumps = np.random.default_rng(0).integers(0, 3 * N, 20).tolist()
         for position in [*range(0, 3 * N, 40), *jumps]:
             rows.take(position, 40)
-            buffers.add(rows._present.buffer.ctypes.data)
+            buffers.add(rows.present.buffer.ctypes.data)
     assert len(buffers) == 2
 
 

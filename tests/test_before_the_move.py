@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_and_ends_as_it_did(old, of, capsys):
 
 
 def assert_as_written(got: np.ndarray, expected: np.ndarray, name: str) -> None:
-    """Bit for bit where they were written; another jax or processor orders sums anew."""
+    """Bit for bit where they were made; another jax or processor orders sums anew."""
     if (jax.__version__, platform.machine()) == ("0.10.2", "x86_64"):
         np.testing.assert_array_equal(got, expected, err_msg=name)
     else:

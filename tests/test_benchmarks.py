@@ -14,6 +14,7 @@ from benchmarks.table import Timed
 from benchmarks.train_step import Shape, StepConfig
 from benchmarks.turns import Task, Worker, WorkerEnded
 from vsae_jax import losses
+from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
 TASK = Task("sleep", "float32", 8, 2, 4, "rows.npy")
@@ -162,7 +163,7 @@ def test_the_torch_step_has_our_loss(variant, monkeypatch):
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
         value, index = gpu_torch.vsae_loss(tensors, torch.from_numpy(x), 4)
         weights = losses.Weights(k=4, beta=gpu_torch.BETA)
-        config = losses._config(arrays, k=4)
+        config = SAEConfig(d_model=8, d_sae=32, k=4)
         rows = jnp.asarray(x)
         expected, _ = losses.total_loss(arrays, rows, None, weights, config=config)
     assert float(value) == pytest.approx(float(expected), rel=1e-5)

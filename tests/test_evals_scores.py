@@ -92,8 +92,8 @@ def scr_scores(task: Task, latents: Latents) -> dict:
     ((pair, split),) = task.quadrants.items()
     train, tests = (scr.samples(task, pair, split, p, "") for p in ("train", "test"))
     fitted = known(train, weights, 0.0)
-    clean = scr._tested(task, fitted, tests, None)
-    before = scr._tested(task, fitted, tests, "biased")
+    clean = scr.accuracies(task, fitted, tests, None)
+    before = scr.accuracies(task, fitted, tests, "biased")
     prepared = scr.Prepared({pair: fitted}, {pair: clean}, {pair: before})
     return scr.score(task, prepared, latents)[pair]
 
@@ -167,13 +167,13 @@ def test_without_the_spurious_latent_nothing_is_gained():
 @pytest.mark.parametrize("tie_counts", [True, False])
 def test_a_tie_is_the_mean_of_both_directions_or_missing(tie_counts):
     before = {"label": 0.7, "attribute": 0.7}
-    metric = scr._metric(before, {1: 0.2, 2: 0.4}, tie_counts=tie_counts)
+    metric = scr.combine(before, {1: 0.2, 2: 0.4}, tie_counts=tie_counts)
     assert metric == (pytest.approx(0.3) if tie_counts else None)
     assert (
-        scr._metric(before | {"label": 0.6}, {1: 0.2, 2: 0.4}, tie_counts=True) == 0.2
+        scr.combine(before | {"label": 0.6}, {1: 0.2, 2: 0.4}, tie_counts=True) == 0.2
     )
     assert (
-        scr._metric(before | {"label": 0.8}, {1: 0.2, 2: 0.4}, tie_counts=True) == 0.4
+        scr.combine(before | {"label": 0.8}, {1: 0.2, 2: 0.4}, tie_counts=True) == 0.4
     )
 
 

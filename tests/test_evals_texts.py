@@ -17,7 +17,7 @@ from vsae_jax.autoencoder import sae
 from vsae_jax.config import EvalConfig
 from vsae_jax.evals import Subject, encoding, first_letter, hub_sets, labelled, sampling
 from vsae_jax.evals import on_texts as texts
-from vsae_jax.evals.probes import Recipe, _optimizer, fit, fit_outputs
+from vsae_jax.evals.probes import Recipe, adam, fit, fit_outputs
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Sample
 from vsae_jax.system.errors import UserError
@@ -293,7 +293,7 @@ def test_the_optimizers_are_torchs():
         recipe = Recipe(
             lr=0.1, batch_size=1, epochs=1, weight_decay=0.3, coupled=coupled
         )
-        optimizer = _optimizer(recipe)
+        optimizer = adam(recipe)
         w = jnp.asarray(start, jnp.float32)
         state = optimizer.init(w)
         other = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
@@ -346,13 +346,13 @@ def test_words_are_read_where_they_stand(tiny_model):
     rng = np.random.default_rng(0)
     vocabulary = tokenizer.get_vocab()
     inverse = {i: t for t, i in vocabulary.items()}
-    suffix = len(tokenizer(first_letter._SUFFIX)["input_ids"])
+    suffix = len(tokenizer(first_letter.SUFFIX)["input_ids"])
     for word, prompt in zip(
         words, first_letter.prompts(words, words, rng), strict=True
     ):
         lines = prompt.split("\n")[1:]
         assert len(lines) == first_letter.EXAMPLES + 1
-        assert lines[-1] == f"{word}{first_letter._SUFFIX}"
+        assert lines[-1] == f"{word}{first_letter.SUFFIX}"
         assert not any(line.startswith(f"{word} has") for line in lines[:-1])
         ids = tokenizer(prompt)["input_ids"]
         read = tokenizer.convert_tokens_to_string([inverse[ids[len(ids) - suffix - 1]]])
@@ -605,7 +605,7 @@ def test_saebenchs_sets_have_their_classes_pairs_and_splits(monkeypatch):
     assert sets[0].classes == ("0", "1", "2", "6", "9")
     assert sets[0].in_test is not None
     assert int(sets[0].in_test.sum()) == 28
-    assert [texts._takes("tpp", s) for s in sets] == [True, False, False]
+    assert [texts.takes("tpp", s) for s in sets] == [True, False, False]
     assert hub_sets.SCR_PAIRS[sets[0].name][0] == ("21", "13")
 
 

@@ -74,8 +74,8 @@ def test_a_code_is_the_least_amplitude_or_more_or_nothing(features, rng):
 
 @pytest.mark.parametrize("correlated", [False, True])
 def test_rows_are_codes_times_directions(tmp_path, correlated, monkeypatch):
-    monkeypatch.setattr(synthetic, "_SHARD_CONTEXTS", 3)
-    monkeypatch.setattr(synthetic, "_PIECE_BYTES", 64 * 4 * 100)
+    monkeypatch.setattr(synthetic, "SHARD_CONTEXTS", 3)
+    monkeypatch.setattr(synthetic, "PIECE_BYTES", 64 * 4 * 100)
     rows = synthetic.write(tmp_path / "rows", TRUTH, correlated=correlated)
     stored = Activations.open(rows)
     directions = np.load(rows / synthetic.FILE, allow_pickle=False)

@@ -366,7 +366,7 @@ def test_parts_of_a_stream_are_the_stream(parts):
         taken = [s.take(position, 4 * batch).reshape(4, own, -1) for s in streams]
         np.testing.assert_array_equal(np.concatenate(taken, axis=1), expected)
     for stream in streams:
-        assert len(stream._present.rows) <= (32768 // batch + 2) * own
+        assert len(stream.present.rows) <= (32768 // batch + 2) * own
 
 
 def test_an_arm_takes_its_share_on_each_device():

@@ -31,7 +31,7 @@ def test_it_is_standard_normal(eps):
 def test_no_word_gives_an_infinite_eps():
     """All 2^23 of them: one that did would end a run within some steps."""
     words = jnp.arange(2**23, dtype=jnp.uint32) << 9
-    every = np.asarray(jax.jit(noise._normal_of)(words))
+    every = np.asarray(jax.jit(noise.normal_of)(words))
     assert np.isfinite(every).all()
     np.testing.assert_allclose(every.max(), -every.min())
     assert every.max() < 5.4
@@ -51,7 +51,7 @@ def test_places_are_not_correlated(eps, of):
 
 
 def test_every_bit_is_fair():
-    bits = np.asarray(noise._mix(jnp.arange(2**18, dtype=jnp.uint32)))
+    bits = np.asarray(noise.mix(jnp.arange(2**18, dtype=jnp.uint32)))
     ones = [np.mean(bits >> i & 1) for i in range(32)]
     np.testing.assert_allclose(ones, 0.5, atol=5 * 0.5 / np.sqrt(2**18))
 

@@ -141,7 +141,7 @@ def test_samples_are_latents_of_held_out_text(grouped):
 
 def test_activations_are_standardised_and_constant_ones_left_out(grouped):
     config = tsne.MapConfig(run=str(grouped), samples=100)
-    latents, points = tsne._points(open_any(grouped), np.arange(D_SAE), config)
+    latents, points = tsne.as_points(open_any(grouped), np.arange(D_SAE), config)
     assert len(latents) == len(points) and 4 <= len(latents) <= D_SAE
     np.testing.assert_allclose(points.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(points.std(1), 1, atol=1e-5)

@@ -117,7 +117,7 @@ def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, 
     w_dec = np.asarray(opened.variables["params"]["w_dec"])
     if len(w_dec) != len(features.firing_rate):
         raise UserError(f"{arm.folder}: features/ are of another autoencoder")
-    latents, points = _points(opened, latents, c)
+    latents, points = as_points(opened, latents, c)
     embedding, cluster = embed(points, clusters=c.clusters, seed=c.seed)
     nearest, counts = map_statistics.cosines(w_dec[latents])
     rate = features.firing_rate[latents]
@@ -153,7 +153,7 @@ def _stem(c: MapConfig) -> str:
     return "maps" if c.points == "activations" else f"maps-{c.points}"
 
 
-def _points(
+def as_points(
     run: TrainedSAE, latents: Int[np.ndarray, " n"], c: MapConfig
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
     """What the latents are as points; without those that do not vary in the sample."""

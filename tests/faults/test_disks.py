@@ -3,6 +3,8 @@ one line, what was written is intact, and with room the same command goes on."""
 
 import errno
 import os
+import resource
+import shutil
 import subprocess
 
 import pytest
@@ -29,7 +31,8 @@ def more_room(disk) -> None:
 def test_a_shard(extraction, small_disk, tmp_path, monkeypatch, capfd):  # noqa: F811
     flags = extraction | {"shard_contexts": 16, "dtype": "float32"}
     assert call("extract", out=tmp_path / "whole", **flags) == 0
-    monkeypatch.setattr(extract, "_free", lambda folder: 2**40)
+    plenty = shutil.disk_usage(small_disk)._replace(free=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: plenty)
     commit, out = ShardWriter.commit, small_disk / "rows"
 
     def commit_then_fill(self):
@@ -132,20 +135,17 @@ def test_the_parameters(training, small_disk, tmp_path, monkeypatch, capfd):  # 
     assert parameters(out) == parameters(tmp_path / "whole")
 
 
-def test_a_line_that_does_not_fit_is_not_written_later(tmp_path, monkeypatch):
+def test_a_line_that_does_not_fit_is_not_written_later(tmp_path):
     log = loggers.JsonLines(tmp_path / "metrics.jsonl")
     log.write(1, {"loss": 1.0})
 
-    class Full:
-        def write(self, line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def close(self):
-            pass
-
-    good, log._file = log._file, Full()
-    with pytest.raises(OSError, match=r"No space left.*metrics.jsonl"):
-        log.write(2, {"loss": 1.0})
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = (tmp_path / "metrics.jsonl").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*metrics.jsonl"):
+            log.write(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     log.close()
-    good.close()
     assert [x["step"] for x in runs.read_metrics(tmp_path / "metrics.jsonl")] == [1]

@@ -190,7 +190,7 @@ def test_rows_in_many_pieces(tiny_rows, monkeypatch):
     check = Check(Activations.open(tiny_rows), giant=1e4)
     rows = np.ones((1000, 16), np.float32)
     rows[[0, 499, 999], [0, 7, 15]] = -np.inf
-    monkeypatch.setattr(bad_rows, "_AT_ONCE_BYTES", 7 * 64)
+    monkeypatch.setattr(bad_rows, "AT_ONCE_BYTES", 7 * 64)
     assert np.flatnonzero(check.bad(rows)).tolist() == [0, 499, 999]
 
 

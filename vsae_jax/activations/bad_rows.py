@@ -22,7 +22,7 @@ from vsae_jax.system.errors import UserError
 
 _SAMPLE_ROWS = 4096
 # Rows looked at together stay in a core's cache.
-_AT_ONCE_BYTES = 2**20
+AT_ONCE_BYTES = 2**20
 
 
 class LeftOut(NamedTuple):
@@ -64,7 +64,7 @@ class Check:
         sign = whole.type(1 << (8 * rows.dtype.itemsize - 1))
         limit = np.array(self._limit, rows.dtype).view(whole)[()]
         found = np.zeros(len(rows), bool)
-        step = max(_AT_ONCE_BYTES // max(rows.nbytes // max(len(rows), 1), 1), 1)
+        step = max(AT_ONCE_BYTES // max(rows.nbytes // max(len(rows), 1), 1), 1)
         for at in range(0, len(rows), step):
             bits = rows[at : at + step].view(whole)
             if bits.max() > (sign | limit) or bits.view(signed).max() > limit:
@@ -77,7 +77,7 @@ class Check:
         m, found = self._activations.manifest, []
         total = np.array(m.mean) * m.n_rows
         squares, kept = m.mean_squared_norm * m.n_rows, m.n_rows
-        step = max(_AT_ONCE_BYTES * 16 // m.row_bytes, 1)
+        step = max(AT_ONCE_BYTES * 16 // m.row_bytes, 1)
         bad_ones = 0
         with progress.bar(m.n_rows, unit="rows checked") as bar:
             for start in range(0, m.n_rows, step):

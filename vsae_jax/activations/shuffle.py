@@ -20,8 +20,8 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 
 from vsae_jax.system.errors import UserError
 
-_BLOCK_BYTES = 2**26
-_BLOCKS_IN_GROUP = 8
+BLOCK_BYTES = 2**26
+BLOCKS_IN_GROUP = 8
 
 
 class Part(NamedTuple):
@@ -47,6 +47,8 @@ class ShuffledRows:
         their group, in turn.
       prefetch: a thread loads the next group while the present one is taken from.
         It ends with `close`, with the `with` block, or with the object.
+
+    `present` is the group that is being taken from, None before the first row.
     """
 
     def __init__(
@@ -65,8 +67,8 @@ class ShuffledRows:
         self._seed = seed
         self._part = None if part and part.stop - part.start == part.batch else part
         self._left_out = np.asarray(left_out, np.int64)
-        self._block = max(_BLOCK_BYTES // row_bytes, 1)
-        self._present: _Group | None = None
+        self._block = max(BLOCK_BYTES // row_bytes, 1)
+        self.present: _Group | None = None
         self._next: tuple[_Key, futures.Future[_Group]] | None = None
         self._free: list[UInt8[np.ndarray, "rows row_bytes"]] = []
         self._loader = futures.ThreadPoolExecutor(1, "rows") if prefetch else None
@@ -92,7 +94,7 @@ class ShuffledRows:
         """Ends the thread, after the read that it is in, and lets the rows go."""
         if self._loader is not None:
             self._loader.shutdown(cancel_futures=True)
-        self._present = self._next = None
+        self.present = self._next = None
         self._free.clear()
 
     def __enter__(self) -> "ShuffledRows":
@@ -107,15 +109,15 @@ class ShuffledRows:
         starts = self._plan(epoch).starts
         number = bisect.bisect_right(starts, offset) - 1
         key = epoch, number
-        if self._present is None or self._present.key != key:
-            self._present = self._enter(key)
-        return self._present, offset - starts[number]
+        if self.present is None or self.present.key != key:
+            self.present = self._enter(key)
+        return self.present, offset - starts[number]
 
     def _enter(self, key: "_Key") -> "_Group":
         """Group `key`, which the thread may have loaded; it goes on to the next."""
-        if self._present is not None:
-            self._free.append(self._present.buffer)
-        self._present, coming, self._next = None, self._next, None
+        if self.present is not None:
+            self._free.append(self.present.buffer)
+        self.present, coming, self._next = None, self._next, None
         if coming is not None and coming[0] == key:
             group = coming[1].result()
         else:
@@ -175,7 +177,7 @@ class ShuffledRows:
         """Memory for a group: used again, as fresh pages cost more than reading."""
         if self._free:
             return self._free.pop()
-        most = min(_BLOCKS_IN_GROUP * self._block, self._n_rows)
+        most = min(BLOCKS_IN_GROUP * self._block, self._n_rows)
         if self._part is not None:
             batch, start, stop = self._part
             most = (most // batch + 2) * (stop - start)
@@ -229,8 +231,8 @@ def _plan(epoch: int, *, n_rows: int, block: int, seed: int) -> _Plan:
     blocks = [(s, min(s + block, n_rows)) for s in range(0, n_rows, block)]
     order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
     groups = [
-        [blocks[i] for i in order[n : n + _BLOCKS_IN_GROUP]]
-        for n in range(0, len(blocks), _BLOCKS_IN_GROUP)
+        [blocks[i] for i in order[n : n + BLOCKS_IN_GROUP]]
+        for n in range(0, len(blocks), BLOCKS_IN_GROUP)
     ]
     lengths = [sum(stop - start for start, stop in group) for group in groups]
     return _Plan(groups, [0, *np.cumsum(lengths)[:-1].tolist()])

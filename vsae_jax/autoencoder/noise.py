@@ -24,12 +24,12 @@ def normal(
     """
     row_word, column_word = jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.arange(shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
-    rows = _mix(place + row_word)
-    columns = _mix(jnp.arange(shape[1], dtype=jnp.uint32) + column_word)
-    return _normal_of(_mix(rows[:, None] ^ columns[None, :]))
+    rows = mix(place + row_word)
+    columns = mix(jnp.arange(shape[1], dtype=jnp.uint32) + column_word)
+    return normal_of(mix(rows[:, None] ^ columns[None, :]))
 
 
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     """A bijection of 32-bit words whose every output bit depends on every input bit
     (the xorshift-multiply form, constants of C. Wellons' hash prospector)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
@@ -37,7 +37,7 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 15)
 
 
-def _normal_of(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
+def normal_of(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     """sqrt(2) erfinv(u), u uniform on the odd multiples of 2^-23 in (-1, 1)."""
     from_one_to_two = lax.bitcast_convert_type(
         (bits >> 9) | jnp.uint32(0x3F800000), jnp.float32

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EXAMPLES = 10
-_SUFFIX = " has the first letter:"
+SUFFIX = " has the first letter:"
 _TRAIN_SHARE = 0.8
 
 
@@ -46,9 +46,9 @@ def alphabetic_words(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         if letters.isascii() and letters.isalpha():
             found.add(word)
     words = sorted(found)
-    shared = len(text.encode(["\n" + _SUFFIX], tokenizer)[0])
+    shared = len(text.encode(["\n" + SUFFIX], tokenizer)[0])
     lengths = (
-        len(ids) for ids in text.encode(["\n" + w + _SUFFIX for w in words], tokenizer)
+        len(ids) for ids in text.encode(["\n" + w + SUFFIX for w in words], tokenizer)
     )
     return [w for w, length in zip(words, lengths, strict=True) if length == shared + 1]
 
@@ -80,12 +80,12 @@ def prompts(
     words: Sequence[str], examples: Sequence[str], rng: np.random.Generator
 ) -> list[str]:
     """One prompt per word, its examples drawn from others."""
-    lines = np.array([f"\n{e}{_SUFFIX} {e.strip()[0].upper()}" for e in examples])
+    lines = np.array([f"\n{e}{SUFFIX} {e.strip()[0].upper()}" for e in examples])
     made = []
     for word in words:
         chosen = rng.choice(len(examples), EXAMPLES + 1, replace=False)
         chosen = [i for i in chosen if examples[i] != word][:EXAMPLES]
-        made.append("".join(lines[chosen]) + f"\n{word}{_SUFFIX}")
+        made.append("".join(lines[chosen]) + f"\n{word}{SUFFIX}")
     return made
 
 
@@ -97,7 +97,7 @@ def read_words(
     rng: np.random.Generator,
 ) -> Words:
     """The residual of each word in a prompt of its own."""
-    suffix = len(text.encode([_SUFFIX], tokenizer)[0])
+    suffix = len(text.encode([SUFFIX], tokenizer)[0])
     ids: list[np.ndarray] = []
     made = prompts(words, examples, rng)
     for start in range(0, len(made), text.DOCUMENTS_AT_ONCE):

@@ -79,7 +79,7 @@ def run(
 
 def plan(s: TextSet, names: Sequence[str], config: EvalConfig) -> Planned:
     """Which rows the evaluations need, renumbered within those."""
-    names = [name for name in names if _takes(name, s)]
+    names = [name for name in names if takes(name, s)]
     sizes: dict[str, int] = {
         name: getattr(config, name) for name in ("train_size", "test_size", "seed")
     }
@@ -208,23 +208,23 @@ def open_sets(
         raise missing_extra("scikit-learn", extra="analysis")
     sets = read_sets(config)
     for name in names:
-        if not any(_takes(name, s) for s in sets):
+        if not any(takes(name, s) for s in sets):
             needs = "with an attribute (--attribute_column)" if name == "scr" else ""
             raise UserError(
                 f"--evals={name} needs a set of --labelled {needs}".rstrip()
             )
     for s in sets:
         values = [] if s.attributes is None else sorted(set(s.attributes.tolist()))
-        if "scr" in names and _takes("scr", s) and len(values) != 2:
+        if "scr" in names and takes("scr", s) and len(values) != 2:
             raise UserError(
                 f"{s.name}: --attribute_column has {len(values)} values "
                 f"({', '.join(values[:3])}, ...); scr needs two"
             )
-    taken = [s for s in sets if any(_takes(name, s) for name in names)]
+    taken = [s for s in sets if any(takes(name, s) for name in names)]
     return [(s, plan(s, names, config)) for s in taken]
 
 
-def _takes(name: str, s: TextSet) -> bool:
+def takes(name: str, s: TextSet) -> bool:
     """Whether an evaluation uses a set."""
     if s.name in hub_sets.PROBING_ONLY:
         return name == "sparse_probing"

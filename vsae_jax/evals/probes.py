@@ -162,7 +162,7 @@ def _train(
     score: Any,
 ) -> _State:
     """Epochs until the patience or the number of epochs ends."""
-    optimizer = _optimizer(recipe)
+    optimizer = adam(recipe)
     start, epochs = jax.random.split(key)
     probe = _init(start, x.shape[1], labels.shape[1])
     state = _State(
@@ -226,7 +226,7 @@ def _loss(
     return jnp.sum(use * entropy) / jnp.sum(use) + l1 * penalty
 
 
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def adam(recipe: Recipe) -> optax.GradientTransformation:
     """Torch's AdamW or Adam without the learning rate, which `_rate` gives."""
     decay = optax.add_decayed_weights(recipe.weight_decay)
     parts = [optax.scale_by_adam(), decay, optax.scale(-1.0)]

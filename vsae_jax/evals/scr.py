@@ -53,8 +53,8 @@ def prepare(task: Task) -> Prepared:
         fitted = fit_probes(task, x, train, test, probes.SHORTCUT, "scr", pair)
         tests = samples(task, pair, split, "test", "scr clean")
         prepared.fitted[pair] = fitted
-        prepared.clean[pair] = _tested(task, fitted, tests, None)
-        prepared.before[pair] = _tested(task, fitted, tests, "biased")
+        prepared.clean[pair] = accuracies(task, fitted, tests, None)
+        prepared.before[pair] = accuracies(task, fitted, tests, "biased")
     return prepared
 
 
@@ -85,7 +85,7 @@ def samples(
     return found
 
 
-def _tested(
+def accuracies(
     task: Task, fitted: Fitted, tests: dict[str, Sample], probe: str | None
 ) -> dict[str, float]:
     """Accuracies on each task's test sample, of its own probe or of `probe`."""
@@ -120,9 +120,9 @@ def _of_pair(
             change = after - before[on]
             scores[direction] = change / gap if gap >= _LEAST_GAP else 0.0
             metrics[f"scr_dir{direction}_threshold_{n}"] = scores[direction]
-        metric = _metric(before, scores, tie_counts=not task.quirks.ties_missing)
-        if metric is not None:
-            metrics[f"scr_metric_threshold_{n}"] = metric
+        combined = combine(before, scores, tie_counts=not task.quirks.ties_missing)
+        if combined is not None:
+            metrics[f"scr_metric_threshold_{n}"] = combined
     return metrics
 
 
@@ -134,7 +134,7 @@ def _effects(
     return np.abs(ablation.effects(latents, sample, w, positive_only=False))
 
 
-def _metric(
+def combine(
     before: dict[str, float], scores: dict[int, float | None], *, tie_counts: bool
 ) -> float | None:
     """The direction whose task the biased probe is worse at; both where it is as good,

@@ -39,7 +39,7 @@ class Hparams(NamedTuple):
     adam_eps: Float[Array, ""]
 
 
-_CPU_PART_BYTES = 2**25
+CPU_PART_BYTES = 2**25
 _WHOLE = frozenset(
     "k lr_warmup_steps lr_decay_start kl_warmup_steps steps dead_after_tokens".split()
 )
@@ -199,7 +199,7 @@ def _in_parts(
 ) -> tuple[Any, losses.Info]:
     """The mean of `gradient(rows, first_row)` over equal parts of the batch: on one CPU
     device as many rows as have their latents in cache, else all of them."""
-    rows = math.gcd(len(x), max(_CPU_PART_BYTES // (4 * config.d_sae), 1))
+    rows = math.gcd(len(x), max(CPU_PART_BYTES // (4 * config.d_sae), 1))
     by_batch = config.auxk and config.auxk_units == "variance"
     whole = by_batch or mesh.is_split() or rows < 128 or rows == len(x)
     if jax.default_backend() != "cpu" or whole:

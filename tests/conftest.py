@@ -1,7 +1,6 @@
 """Strict settings for every test: no silent broadcasting between ranks; and what JAX
-compiled once in a session is not compiled again."""
+has compiled once in a session is not compiled again."""
 
-import atexit
 import os
 import shutil
 import tempfile
@@ -20,15 +19,20 @@ from tiny_runs import (  # noqa: F401  fixtures, each made once a session
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-_programs = tempfile.mkdtemp(prefix="vsae_jax_programs_")
-atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-jax.config.update("jax_compilation_cache_dir", _programs)
+PROGRAMS = tempfile.mkdtemp(prefix="vsae_jax_programs_")
+jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-# Processes that tests start read what is there and write nothing: JAX writes in place,
-# and one that is killed would leave half a program.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+# The processes that tests start read the programs and write none: JAX writes a file in
+# place, and a process that is killed would leave half of one.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+# scikit-learn's threads spin while they wait for a core that another test works on.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -178,14 +178,23 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_real_kill_then_the_same_command(number, activations, tmp_path):
-    long = replace(
-        settings(activations, tmp_path / "killed"),
-        steps=1500,
-        checkpoint_every=100,
-        log_every=50,
+def long_settings(activations: Path, out: Path) -> TrainConfig:
+    config = settings(activations, out)
+    return replace(config, steps=1500, checkpoint_every=100, log_every=50)
+
+
+@pytest.fixture(scope="module")
+def long_undisturbed(activations, tmp_path_factory) -> Path:
+    return train.run(
+        long_settings(activations, tmp_path_factory.mktemp("long") / "run")
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_real_kill_then_the_same_command(
+    number, activations, long_undisturbed, tmp_path
+):
+    long = long_settings(activations, tmp_path / "killed")
     process = subprocess.Popen(
         command_line(long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -201,8 +210,7 @@ def test_a_real_kill_then_the_same_command(number, activations, tmp_path):
     again = subprocess.run(command_line(long), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "going on from step" in again.stdout
-    train.run(replace(long, out=str(tmp_path / "whole")))
-    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert_same_run(tmp_path / "killed", long_undisturbed)
 
 
 @pytest.fixture

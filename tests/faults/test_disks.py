@@ -1,8 +1,6 @@
 """A disk that fills up under a shard, a checkpoint, a line of metrics, the parameters:
 one line, what was written is intact, and with room the same command goes on."""
 
-import errno
-import os
 import resource
 import shutil
 import subprocess
@@ -11,7 +9,7 @@ import pytest
 from tiny_runs import LENGTH, call
 
 from faults.places import contents, fill, one_error, small_disk  # noqa: F401  a fixture
-from vsae_jax import extract, runs
+from vsae_jax import runs
 from vsae_jax.activations.manifest import read_manifest
 from vsae_jax.activations.shards import ShardWriter
 from vsae_jax.training import loggers

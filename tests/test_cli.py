@@ -148,8 +148,8 @@ def said(*arguments: str, config_class=TrainConfig) -> str:
         ("--relu=maybe", "flag --relu=maybe: 'maybe' is not true|false"),
         ("--k=4,4", "a value stands twice in '4,4'"),
         ("--beta=0,0.0", "a value stands twice in '0,0.0'"),
-        ("--data_seed=0,1", "'0,1' is not INTEGER (one value, no list)"),
-        ("--dtype=float32,bfloat16", "bfloat16 (one value, no list)"),
+        ("--data_seed=0,1", "'0,1' is a list; it takes one INTEGER"),
+        ("--dtype=float32,bfloat16", "is a list; it takes one auto|float32|bfloat16"),
         ("--k", "Missing value for flag --k"),
         ("k=12", "unexpected argument 'k=12'; flags start with --"),
         ("topk", "unexpected argument 'topk'"),
@@ -208,6 +208,24 @@ def test_help_says_defaults_as_one_types_them():
         "  --word=a|b (takes a comma list)",
         "      word (default: b)",
     ]
+
+
+def test_trains_help_has_an_example_and_its_flags_in_groups():
+    text = cli.help_text(TrainConfig)
+    about, *groups = text.split("\n\n")
+    assert "one run folder per arm" in about
+    example, *groups = groups
+    assert parse(*example.split()[3:])  # python -m vsae_jax.train --flag=value ...
+    names = [group.splitlines()[0] for group in groups]
+    assert names == [
+        "data:",
+        "record:",
+        "autoencoder:",
+        "loss:",
+        "optimisation:",
+        "devices:",
+    ]
+    assert max(group.count("  --") for group in groups) < 15
 
 
 def test_the_command_gets_every_config():

@@ -271,7 +271,19 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     assert not ran.exists()
 
 
+def test_loading_draws_no_bar_and_leaves_them_as_they_were(torch, tmp_path, capfd):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    folder = save_random("Llama", SMALL, tmp_path)
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    capfd.readouterr()
+    load_language_model(folder, backend="transformers")
+    assert "Loading" not in capfd.readouterr().err
+    assert before == (logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+
+
 @pytest.mark.skipif(HAS_TORCH, reason="torch is installed")
 def test_without_torch_one_line_says_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match=r"pip install 'vsae_jax\[torch\]'"):
+    with pytest.raises(UserError, match=r"pip install torch .*'\.\[torch\]'"):
         load_language_model(write_neox(tmp_path), backend="transformers")

@@ -15,6 +15,7 @@ import pytest
 from safetensors import safe_open
 
 import vsae_jax
+from vsae_jax import __main__ as package
 from vsae_jax.config import cli
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,34 @@ def test_help_lists_each_flag_with_its_default(command, monkeypatch):
         line = text.partition(f"\n  --{field.name}=")[2].split("\n  --")[0]
         assert field.metadata["help"] in line, field.name
         assert "(default: " in line, field.name
+
+
+def test_the_package_lists_its_commands(monkeypatch, capsys):
+    assert package.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    ours = [command for command in COMMANDS if command.startswith("vsae_jax.")]
+    for command in ours:
+        name = command.removeprefix("vsae_jax.")
+        (line,) = (line for line in lines if line.split()[:1] == [name])
+        about = " ".join(config_of(command, monkeypatch).__doc__.split())
+        assert line.split(maxsplit=1)[1] in about
+    assert {f"vsae_jax.{name}" for name in package.COMMANDS} == set(ours)
+
+
+def test_versions_are_what_an_issue_should_say(capsys):
+    assert package.main(["--versions"]) == 0
+    said = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert said["vsae_jax"] == vsae_jax.__version__ and "cpu" in said["devices"]
+    extras = {"torch", "matplotlib", "scikit-learn", "tensorboardX", "wandb"}
+    assert {"python", "jax", "transformers"} | extras <= said.keys()
+
+
+@pytest.mark.parametrize("argument", ["train", "trian", "--version"])
+def test_what_the_package_cannot_do_is_said(argument, capsys):
+    assert package.main([argument]) == 2
+    error = capsys.readouterr().err
+    known = argument == "train"
+    assert ("python -m vsae_jax.train ..." if known else f"{argument} is no") in error
 
 
 def config_of(command: str, monkeypatch: pytest.MonkeyPatch) -> type:

@@ -20,15 +20,15 @@ class Clock:
 
 def lines(stream: io.StringIO, clock: Clock, **options) -> progress.Lines:
     return progress.Lines(
-        **{"total": 4000, "unit": "step", "start": 0, **options},
+        **{"total": 4000, "unit": "steps", "start": 0, **options},
         stream=stream,
         clock=clock,
     )
 
 
 def test_the_kind_follows_the_stream():
-    assert isinstance(progress.bar(1, unit="step", stream=Terminal()), progress.Bar)
-    plain = progress.bar(1, unit="step", stream=io.StringIO())
+    assert isinstance(progress.bar(1, unit="steps", stream=Terminal()), progress.Bar)
+    plain = progress.bar(1, unit="steps", stream=io.StringIO())
     assert isinstance(plain, progress.Lines)
 
 
@@ -40,9 +40,9 @@ def test_a_line_every_ten_seconds_and_one_at_the_end():
             bar.update(100)
     written = stream.getvalue().splitlines()
     assert written == [
-        "1,000 of 4,000 step, 100 step/s, 00:30 left",
-        "2,000 of 4,000 step, 100 step/s, 00:20 left",
-        "2,500 of 4,000 step, 100 step/s, 00:15 left",
+        "1,000 of 4,000 steps, 100 steps/s, 00:30 left",
+        "2,000 of 4,000 steps, 100 steps/s, 00:20 left",
+        "2,500 of 4,000 steps, 100 steps/s, 00:15 left",
     ]
 
 
@@ -62,14 +62,21 @@ def test_numbers_follow_the_rate_and_the_last_ones_win():
         bar.show({"loss": 5.0})
         bar.show({"loss": 0.123456, "l0": 32.0})
         bar.update(4000)
-    assert stream.getvalue().endswith("step/s, loss 0.1235, l0 32\n")
+    assert stream.getvalue().endswith("steps/s, loss 0.1235, l0 32\n")
+
+
+def test_words_are_shown_as_they_are():
+    stream = io.StringIO()
+    with lines(stream, Clock()) as bar:
+        bar.show({"EV": "0.9 to 0.95 over 2 arms", "rows/s": 3.0})
+    assert stream.getvalue().endswith(", EV 0.9 to 0.95 over 2 arms, rows/s 3\n")
 
 
 def test_no_time_passed_is_no_division_by_zero():
     stream = io.StringIO()
     with lines(stream, Clock()) as bar:
         bar.update(1)
-    assert stream.getvalue() == "1 of 4,000 step, 0 step/s\n"
+    assert stream.getvalue() == "1 of 4,000 steps, 0 steps/s\n"
 
 
 def test_the_bar_shows_unit_start_and_numbers():

@@ -157,7 +157,9 @@ def test_a_grid_has_one_row_a_series_with_the_spread_over_seeds(
         write_features(arm.folder, firing_rate=rate)
     assert call("tsne", run=tmp_path, points="decoder", clusters=3) == 0
     lines = (tmp_path / "maps-decoder.md").read_text().splitlines()
-    assert len(lines) == 2 + 4
+    assert len(lines) > 2 + 4 and lines[6] == ""
+    legend = " ".join(lines[7:])
+    assert all(f"{name}:" in legend for name in ("points", "by chance", "silhouette"))
     assert lines[2].startswith(
         "| topk, k 2 | 2 | 31.5 ± 0.7 | 31.5 ± 0.7 | 31.5 ± 0.7 |"
     )
@@ -195,4 +197,7 @@ def test_features_of_another_autoencoder_are_refused(grouped, capfd):
 def test_without_scikit_learn_it_names_the_extra(grouped, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     assert call("tsne", run=grouped, points="decoder") == 2
-    assert "pip install 'vsae_jax[analysis]'" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert (
+        "pip install scikit-learn (" in said and "pip install -e '.[analysis]'" in said
+    )

@@ -29,7 +29,10 @@ COLUMNS = {
     "entropy_effective_latents": "effective",
 }
 _OF_TEXTS = {
+    "sae_test_accuracy": "probe",
+    "llm_test_accuracy": "residual's",
     "sae_top_1_test_accuracy": "top-1 probe",
+    "llm_top_1_test_accuracy": "residual's top-1",
     "scr_metric_threshold_20": "SCR 20",
     "tpp_threshold_20_total_metric": "TPP 20",
 }
@@ -70,10 +73,17 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per arm under short names of the main metrics."""
+    """One row per arm under short names of the main metrics, those that an arm has.
+    Beside a probe's test accuracy on the latents stands that of the same probe on the
+    residual itself."""
     columns = COLUMNS | _OF_TEXTS
-    there = {c for metrics in results.values() for c in metrics}
-    known = [c for c in columns if c in COLUMNS or c in there]
+    there = {
+        name
+        for metrics in results.values()
+        for name, value in metrics.items()
+        if value is not None
+    }
+    known = [c for c in columns if c in there]
     rows = [["", *(columns[column] for column in known)]]
     for name, metrics in results.items():
         rows.append([name, *(_cell(metrics.get(column)) for column in known)])

@@ -105,7 +105,7 @@ def best_real(
     """For each latent the `length` tokens up to its highest activation in the text:
     what follows cannot matter to a causal model; what precedes them did."""
     best: list[dict[str, Any]] = [{} for _ in latents]
-    with progress.bar(len(subject.tokens), unit="context") as bar:
+    with progress.bar(len(subject.tokens), unit="contexts") as bar:
         for batch, (tokens, f, mu) in enumerate(latents_of(subject, latents)):
             for j, old in enumerate(best):
                 row, position = peak(f[..., j], mu[..., j])

@@ -167,7 +167,7 @@ def _loop(
 ) -> Sequence[Group]:
     bar = progress.bar(
         watch.jobs[0].train.steps,
-        unit="step",
+        unit="steps",
         start=step,
         stream=processes.progress_stream(),
     )

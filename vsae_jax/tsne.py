@@ -49,6 +49,13 @@ COLUMNS = {
     "silhouette_original": "silhouette",
     "silhouette_2d": "in 2-D",
 }
+LEGEND = """\
+points: latents on the map. fire: latents that fire at all. effective: exp of the
+entropy of the firing rates' shares. cv: standard deviation / mean, of firing rates,
+of the clusters' sizes and of their mean rates; by chance: the last with the latents
+dealt out at random. nn cosine: mean cosine of a decoder row to its nearest; random:
+for as many random directions. silhouette: of the clusters in the space that was
+embedded, and in 2-D, where k-means drew them. Mean ± standard deviation over seeds."""
 _PERPLEXITY = 30
 _BATCH_ROWS = 1024
 
@@ -74,10 +81,11 @@ def run(c: MapConfig) -> dict[str, dict[str, Any]]:
     for arm, latents in zip(found, chosen, strict=True):
         print(f"{arm.folder}: {len(latents):,} latents")
         results[arm.folder.name] = _write(arm, latents, c)["metrics"]
-    print(table(found, results))
+    said = f"{table(found, results)}\n\n{LEGEND}"
+    print(said)
     if len(found) > 1:
         path = Path(c.run) / f"{_stem(c)}.md"
-        replace_file(path, f"{table(found, results)}\n".encode())
+        replace_file(path, f"{said}\n".encode())
         print(f"wrote {path}")
     return results
 

@@ -108,17 +108,19 @@ def flag_values(config_class: type) -> flags.FlagValues:
 
 
 def help_text(config_class: type) -> str:
-    """The command's description and every flag with its unit and default."""
+    """The command's description and every flag with its unit and default, by groups."""
     hints = typing.get_type_hints(config_class)
-    lines = [inspect.getdoc(config_class) or "", "", "flags:"]
+    groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config_class):
+        lines = groups.setdefault(field.metadata.get("group", "flags"), [])
         kind = _Parser(hints[field.name], sweep=False).syntax()
         many = " (takes a comma list)" if field.metadata.get("sweep") else ""
         default = field.metadata.get("default_help", field.default)
         default = "none" if default in (None, "") else _as_flag(default)
         lines.append(f"  --{field.name}={kind}{many}")
         lines.append(f"      {field.metadata['help']} (default: {default})")
-    return "\n".join(lines)
+    parts = (["", f"{group}:", *lines] for group, lines in groups.items())
+    return "\n".join([inspect.getdoc(config_class) or "", *itertools.chain(*parts)])
 
 
 class _Parser(flags.ArgumentParser):
@@ -147,8 +149,9 @@ class _Parser(flags.ArgumentParser):
                 return _convert(text, option)
             except ValueError:
                 continue
-        one = " (one value, no list)" if "," in text else ""
-        raise ValueError(f"{text!r} is not {self.syntax()}{one}")
+        if "," in text and not self.sweep:
+            raise ValueError(f"{text!r} is a list; it takes one {self.syntax()}")
+        raise ValueError(f"{text!r} is not {self.syntax()}")
 
     def syntax(self) -> str:
         return "|".join(_syntax(option) for option in self.options)

@@ -17,11 +17,13 @@ def flag(
     sweep: bool = False,
     runtime: bool = False,
     default_help: str | None = None,
+    group: str = "flags",
 ) -> Any:
     """A config field that is also a command-line flag. `sweep`: it takes a comma list;
     `runtime`: it leaves the result of a run as it is; `default_help`: what `--help`
-    says of the default where that is not the field's own."""
-    metadata = {"help": help, "sweep": sweep, "runtime": runtime}
+    says of the default where that is not the field's own; `group`: the heading that it
+    stands under there."""
+    metadata = {"help": help, "sweep": sweep, "runtime": runtime, "group": group}
     if default_help is not None:
         metadata["default_help"] = default_help
     return dataclasses.field(default=default, metadata=metadata)

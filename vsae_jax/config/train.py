@@ -30,147 +30,215 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class TrainConfig:
     """Trains sparse autoencoders on extracted activations. A comma list on any flag
-    that takes one makes a grid, one run folder per arm."""
+    that takes one makes a grid, one run folder per arm.
+
+    python -m vsae_jax.train --variant=topk,vsae_topk --k=32,64 --out=runs/grid
+    """
 
     activations: str = flag(
-        "folder that extract wrote; unset: its default place", "", runtime=True
+        "folder that extract wrote; unset: its default place",
+        "",
+        runtime=True,
+        group="data",
     )
     out: str = flag(
-        "run folder; unset: below runs/, named by its settings", "", runtime=True
+        "run folder; unset: below runs/, named by its settings",
+        "",
+        runtime=True,
+        group="record",
     )
     preset: Preset = flag(
-        "whose settings to use where a flag is unset", "paper", sweep=True
+        "whose settings to use where a flag is unset",
+        "paper",
+        sweep=True,
+        group="autoencoder",
     )
-    variant: Variant = flag("which autoencoder", "vsae_topk", sweep=True)
-    k: int = preset_flag("k", "latents kept per row")
-    beta: float = preset_flag("beta", "weight of the KL penalty")
-    d_sae: int = preset_flag("d_sae", "number of latents")
-    steps: int = preset_flag("steps", "optimizer steps")
-    batch_size: int = preset_flag("batch_size", "rows in a step")
+    variant: Variant = flag(
+        "which autoencoder", "vsae_topk", sweep=True, group="autoencoder"
+    )
+    k: int = preset_flag("k", "latents kept per row", group="autoencoder")
+    beta: float = preset_flag("beta", "weight of the KL penalty", group="loss")
+    d_sae: int = preset_flag("d_sae", "number of latents", group="autoencoder")
+    steps: int = preset_flag("steps", "optimizer steps", group="optimisation")
+    batch_size: int = preset_flag("batch_size", "rows in a step", group="optimisation")
     lr: float | Literal["auto"] = preset_flag(
-        "lr", "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)"
+        "lr",
+        "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)",
+        group="optimisation",
     )
-    seed: int = flag("of the weights and the noise", 0, sweep=True)
-    data_seed: int = flag("of the order of the rows", 0)
+    seed: int = flag(
+        "of the weights and the noise", 0, sweep=True, group="optimisation"
+    )
+    data_seed: int = flag("of the order of the rows", 0, group="data")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "of the matrix products; auto: bfloat16 on a GPU, else float32", "auto"
+        "of the matrix products; auto: bfloat16 on a GPU, else float32",
+        "auto",
+        group="devices",
     )
-    relu: bool = preset_flag("relu", "relu on mu")
+    relu: bool = preset_flag("relu", "relu on mu", group="autoencoder")
     noise_std: float = preset_flag(
-        "noise_std", "standard deviation of the training noise (times a learned one)"
+        "noise_std",
+        "standard deviation of the training noise (times a learned one)",
+        group="autoencoder",
     )
     variance: Literal["fixed", "learned"] = preset_flag(
-        "variance", "of the posterior; learned adds a second encoder head"
+        "variance",
+        "of the posterior; learned adds a second encoder head",
+        group="autoencoder",
     )
     selection: Literal["value", "magnitude"] = preset_flag(
-        "selection", "top-k keeps the largest values or the largest magnitudes"
+        "selection",
+        "top-k keeps the largest values or the largest magnitudes",
+        group="autoencoder",
     )
-    penalty: Literal["none", "kl", "l1"] = preset_flag("penalty", "which penalty is on")
+    penalty: Literal["none", "kl", "l1"] = preset_flag(
+        "penalty", "which penalty is on", group="loss"
+    )
     kl_over: Literal["all", "selected"] = preset_flag(
-        "kl_over", "latents that the KL sums over"
+        "kl_over", "latents that the KL sums over", group="loss"
     )
-    l1: float = preset_flag("l1", "weight of the L1 penalty")
-    auxk: float = preset_flag("auxk", "weight of AuxK, which revives latents")
-    k_aux: int = preset_flag("k_aux", "dead latents that AuxK uses")
+    l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss")
+    auxk: float = preset_flag(
+        "auxk", "weight of AuxK, which revives latents", group="loss"
+    )
+    k_aux: int = preset_flag("k_aux", "dead latents that AuxK uses", group="loss")
     dead_after_tokens: int = preset_flag(
-        "dead_after_tokens", "rows without firing after which a latent is dead"
+        "dead_after_tokens",
+        "rows without firing after which a latent is dead",
+        group="loss",
     )
     auxk_units: Literal["loss", "variance"] = preset_flag(
         "auxk_units",
         "AuxK in the loss's units, or divided by the residual's variance",
+        group="loss",
     )
     decoder_norm: Literal["unit", "free"] = preset_flag(
-        "decoder_norm", "decoder rows kept at norm 1, or free"
+        "decoder_norm", "decoder rows kept at norm 1, or free", group="autoencoder"
     )
     decoder_init_norm: float = preset_flag(
-        "decoder_init_norm", "norm of the decoder's rows at the start"
+        "decoder_init_norm",
+        "norm of the decoder's rows at the start",
+        group="autoencoder",
     )
     subtract_b_dec: bool = preset_flag(
-        "subtract_b_dec", "subtract b_dec from the input"
+        "subtract_b_dec", "subtract b_dec from the input", group="autoencoder"
     )
     b_dec_init: Literal["zeros", "geometric_median"] = preset_flag(
-        "b_dec_init", "where b_dec starts"
+        "b_dec_init", "where b_dec starts", group="autoencoder"
     )
     input_scale: float | Literal["unit", "sqrt_d", "none"] = preset_flag(
         "input_scale",
         "root mean square row norm that rows are scaled to: 1, sqrt(d_model), as they "
         "are, or a number",
+        group="data",
     )
-    center_input: bool = flag("subtract the rows' mean from the input", False)
+    center_input: bool = flag(
+        "subtract the rows' mean from the input", False, group="data"
+    )
     lr_warmup_steps: int = preset_flag(
-        "lr_warmup_steps", "linear warm-up of the learning rate"
+        "lr_warmup_steps", "linear warm-up of the learning rate", group="optimisation"
     )
     lr_decay_start: int = preset_flag(
-        "lr_decay_start", "step from which the learning rate falls linearly to 0"
+        "lr_decay_start",
+        "step from which the learning rate falls linearly to 0",
+        group="optimisation",
     )
     kl_warmup_steps: int = preset_flag(
-        "kl_warmup_steps", "steps over which beta rises linearly from 0"
+        "kl_warmup_steps", "steps over which beta rises linearly from 0", group="loss"
     )
-    clip_norm: float = preset_flag("clip_norm", "largest gradient norm")
-    adam_b1: float = flag("decay of Adam's first moment", 0.9)
-    adam_b2: float = flag("decay of Adam's second moment", 0.999)
-    adam_eps: float = flag("Adam's epsilon", 1e-8)
-    held_out: float = flag("share of the contexts, the last, never trained on", 0.05)
+    clip_norm: float = preset_flag(
+        "clip_norm", "largest gradient norm", group="optimisation"
+    )
+    adam_b1: float = flag("decay of Adam's first moment", 0.9, group="optimisation")
+    adam_b2: float = flag("decay of Adam's second moment", 0.999, group="optimisation")
+    adam_eps: float = flag("Adam's epsilon", 1e-8, group="optimisation")
+    held_out: float = flag(
+        "share of the contexts, the last, never trained on", 0.05, group="data"
+    )
     top_k: Literal["auto", "lax"] = flag(
         "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way",
         "auto",
+        group="devices",
     )
     arms: Literal["auto", "vmap", "loop"] = flag(
         "a grid's arms on the same batches: vmap at once, loop one after another; "
         "auto: vmap on a GPU",
         "auto",
         runtime=True,
+        group="devices",
     )
     feed: Literal["auto", "device", "stream"] = flag(
         "stream reads batches ahead, device puts all rows there once; auto: device on "
         "a GPU with room",
         "auto",
         runtime=True,
+        group="devices",
     )
     mesh: str = flag(
         "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
         "data, the latents over latents; unset: all devices on data",
         "",
         runtime=True,
+        group="devices",
     )
-    coordinator: str = flag(PROCESS_FLAGS["coordinator"], "", runtime=True)
-    num_processes: int | None = flag(PROCESS_FLAGS["num_processes"], runtime=True)
-    process_id: int | None = flag(PROCESS_FLAGS["process_id"], runtime=True)
+    coordinator: str = flag(
+        PROCESS_FLAGS["coordinator"], "", runtime=True, group="devices"
+    )
+    num_processes: int | None = flag(
+        PROCESS_FLAGS["num_processes"], runtime=True, group="devices"
+    )
+    process_id: int | None = flag(
+        PROCESS_FLAGS["process_id"], runtime=True, group="devices"
+    )
     bad_rows: Literal["stop", "skip"] = flag(
         "rows that are NaN, infinite or giant: stop at the first that is read, or read "
         "all rows before the start and leave such rows out",
         "stop",
         runtime=True,
+        group="data",
     )
     giant: float = flag(
         "a row is giant when it has a value beyond so many times the median norm",
         1e4,
         runtime=True,
+        group="data",
     )
     max_norm_multiple: float | None = flag(
         "leave rows out whose norm is above so many times the median, as a language "
         "model's massive activations are; 10 is dictionary_learning's; unset: none",
         runtime=True,
+        group="data",
     )
     fork_from: str = flag(
         "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
         "the arm of the same name",
         "",
         runtime=True,
+        group="record",
     )
-    checkpoint_every: int = flag("steps between checkpoints", 1000, runtime=True)
-    log_every: int = flag("steps between lines of metrics.jsonl", 50, runtime=True)
-    steps_per_dispatch: int = flag("steps in one call to the device", 10, runtime=True)
+    checkpoint_every: int = flag(
+        "steps between checkpoints", 1000, runtime=True, group="record"
+    )
+    log_every: int = flag(
+        "steps between lines of metrics.jsonl", 50, runtime=True, group="record"
+    )
+    steps_per_dispatch: int = flag(
+        "steps in one call to the device", 10, runtime=True, group="devices"
+    )
     verify: bool = flag(
         "read every shard and compare checksums before the start; unset: each shard "
         "at its first use",
         False,
         runtime=True,
+        group="record",
     )
     tensorboard: bool = flag(
-        "write TensorBoard events to the run folder", False, runtime=True
+        "write TensorBoard events to the run folder",
+        False,
+        runtime=True,
+        group="record",
     )
-    wandb: bool = flag("log to Weights & Biases", False, runtime=True)
+    wandb: bool = flag("log to Weights & Biases", False, runtime=True, group="record")
 
     def __post_init__(self):
         check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")

@@ -104,7 +104,7 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     base: list[tuple[Losses, Losses]] = []
     tallies = [Tally() for _ in subjects]
     limit = jnp.float32(ordinary_limit(first))
-    with progress.bar(len(first.tokens), unit="context") as bar:
+    with progress.bar(len(first.tokens), unit="contexts") as bar:
         for tokens, keep, count in first.batches():
             batch = measure_base(
                 first.lm, tokens, keep, layer=first.reader.layer, **options

@@ -75,7 +75,7 @@ def encode_texts(
     n_valid = np.zeros(len(tokens), np.int32)
     pooled = [np.zeros((len(tokens), s.run.sae.d_sae), np.float32) for s in subjects]
     size = subjects[0].batch_size
-    with progress.bar(len(tokens), unit="text") as bar:
+    with progress.bar(len(tokens), unit="texts") as bar:
         special = sorted(lm.special_ids)
         for rows, batch in _batches(tokens, size, special, most=lm.max_positions):
             residual = jnp.asarray(lm.residual(batch.tokens, reader.layer))
@@ -97,7 +97,7 @@ def residuals_at(
     """One position's row of each text, as the subject was trained on."""
     reader = subject.reader
     found = np.zeros((len(tokens), subject.lm.d_model), np.float32)
-    with progress.bar(len(tokens), unit="text") as bar:
+    with progress.bar(len(tokens), unit="texts") as bar:
         most = subject.lm.max_positions
         for rows, batch in _batches(tokens, subject.batch_size, [], most=most):
             residual = jnp.asarray(subject.lm.residual(batch.tokens, reader.layer))

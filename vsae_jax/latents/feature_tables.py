@@ -84,7 +84,7 @@ def pass_over(source: Source, *, limits: Limits, groups: int) -> dict[str, Any]:
         streamed.add(np.asarray(f)[: counts.size].reshape(*counts.shape, -1), counts)
         bar.update(len(counts))
 
-    with progress.bar(source.stop - source.start, unit="context") as bar:
+    with progress.bar(source.stop - source.start, unit="contexts") as bar:
         for x, counts in read_ahead(_batches(source, at_once)):
             # The device makes the next batch while the host looks at this one.
             waiting.append((encode(x, _filled_to(counts.ravel(), len(x))), counts))

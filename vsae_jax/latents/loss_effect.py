@@ -32,7 +32,7 @@ def loss_effects(
     result = np.full((*context.shape, width), np.nan, np.float32)
     length = source.activations.manifest.context_length
     pairs = np.argwhere(context >= 0)
-    with progress.bar(len(pairs), unit="context") as bar:
+    with progress.bar(len(pairs), unit="contexts") as bar:
         for start in range(0, len(pairs), _AT_ONCE):
             some = pairs[start : start + _AT_ONCE]
             latent, place = some.T

@@ -243,8 +243,17 @@ def load_hf(files: ModelFiles, *, dtype: str) -> HFModel:
 
 def _read_module(source: Source, *, name: str, dtype: str) -> Any:
     import torch
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # Its bars ("Loading weights") are of no use in the log of a command; the hub's,
+    # which it turns off too, are while files come.
+    bars = logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
@@ -256,6 +265,9 @@ def _read_module(source: Source, *, name: str, dtype: str) -> Any:
         raise UserError(
             f"--model={name} cannot be loaded by transformers: {one_line(error)}"
         ) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     module, report = loaded
     # transformers only warns, and fills what is missing with random numbers.
     if report["missing_keys"]:

@@ -23,5 +23,6 @@ def one_line(error: BaseException) -> str:
 def missing_extra(package: str, *, extra: str) -> UserError:
     """What to say when an optional package is not installed."""
     return UserError(
-        f"{package} is not installed; install it with: pip install 'vsae_jax[{extra}]'"
+        f"{package} is not installed; install it with: pip install {package} (or, in "
+        f"the folder of the clone: pip install -e '.[{extra}]')"
     )

@@ -8,10 +8,12 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
+# What is shown beside the rate: numbers, or words made of several.
+Numbers = Mapping[str, float | str]
 
 
 def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | Lines":
-    """Progress towards `total` units, of which `start` are done already.
+    """Progress towards `total` units (a plural), of which `start` are done already.
 
     Use it in a `with`; `update(n)` adds n units, `show(numbers)` sets what is written
     after the rate. Writes to the text file `stream` (stderr): a bar if that is a
@@ -38,7 +40,7 @@ class Bar:
     def update(self, n: int) -> None:
         self._bar.update(n)
 
-    def show(self, numbers: Mapping[str, float]) -> None:
+    def show(self, numbers: Numbers) -> None:
         self._bar.set_postfix_str(_numbers(numbers), refresh=False)
 
     def __enter__(self) -> "Bar":
@@ -70,7 +72,7 @@ class Lines:
         if self._clock() - self._written >= LINE_EVERY_S:
             self._write()
 
-    def show(self, numbers: Mapping[str, float]) -> None:
+    def show(self, numbers: Numbers) -> None:
         self._numbers = _numbers(numbers)
 
     def __enter__(self) -> "Lines":
@@ -102,5 +104,8 @@ def _short(number: float) -> str:
     return tqdm.format_sizeof(number) if number >= 1000 else f"{number:.3g}"
 
 
-def _numbers(numbers: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {number:.4g}" for name, number in numbers.items())
+def _numbers(numbers: Numbers) -> str:
+    return ", ".join(
+        f"{name} {number if isinstance(number, str) else format(number, '.4g')}"
+        for name, number in numbers.items()
+    )

@@ -29,7 +29,7 @@ class Watch:
     ):
         self.jobs, self._saves = jobs, saves
         self.diverged: list[str] = []
-        self.shown: dict[str, float] = {}
+        self.shown: dict[str, float | str] = {}
         self._loggers = [loggers.open_loggers(job.train, job.folder) for job in jobs]
         self._last_step, self._last = step, time.monotonic()
 
@@ -133,7 +133,7 @@ def _without_totals(state: TrainState) -> TrainState:
     return state._replace(totals=mesh.filled(state.totals, zero_totals()))
 
 
-def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float | str]:
     """One arm's main numbers; of several the least and the most."""
     if not lines:
         return {}
@@ -141,8 +141,8 @@ def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
     if len(lines) > 1:
         variance = [line["explained_variance"] for line in lines]
         dead = [line["dead_fraction"] for line in lines]
-        ends = {"EV": min(variance), "to": max(variance), "dead up to": max(dead)}
-        return {"arms": len(lines)} | ends | rate
+        ends = f"{min(variance):.4g} to {max(variance):.4g} over {len(lines)} arms"
+        return {"EV": ends, "dead": f"up to {max(dead):.4g}"} | rate
     (line,) = lines
     return {
         "loss": line["loss"],

@@ -137,7 +137,7 @@ def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float | str]:
     """One arm's main numbers; of several the least and the most."""
     if not lines:
         return {}
-    rate = {"rows/s": lines[0]["rows_per_second"]}
+    rate: dict[str, float | str] = {"rows/s": lines[0]["rows_per_second"]}
     if len(lines) > 1:
         variance = [line["explained_variance"] for line in lines]
         dead = [line["dead_fraction"] for line in lines]

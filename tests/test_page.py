@@ -1,6 +1,7 @@
 """The page in a real browser: Chromium without a network, from file://."""
 
 import json
+import re
 import shutil
 import time
 
@@ -243,6 +244,69 @@ def test_light_and_dark(browser, pages):
     assert page.run(colour) == seen["light"]
     page.press("t")
     assert page.run(colour) == seen["dark"]
+
+
+def contrast(one, other):
+    """WCAG's contrast of two colours, each (r, g, b) from 0 to 255."""
+
+    def luminance(colour):
+        parts = [c / 255 for c in colour[:3]]
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts
+        ]
+        return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted([luminance(one), luminance(other)])
+    return (high + 0.05) / (low + 0.05)
+
+
+def rgba(text):
+    numbers = [float(n) for n in re.findall(r"[\d.]+", text)]
+    return np.array(numbers[:3]), numbers[3] if len(numbers) > 3 else 1.0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_tokens_of_every_strength_can_be_read(browser, pages, scheme, sign):
+    media = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [media]})
+    page = Page(browser, pages["both"], "#/a/9")
+    seen = page.run(
+        "const node = document.querySelector('.card .t'), found = [];"
+        "const card = getComputedStyle(node.closest('.card')).backgroundColor;"
+        "for (let s = 0; s <= 100; s++) {"
+        "  shade(node, arguments[0] * s / 100, 1);"
+        "  const look = getComputedStyle(node);"
+        "  found.push([look.color, look.backgroundColor, card]);"
+        "} return found",
+        sign,
+    )
+    for ink, ground, card in seen:
+        colour, alpha = rgba(ground)
+        mixed = alpha * colour + (1 - alpha) * rgba(card)[0]
+        assert contrast(rgba(ink)[0], mixed) >= 4.5, (ink, ground)
+    page.go("#/")
+    for letter in "ab":
+        script = "return getComputedStyle(document.querySelector(arguments[0]))."
+        ink = page.run(f"{script}color", f".tile .value.{letter}")
+        ground = page.run(f"{script}backgroundColor", ".tile")
+        assert contrast(rgba(ink)[0], rgba(ground)[0]) >= 4.5
+
+
+def test_what_can_be_used_has_a_name_and_a_key(browser, pages):
+    page = Page(browser, pages["both"])
+    for place in ("#/", "#/table", "#/a/9", "#/prompts"):
+        page.go(place)
+        nameless = page.run(
+            "return [...document.querySelectorAll('button, a, input, select, canvas, "
+            "th, [role=button], [role=img]')].filter(n => !(n.innerText || n.ariaLabel "
+            "|| n.title || n.labels?.length || n.querySelector('title')"
+            ")).map(n => n.outerHTML)"
+        )
+        assert nameless == []
+    token = "document.querySelectorAll('.sequence-free .t[tabindex=\"0\"]')[3]"
+    page.press(" ", token)
+    assert "Strongest latents" in page.text(".strongest")
 
 
 def test_hostile_text_comes_out_as_text(browser, pages):

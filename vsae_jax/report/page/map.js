@@ -4,7 +4,7 @@ const CLUSTERS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E0
 
 function mapFigure(side) {
   const map = side.map;
-  const canvas = el("canvas.map", { width: 900, height: 620, tabIndex: 0 });
+  const canvas = el("canvas.map", { width: 900, height: 620 });
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${map.title} of ${side.name}`);
   const tip = document.getElementById("tip");

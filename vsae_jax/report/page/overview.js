@@ -95,7 +95,7 @@ function settings(sides) {
   const names = [...new Set(sides.flatMap((s) => Object.keys(s.settings)))];
   const show = (value) => (value === null || value === undefined ? "–" : String(value));
   return el("div.scroll", {}, el("table.settings", {},
-    el("thead", {}, el("tr", {}, el("th", {}, ""), ...sides.map((s) => el("th", {}, s.name)))),
+    el("thead", {}, el("tr", {}, el("th", {}, "setting"), ...sides.map((s) => el("th", {}, s.name)))),
     el("tbody", {}, ...names.map((name) => {
       const values = sides.map((s) => show(s.settings[name]));
       const differs = new Set(values).size > 1;

@@ -27,7 +27,7 @@ function promptText(side, prompt, painted, list) {
       if (found.length) paint(painted, found[0]);
     };
     node.addEventListener("click", choose);
-    node.addEventListener("keydown", (event) => event.key === "Enter" && choose());
+    node.addEventListener("keydown", (event) => ["Enter", " "].includes(event.key) && (event.preventDefault(), choose()));
     return node;
   }));
 }

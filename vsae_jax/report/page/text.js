@@ -83,7 +83,8 @@ function shade(node, value, most) {
   const strength = most ? Math.min(Math.abs(value) / most, 1) : 0;
   node.classList.toggle("hot", strength > 0 && value > 0);
   node.classList.toggle("cold", strength > 0 && value < 0);
-  node.classList.toggle("strong", strength > 0.7);
+  // From there on dark letters are read better than light ones on a dark page.
+  node.classList.toggle("strong", strength > 0.5625);
   node.style.setProperty("--v", (0.12 + 0.88 * strength).toFixed(3));
 }
 

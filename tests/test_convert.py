@@ -1,6 +1,7 @@
 """`python -m vsae_jax.convert`, `vsae_jax.load`, and evaluation of any format."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -62,6 +63,29 @@ def test_vsae_jax_to_vsae_jax_is_the_same_run(tiny_run, tmp_path):
     assert_same(interop.read(tiny_run), interop.read(out))
     name = runs.PARAMETERS
     assert (out / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_the_language_model_has_a_public_name(tiny_run, tmp_path):
+    def named(name, **flags):
+        out = tmp_path / name
+        assert call("convert", input=run, to="saelens", out=out, **flags) == 0
+        theirs = json.loads((out / "cfg.json").read_text())["metadata"]
+        return theirs["model_name"], (out / "README.md").read_text()
+
+    run = copied(tiny_run, tmp_path / "run")
+    config = json.loads((run / runs.CONFIG).read_text())
+    model = Path(shutil.copytree(config["data"]["model"], tmp_path / "secret" / "hf"))
+    config["data"]["model"] = str(model)
+    (run / runs.CONFIG).write_text(json.dumps(config))
+    name, card = named("plain")
+    assert name == "hf" and "secret" not in card
+    name, card = named("named", model_name="me/mine")
+    assert name == "me/mine" and 'base_model: "me/mine"' in card
+    said = json.loads((model / "config.json").read_text())
+    said["_name_or_path"] = "EleutherAI/pythia-70m"
+    (model / "config.json").write_text(json.dumps(said))
+    name, card = named("origin")
+    assert name == "EleutherAI/pythia-70m" and "language model | EleutherAI" in card
 
 
 def test_the_metrics_of_an_evaluated_run_are_in_its_card(tiny_run, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from planted import rows_of, write_planted
 from safetensors.numpy import load_file
 from tiny_runs import D_MODEL, LENGTH, call, copied
 
-from vsae_jax import lm
+from vsae_jax import lm, runs
 from vsae_jax.activations.shards import Activations
 from vsae_jax.config import EvalConfig
 from vsae_jax.latents.feature_tables import open_source
@@ -161,6 +162,17 @@ def test_the_loss_effect_is_that_of_the_model_without_the_latent(planted, tiny_m
     np.testing.assert_allclose(effect[1 : first + 1], 0, atol=1e-6)
     shown = arrays["top_loss_effect"][i, 0, 3]
     assert shown == pytest.approx(effect[position], abs=1e-5)
+
+
+def test_neuronpedia_learns_no_local_path(planted, tmp_path):
+    for flags, expected in (({}, None), ({"model_name": "me/mine"}, "me/mine")):
+        run = copied(planted, tmp_path / (expected or "plain").replace("/", "-"))
+        assert call("features", run=run, neuronpedia=True, **flags) == 0
+        info = runs.read_json(run / "features" / "features.json")
+        batch = runs.read_json(run / "features" / "neuronpedia" / "batch-0.json")
+        expected = expected or Path(info["model"]).name
+        assert batch["model_id"] == info["model_name"] == expected
+        assert str(Path(info["model"]).parent) not in batch["model_id"]
 
 
 def test_neuronpedias_files_say_the_same(planted):

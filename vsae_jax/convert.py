@@ -5,6 +5,7 @@ writes any of these; what a format cannot say is refused, or noted in
 vsae_jax_export.json beside it.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ def run(c: ConvertConfig) -> Path:
         raise UserError(f"--out={out} is there already; name a new folder")
     folder = hub.local(c.input, revision=c.revision or None)
     ae = interop.read(folder)
+    if c.model_name:
+        ae = dataclasses.replace(ae, data=ae.data | {"model": c.model_name})
     target = interop.FORMATS[c.to]
     print(f"{folder}: {_described(ae)} -> {target.NAME}")
     activations = Path(c.activations) if c.activations else _of_run(ae, folder)

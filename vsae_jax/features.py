@@ -51,6 +51,7 @@ import numpy as np
 from vsae_jax import lm, runs
 from vsae_jax.config import FeaturesConfig, cli
 from vsae_jax.config.fields import to_json
+from vsae_jax.interop import provenance
 from vsae_jax.latents import neuronpedia
 from vsae_jax.latents.feature_tables import (
     Source,
@@ -123,6 +124,7 @@ def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
         "parameters": parameters_hash(source.run),
         "autoencoder": to_json(source.run.sae),
         "model": source.lm.name,
+        "model_name": c.model_name or provenance.public(source.lm.name),
         "layer": source.run.reader.layer,
         "hook_name": m.hook_name,
         "dataset": m.dataset,

@@ -24,6 +24,11 @@ class ConvertConfig:
         "folder that extract wrote, for the self-check; unset: the run's, or generated",
         "",
     )
+    model_name: str = flag(
+        "the language model's hub id, for the files and the card; unset: as --input "
+        "says, of a local folder its name",
+        "",
+    )
     rows: int = flag("rows of the self-check", 1024)
     push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")
     private: bool = flag("make the hub repository a private one", False)

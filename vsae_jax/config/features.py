@@ -41,6 +41,11 @@ class FeaturesConfig(OpenOptions):
         "contexts (minutes)",
         False,
     )
+    model_name: str = flag(
+        "what Neuronpedia calls the language model; unset: its hub id, or the name of "
+        "its folder",
+        "",
+    )
     neuronpedia: bool = flag("also write SAEDashboard's JSON", False)
 
     def __post_init__(self):

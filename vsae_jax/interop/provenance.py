@@ -6,8 +6,10 @@ from typing import Any
 
 from vsae_jax.config import hook_name as hook_of_layer
 from vsae_jax.interop.canonical import Autoencoder
+from vsae_jax.interop.tensors import read_json
 
 _HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_post")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TYPES = {
     "model": str,
     "dataset": str,
@@ -32,8 +34,17 @@ def data(**values: Any) -> dict[str, Any]:
 
 
 def public(name: str | None) -> str | None:
-    """A hub id as it is; of a local path only the last part."""
-    return Path(name).name if name and name.startswith(("/", ".", "~")) else name
+    """A hub id as it is; of a local model's folder the hub id that its config.json says
+    it is from, of any other local path only the last part."""
+    if not name or not (name.startswith(("/", ".", "~")) or Path(name).is_dir()):
+        return name
+    path = Path(name).expanduser() / "config.json"
+    origin = read_json(path).get("_name_or_path") if path.is_file() else None
+    return origin if _is_hub_id(origin) else Path(name).name
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name))
 
 
 def model_name(ae: Autoencoder) -> str | None:

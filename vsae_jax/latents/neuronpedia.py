@@ -33,7 +33,7 @@ def write(folder: Path, arrays: dict[str, Any], info: dict[str, Any]) -> None:
     alive = np.flatnonzero(arrays["n_fired"])
     for number, start in enumerate(range(0, len(alive), _FEATURES_IN_FILE)):
         batch = {
-            "model_id": info["model"],
+            "model_id": info["model_name"],
             "layer": info["layer"],
             "sae_set": info["hook_name"],
             "features": [

@@ -21,7 +21,8 @@ import numpy as np
 from experiments import paper_grids
 from experiments.report import Section
 from experiments.study import STORIES, Arms, Study
-from vsae_jax import maximise, runs, tsne
+from vsae_jax import maximise, runs
+from vsae_jax.latents.feature_files import read_statistics
 from vsae_jax.runs.series import Arm
 from vsae_jax.system.errors import UserError
 
@@ -93,7 +94,7 @@ def _stories(study: Study, name: str) -> str:
 
 def middle(arm: Arm) -> int:
     """The latent with the median firing rate of those in the range."""
-    rate = tsne.read_features(arm).firing_rate
+    rate = read_statistics(arm).firing_rate
     low, high = _RATES
     there = np.flatnonzero((rate > low) & (rate < high))
     if not len(there):

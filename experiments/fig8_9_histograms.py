@@ -17,7 +17,7 @@ experiments/results/standin/report.md): 776 of 2,048 fire against all of TopK's 
 from experiments import paper_grids
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
-from vsae_jax import tsne
+from vsae_jax.latents.feature_files import read_statistics
 from vsae_jax.latents.map_statistics import alive_counts
 from vsae_jax.runs import series as arms_module
 
@@ -66,5 +66,5 @@ def _counts(study: Study, name: str) -> Table:
 
 
 def _of_features(arm: arms_module.Arm) -> dict[str, float]:
-    features = tsne.read_features(arm)
+    features = read_statistics(arm)
     return alive_counts(features.firing_rate, features.max_activation)

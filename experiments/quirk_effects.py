@@ -62,7 +62,7 @@ def _of_texts(
     """Scores on the first labelled set; it is encoded once for each kind of norms."""
     names = list(on_texts.EVALS)
     s, planned = on_texts.open_sets(names, config)[0]
-    tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
+    tokenizer = lm.load_tokenizer(subject.lm.files)
     tokens = tokenise(planned.texts, tokenizer, bos=[subject.lm.bos_id])
     encoded = {
         stored: encode_texts([subject], tokens, stored_norms=stored)

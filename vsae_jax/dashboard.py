@@ -22,9 +22,9 @@ import numpy as np
 from vsae_jax import features, runs
 from vsae_jax.config import DashboardConfig, FeaturesConfig, cli
 from vsae_jax.config.dashboard import wanted_latents
-from vsae_jax.features import ARRAYS, FOLDER, INFO
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import matching
+from vsae_jax.latents.feature_files import ARRAYS, FOLDER, INFO
 from vsae_jax.latents.matching import Matching
 from vsae_jax.report import page_data
 from vsae_jax.report.page_data import CHUNK, CHUNK_IN_BRIEF, Features

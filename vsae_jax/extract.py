@@ -74,12 +74,11 @@ def run(config: ExtractConfig) -> Activations:
 def _extract(config: ExtractConfig, folder: Path) -> None:
     """Computes what is missing in a folder that no other process writes."""
     found = read_manifest(folder)
-    revision = config.revision or None
-    locate(config.model, revision=revision)
+    files = locate(config.model, revision=config.revision or None)
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )
-    model = load_language_model(config.model, revision=revision, backend=config.backend)
+    model = load_language_model(files, backend=config.backend)
     manifest = new_manifest(config, model)
     check_layer(manifest.layer, n_layers=model.n_layers)
     _check_length(config, model)
@@ -92,7 +91,7 @@ def _extract(config: ExtractConfig, folder: Path) -> None:
     announce(folder, manifest)
     contexts = text.contexts(
         corpus,
-        load_tokenizer(config.model, revision=model.revision),
+        load_tokenizer(model.files),
         context_length=config.context_length,
         bos_id=model.bos_id,
         bos=manifest.bos,
@@ -103,7 +102,7 @@ def _extract(config: ExtractConfig, folder: Path) -> None:
     )
     _conclude(folder, manifest, time.monotonic() - began)
     if processes.first():
-        print(_massive(config, folder, model))
+        print(_massive(folder, model))
 
 
 def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
@@ -139,7 +138,7 @@ def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
         revision=model.revision or "",
         config_hash=model.config_hash,
         tokenizer_hash=model.tokenizer_hash,
-        weights_hash=weights_hash(locate(config.model)) if not model.revision else "",
+        weights_hash=weights_hash(model.files),
         hook_name=hook_name(settings["layer"]),
         d_model=model.d_model,
         vocab_size=model.vocab_size,
@@ -229,9 +228,9 @@ def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
     )
 
 
-def _massive(config: ExtractConfig, folder: Path, model: LanguageModel) -> str:
+def _massive(folder: Path, model: LanguageModel) -> str:
     """What `massive` found in a sample of the rows, with tokens by their text."""
-    tokenizer = load_tokenizer(config.model, revision=model.revision)
+    tokenizer = load_tokenizer(model.files)
     found = massive.look(*massive.sample(Activations.open(folder)))
     return massive.described(found, lambda token: str(tokenizer.decode([token])))
 

@@ -53,6 +53,7 @@ from vsae_jax.config import FeaturesConfig, cli
 from vsae_jax.config.fields import to_json
 from vsae_jax.interop import provenance
 from vsae_jax.latents import neuronpedia
+from vsae_jax.latents.feature_files import ARRAYS, FOLDER, INFO
 from vsae_jax.latents.feature_tables import (
     Source,
     of_decoder,
@@ -67,7 +68,6 @@ from vsae_jax.latents.token_text import token_texts
 from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.files import TEMPORARY, naming
 
-FOLDER, ARRAYS, INFO = "features", "features.npz", "features.json"
 _IDS = ("top_ids", "quantile_ids", "top_logit_tokens", "bottom_logit_tokens")
 
 
@@ -117,7 +117,7 @@ def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
     """`features.json`."""
     m = source.activations.manifest
     ids = np.concatenate([arrays[n].ravel() for n in (*_IDS, "prompt_ids")])
-    tokenizer = lm.load_tokenizer(source.lm.name, revision=source.lm.revision)
+    tokenizer = lm.load_tokenizer(source.lm.files)
     texts = token_texts(tokenizer, np.unique(ids[ids >= 0]).tolist())
     return {
         "config": to_json(c),

@@ -42,7 +42,7 @@ def run(c: MaximiseConfig) -> list[Path]:
     opened = open_any(Path(c.run))
     latents = _latents(c.latents, d_sae=opened.sae.d_sae)
     subject = subject_of(opened, c, _load)
-    tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
+    tokenizer = lm.load_tokenizer(subject.lm.files)
     allowed = _allowed(subject.lm, n_named=len(tokenizer))
     real = best_real(subject, latents, length=c.length)
     folder = Path(c.run) / FOLDER

@@ -19,6 +19,7 @@ from vsae_jax.activations.shuffle import read_ahead
 from vsae_jax.config import TrainConfig, cli
 from vsae_jax.system import locks, processes, progress, signals
 from vsae_jax.system.errors import Interrupted, UserError
+from vsae_jax.system.memory import free_bytes
 from vsae_jax.system.mesh import make, name
 from vsae_jax.training import grid, memory, resume
 from vsae_jax.training.batches import Feed
@@ -29,14 +30,13 @@ from vsae_jax.training.groups import (
     Plan,
     advance,
     compile_pass,
-    free_bytes,
     split,
     states,
 )
 from vsae_jax.training.pace import Chunk, Pace, chunks
-from vsae_jax.training.plan import Job, explain, open_folder, plan, steps_at_once
+from vsae_jax.training.plan import PlannedRun, explain, open_folder, plan, steps_at_once
 from vsae_jax.training.recorder import Watch
-from vsae_jax.training.step import hparams, variables
+from vsae_jax.training.step import TrainState, hparams, variables
 
 
 def command(configs: Sequence[TrainConfig]) -> None:
@@ -54,107 +54,106 @@ def run(config: TrainConfig) -> Path:
     Returns the run folder. Raises UserError for what a user can mend and Interrupted
     when a signal stopped it after saving.
     """
-    run_arms([config])
-    return plan(config).folder
+    planned = plan(config)
+    run_arms([planned])
+    return planned.folder
 
 
-def run_arms(configs: Sequence[TrainConfig]) -> None:
+def run_arms(arms: Sequence[PlannedRun]) -> None:
     """Trains every arm that is not finished, together where they can share batches."""
     with contextlib.ExitStack() as locked:
-        _run_arms(configs, locked)
+        _run_arms(arms, locked)
 
 
-def _run_arms(configs: Sequence[TrainConfig], locked: contextlib.ExitStack) -> None:
-    streams: dict[tuple[int, int], list[Job]] = {}
+def _run_arms(arms: Sequence[PlannedRun], locked: contextlib.ExitStack) -> None:
+    streams: dict[tuple[int, int], list[PlannedRun]] = {}
     diverged: list[str] = []
-    for number, config in enumerate(configs, start=1):
-        job = plan(config)
-        if len(configs) > 1:
-            print(f"arm {number} of {len(configs)}: {job.folder.name}")
-        explain(job, asked=config)
-        locked.enter_context(locks.held(job.folder, doing="train"))
-        if (job.folder / runs.DIVERGED).is_file():
-            diverged.append(job.folder.name)
-        elif not processes.in_turn(open_folder, job):
-            print(f"{job.folder} is finished; nothing to do")
+    for number, planned in enumerate(arms, start=1):
+        if len(arms) > 1:
+            print(f"arm {number} of {len(arms)}: {planned.folder.name}")
+        explain(planned)
+        locked.enter_context(locks.held(planned.folder, doing="train"))
+        if (planned.folder / runs.DIVERGED).is_file():
+            diverged.append(planned.folder.name)
+        elif not processes.in_turn(open_folder, planned):
+            print(f"{planned.folder} is finished; nothing to do")
         else:
-            key = job.train.steps, job.train.batch_size
-            streams.setdefault(key, []).append(job)
-    for jobs in streams.values():
-        diverged += _train(jobs)
+            key = planned.train.steps, planned.train.batch_size
+            streams.setdefault(key, []).append(planned)
+    for members in streams.values():
+        diverged += _train(members)
     if diverged:
         raise UserError(
-            f"{len(diverged)} of {len(configs)} arms diverged ({', '.join(diverged)}); "
+            f"{len(diverged)} of {len(arms)} arms diverged ({', '.join(diverged)}); "
             "the others are finished; give those a lower --lr or a smaller --beta in "
             "a grid of their own"
         )
 
 
-def _train(jobs: Sequence[Job]) -> list[str]:
-    """Trains jobs of one stream of batches, in as few passes over it as memory and
+def _train(arms: Sequence[PlannedRun]) -> list[str]:
+    """Trains arms of one stream of batches, in as few passes over it as memory and
     their checkpoints allow; returns the names of those that diverged."""
     diverged: list[str] = []
     with contextlib.ExitStack() as stack:
-        print(memory.foresee(jobs))
-        if jobs[0].train.verify:
-            activations = jobs[0].activations
+        print(memory.foresee(arms))
+        if arms[0].train.verify:
+            activations = arms[0].activations
             activations.verify(range(len(activations.manifest.shards)))
-        feed = stack.enter_context(Feed(jobs[0]))
+        feed = stack.enter_context(Feed(arms[0]))
         saves = {
-            job.folder: stack.enter_context(
-                Checkpoints(job.folder / runs.CHECKPOINTS, mesh=job.mesh)
+            planned.folder: stack.enter_context(
+                Checkpoints(planned.folder / runs.CHECKPOINTS, mesh=planned.mesh)
             )
-            for job in jobs
+            for planned in arms
         }
-        for job in jobs:
-            resume.fork(job, saves[job.folder])
-        one = max(map(memory.of_one, jobs))
-        waiting = split(jobs, one)
+        for planned in arms:
+            resume.fork(planned, saves[planned.folder])
+        one = max(map(memory.of_one, arms))
+        waiting = split(arms, one)
         if len(waiting) > 1:
             print(f"memory for {len(waiting[0])} arms at once: {len(waiting)} passes")
         while waiting:
-            together, *later = resume.together(waiting.pop(0), saves, feed)
-            waiting[:0] = later
-            diverged += _one_pass(together, saves, feed)
+            together = resume.together(waiting.pop(0), saves, feed)
+            waiting[:0] = together.waiting
+            diverged += _one_pass(together.arms, together.states, saves, feed)
     return diverged
 
 
 def _one_pass(
-    started: list[resume.Started],
+    arms: Sequence[PlannedRun],
+    starts: list[TrainState],
     saves: Mapping[Path, Checkpoints],
     feed: Feed,
 ) -> list[str]:
     """Trains arms that are at the same step to the end, and writes what they became.
-    Empties `started`."""
-    jobs = [s.job for s in started]
-    config = started[0].job.train
-    step = int(started[0].state.step)
+    Empties `starts`, their states."""
+    config, step = arms[0].train, int(starts[0].step)
     if step:
         print(f"going on from step {step}")
-    pace = Pace(max(min(steps_at_once(jobs), config.steps - step), 1))
-    mesh = jobs[0].mesh
-    arms = [
-        Arm(s.job.sae, make(partial(hparams, s.job.train), mesh=mesh), s.state)
-        for s in started
+    pace = Pace(max(min(steps_at_once(arms), config.steps - step), 1))
+    mesh = arms[0].mesh
+    members = [
+        Arm(arm.sae, make(partial(hparams, arm.train), mesh=mesh), state)
+        for arm, state in zip(arms, starts, strict=True)
     ]
-    compiled = compile_pass(arms, feed.shape(pace.most), how=config.arms, mesh=mesh)
+    compiled = compile_pass(members, feed.shape(pace.most), how=config.arms, mesh=mesh)
     # With vmap the states are copies; the first ones would keep their memory.
-    del arms
-    started.clear()
-    print(_describe(compiled, len(jobs), mesh))
+    del members
+    starts.clear()
+    print(_describe(compiled, len(arms), mesh))
     calls = (
         (c, feed.stack(c.start * config.batch_size, c.stop - c.start, n_max=pace.most))
         for c in chunks(step, config, pace)
     )
-    watch = Watch(jobs, saves, step=step)
+    watch = Watch(arms, saves, step=step)
     groups = _loop(compiled.groups, read_ahead(calls), watch, pace, step)
     for place, state in states(groups).items():
-        job = jobs[place]
-        if job.folder.name not in watch.diverged:
-            trained = processes.gathered(variables(state, job.sae))
+        planned = arms[place]
+        if planned.folder.name not in watch.diverged:
+            trained = processes.gathered(variables(state, planned.sae))
             if processes.first():
-                runs.write_parameters(job.folder / runs.PARAMETERS, trained)
-            print(f"wrote {job.folder / runs.PARAMETERS}")
+                runs.write_parameters(planned.folder / runs.PARAMETERS, trained)
+            print(f"wrote {planned.folder / runs.PARAMETERS}")
     return watch.diverged
 
 

@@ -16,7 +16,7 @@ and for a grid one table over seeds, `GRID/maps.md`.
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -27,13 +27,13 @@ from vsae_jax.config import MapConfig, cli
 from vsae_jax.config.fields import to_json
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import map_statistics
+from vsae_jax.latents.feature_files import FiringStatistics, read_statistics
 from vsae_jax.runs import TrainedSAE, opening, series
 from vsae_jax.runs.series import Arm
 from vsae_jax.system.errors import UserError, missing_extra
 from vsae_jax.system.files import replace_file
 
 FOLDER = "maps"
-FEATURES = ("features", "features.npz")
 # Of the table, in its order.
 COLUMNS = {
     "n_points": "points",
@@ -60,14 +60,6 @@ _PERPLEXITY = 30
 _BATCH_ROWS = 1024
 
 
-class Features(NamedTuple):
-    """What the map needs of `features.npz`, each `[d_sae]`."""
-
-    firing_rate: Float[np.ndarray, " d_sae"]
-    mean_activation: Float[np.ndarray, " d_sae"]
-    max_activation: Float[np.ndarray, " d_sae"]
-
-
 def command(configs: Sequence[MapConfig]) -> None:
     """Maps what `--run` names and prints the table."""
     run(configs[0])
@@ -76,7 +68,7 @@ def command(configs: Sequence[MapConfig]) -> None:
 def run(c: MapConfig) -> dict[str, dict[str, Any]]:
     """Writes `maps/` in every run folder; returns the metrics by folder."""
     found = series.open_arms(c.run)
-    chosen = [_chosen(arm, read_features(arm), c) for arm in found]
+    chosen = [_chosen(arm, read_statistics(arm), c) for arm in found]
     results = {}
     for arm, latents in zip(found, chosen, strict=True):
         print(f"{arm.folder}: {len(latents):,} latents")
@@ -100,17 +92,9 @@ def table(found: Sequence[Arm], results: dict[str, dict[str, Any]]) -> str:
     return series.markdown(rows)
 
 
-def read_features(arm: Arm) -> Features:
-    """The statistics of a run's latents."""
-    path = arm.path(*FEATURES, made_by="features")
-    with np.load(path, allow_pickle=False) as stored:
-        missing = set(Features._fields) - set(stored.files)
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(sorted(missing))}")
-        return Features(*(stored[name] for name in Features._fields))
-
-
-def _chosen(arm: Arm, features: Features, c: MapConfig) -> Int[np.ndarray, " n"]:
+def _chosen(
+    arm: Arm, features: FiringStatistics, c: MapConfig
+) -> Int[np.ndarray, " n"]:
     latents = np.flatnonzero(features.firing_rate > c.min_rate)
     if len(latents) < max(c.clusters + 1, 4):
         raise UserError(
@@ -121,7 +105,7 @@ def _chosen(arm: Arm, features: Features, c: MapConfig) -> Int[np.ndarray, " n"]
 
 
 def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, Any]:
-    features, opened = read_features(arm), open_any(arm.folder)
+    features, opened = read_statistics(arm), open_any(arm.folder)
     w_dec = np.asarray(opened.variables["params"]["w_dec"])
     if len(w_dec) != len(features.firing_rate):
         raise UserError(f"{arm.folder}: features/ are of another autoencoder")

@@ -8,7 +8,7 @@ from tiny_runs import TRAINING, call
 from faults.places import one_error
 from vsae_jax import runs
 from vsae_jax.config import TrainConfig
-from vsae_jax.training import groups, plan
+from vsae_jax.training import memory, plan
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_few_steps_at_once_need_few_rows(flags):
     ],
 )
 def test_what_does_not_fit(flags, capfd, tmp_path, monkeypatch, large, first):
-    monkeypatch.setattr(groups, "free_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 10**9)
     assert call("train", **flags | large) == 2
     line = one_error(capfd.readouterr().err)
     assert "will not fit" in line and "1.0 GB are free" in line

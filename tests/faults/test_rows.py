@@ -55,7 +55,7 @@ def test_stop_is_the_default_and_names_the_first(spoilt, tmp_path, capfd, feed):
 def test_skip_counts_them_and_never_trains_on_them(spoilt, tmp_path, feed, capsys):
     planned = plan.plan(config(spoilt, tmp_path / "run", feed=feed, bad_rows="skip"))
     assert planned.left_out.rows.tolist() == list(BAD)
-    plan.explain(planned, asked=planned.train)
+    plan.explain(planned)
     said = capsys.readouterr().out
     assert "3 of 1200 rows are NaN, infinite or giant and are left out" in said
     good = np.delete(Activations.open(spoilt).rows(0, 960), list(BAD), axis=0)

@@ -70,7 +70,7 @@ def check(subjects: Sequence[Subject]) -> None:
     if importlib.util.find_spec("sklearn") is None:
         raise missing_extra("scikit-learn", extra="analysis")
     language_model = subjects[0].lm
-    tokenizer = lm.load_tokenizer(language_model.name, revision=language_model.revision)
+    tokenizer = lm.load_tokenizer(language_model.files)
     words = first_letter.alphabetic_words(tokenizer)
     if first_letter.too_few(words):
         print(
@@ -152,7 +152,7 @@ def split_latents(
 
 
 def _prepare(subject: Subject, config: EvalConfig) -> Prepared:
-    tokenizer = lm.load_tokenizer(subject.lm.name, revision=subject.lm.revision)
+    tokenizer = lm.load_tokenizer(subject.lm.files)
     words = first_letter.alphabetic_words(tokenizer)
     halves = first_letter.split(words, generator(config.seed, "absorption", "split"))
     empty = Words([], np.zeros(0, int), np.zeros((0, subject.lm.d_model), np.float32))

@@ -177,7 +177,7 @@ def read(
                 "padding_leak, and texts are cut to what the model can read"
             )
     bos = [first.lm.bos_id] if first.reader.has_bos else []
-    tokenizer = lm.load_tokenizer(first.lm.name, revision=first.lm.revision)
+    tokenizer = lm.load_tokenizer(first.lm.files)
     found = []
     for s, planned in sets:
         tokens = tokenise(planned.texts, tokenizer, bos=bos, length=length)

@@ -12,7 +12,6 @@ from vsae_jax.lm.files import (
     ModelFiles,
     find,
     locate,
-    read_config,
     read_vocab_size,
     tokenizer_source,
 )
@@ -54,7 +53,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 
 
 def load_language_model(
-    model: str,
+    model: str | ModelFiles,
     *,
     revision: str | None = None,
     backend: Backend = "auto",
@@ -64,7 +63,7 @@ def load_language_model(
 
     Args:
       model: local folder with config.json, tokenizer.json and model.safetensors, or a
-        hub id.
+        hub id; or the files of either, located before.
       revision: branch, tag or commit of a hub id; unset is its default branch.
       backend: `auto` is jax for the families that it runs and that have safetensors,
         and transformers for every other.
@@ -74,7 +73,7 @@ def load_language_model(
         raise UserError(f"backend={backend!r} must be transformers, jax or auto")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"lm_dtype={dtype!r} must be auto, float32 or bfloat16")
-    files = locate(model, revision=revision)
+    files = _located(model, revision)
     chosen = choose_dtype(files) if dtype == "auto" else dtype
     if backend == "jax" or backend == "auto" and _runs_in_jax(files):
         from vsae_jax.lm.jax_backend import load_decoder
@@ -89,18 +88,22 @@ def _runs_in_jax(files: ModelFiles) -> bool:
     """Whether the family runs in JAX and its weights are not pickled."""
     from vsae_jax.lm.families import family_of
 
-    if family_of(read_config(files)) is None:
+    if family_of(files.config) is None:
         return False
     safe = "model.safetensors", "model.safetensors.index.json"
     pickled = "pytorch_model.bin", "pytorch_model.bin.index.json"
     return any(find(files, f) for f in safe) or not any(find(files, f) for f in pickled)
 
 
+def _located(model: str | ModelFiles, revision: str | None) -> ModelFiles:
+    return locate(model, revision=revision) if isinstance(model, str) else model
+
+
 def load_tokenizer(
-    model: str, *, revision: str | None = None
+    model: str | ModelFiles, *, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
     """The model's own tokenizer, checked against the model's vocabulary."""
-    files = locate(model, revision=revision)
+    files = _located(model, revision)
     source = tokenizer_source(files)
     from transformers import AutoTokenizer
 
@@ -108,9 +111,9 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(
-            f"the tokenizer of --model={model} cannot be read: {one_line(error)}"
+            f"the tokenizer of --model={files.name} cannot be read: {one_line(error)}"
         ) from None
-    _check_vocabulary(tokenizer, model=model, vocab_size=read_vocab_size(files))
+    _check_vocabulary(tokenizer, model=files.name, vocab_size=read_vocab_size(files))
     return tokenizer
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from vsae_jax.lm.files import ModelFiles, read_config
+from vsae_jax.lm.files import ModelFiles
 
 # Below it products are not what takes the time.
 _WIDE = 512
@@ -16,8 +16,7 @@ def choose_dtype(files: ModelFiles) -> str:
     rounded; else float32."""
     if jax.default_backend() != "cpu":
         return "bfloat16"
-    config = read_config(files)
-    config = {**config, **config.get("text_config", {})}
+    config = {**files.config, **files.config.get("text_config", {})}
     width = config.get("hidden_size", config.get("n_embd", 0))
     stored = config.get("dtype", config.get("torch_dtype"))
     wide = isinstance(width, int) and width >= _WIDE

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,17 @@ class ModelFiles:
     revision: str | None = None
     cached_only: bool = False
 
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands, so that both spellings of a family can be read."""
+        return read_json(need(self, "config.json"))
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
     """What both backends say of a model; see the protocol `LanguageModel`."""
 
-    name: str
-    revision: str | None
+    files: ModelFiles
     d_model: int
     n_layers: int
     vocab_size: int
@@ -67,6 +72,16 @@ class ModelFacts:
     special_ids: frozenset[int]
     config_hash: str
     tokenizer_hash: str
+
+    @property
+    def name(self) -> str:
+        """What the user gave."""
+        return self.files.name
+
+    @property
+    def revision(self) -> str | None:
+        """The hub commit; None for a folder."""
+        return self.files.revision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,14 +192,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, limit=_JSON_LIMIT, strict=False)
 
 
-def read_config(files: ModelFiles) -> dict[str, Any]:
-    """config.json as it stands, so that both spellings of a family can be read."""
-    return read_json(need(files, "config.json"))
-
-
 def read_vocab_size(files: ModelFiles) -> int:
     """The number of token ids that the model knows."""
-    config = read_config(files)
+    config = files.config
     sizes = {**config, **config.get("text_config", {})}
     if "vocab_size" in sizes:
         return sizes["vocab_size"]
@@ -259,8 +269,7 @@ def model_facts(
             "eos_token_id; add the one that starts a text"
         )
     return ModelFacts(
-        name=files.name,
-        revision=files.revision,
+        files=files,
         d_model=d_model,
         n_layers=n_layers,
         vocab_size=config["vocab_size"],
@@ -268,7 +277,7 @@ def model_facts(
         dtype=dtype,
         bos_id=(bos + eos)[0],
         special_ids=frozenset(bos + eos + pad),
-        config_hash=_config_hash(read_config(files)),
+        config_hash=_config_hash(files.config),
         tokenizer_hash=_tokenizer_hash(files),
     )
 

@@ -238,7 +238,7 @@ def load_hf(files: ModelFiles, *, dtype: str) -> HFModel:
         n_layers=n_layers,
         dtype=dtype,
     )
-    return HFModel(**dataclasses.asdict(facts), module=module)
+    return HFModel(**vars(facts), module=module)
 
 
 def _read_module(source: Source, *, name: str, dtype: str) -> Any:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from vsae_jax.lm import decoder
 from vsae_jax.lm.decoder import Params, Spec
 from vsae_jax.lm.families import FAMILIES, family_of, read_spec
-from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts, read_config
+from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts
 from vsae_jax.lm.protocol import (
     Losses,
     Residual,
@@ -132,7 +132,7 @@ class Decoder(ModelFacts):
 
 def load_decoder(files: ModelFiles, *, dtype: str) -> Decoder:
     """Reads config.json and the safetensors weights; needs no torch."""
-    raw = read_config(files)
+    raw = files.config
     family = family_of(raw)
     if family is None:
         which = raw.get("architectures") or raw.get("model_type")
@@ -146,4 +146,4 @@ def load_decoder(files: ModelFiles, *, dtype: str) -> Decoder:
         files, raw, d_model=spec.d_model, n_layers=spec.n_layers, dtype=dtype
     )
     params = jax.tree.map(jnp.asarray, read_params(files, family, read, dtype=dtype))
-    return Decoder(**dataclasses.asdict(facts), spec=spec, params=params)
+    return Decoder(**vars(facts), spec=spec, params=params)

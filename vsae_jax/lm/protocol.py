@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vsae_jax.lm.files import ModelFiles
 from vsae_jax.system.errors import UserError
 
 Tokens = Int[Array | np.ndarray, "batch time"]
@@ -29,6 +30,11 @@ class LanguageModel(Protocol):
     what the blocks above it see instead. The transformers model hands splices NumPy
     arrays and takes any array back; of the JAX model see `Traceable`.
     """
+
+    @property
+    def files(self) -> ModelFiles:
+        """Where it was read from, and its tokenizer can be."""
+        ...
 
     @property
     def name(self) -> str:

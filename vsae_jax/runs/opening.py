@@ -16,7 +16,6 @@ from vsae_jax.activations.manifest import read_manifest
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.config import OpenOptions
-from vsae_jax.lm.files import locate
 from vsae_jax.lm.weights import weights_hash
 from vsae_jax.runs import CONFIG
 from vsae_jax.runs.trained import TrainedSAE
@@ -140,7 +139,7 @@ def weights_of(run: TrainedSAE, language_model: lm.LanguageModel) -> str:
     """Whether a language model has the weights of the one that the run was trained on:
     `THE_SAME`, `OTHERS` or `UNKNOWN`. A commit of the hub stands for its weights."""
     then = run.data.get("revision") or _weights_hash(run)
-    now = language_model.revision or weights_hash(locate(language_model.name))
+    now = language_model.revision or weights_hash(language_model.files)
     if (
         not then
         or not now
@@ -235,7 +234,7 @@ def _tokens_of_text(
     length = run.data["context_length"]
     contexts = text.contexts(
         text.documents(c.text, split="train", text_column=c.text_column),
-        lm.load_tokenizer(language_model.name, revision=language_model.revision),
+        lm.load_tokenizer(language_model.files),
         context_length=length,
         bos_id=language_model.bos_id,
         bos=run.data["bos"],

@@ -18,9 +18,9 @@ from vsae_jax.activations.shards import READ
 from vsae_jax.activations.shuffle import Part, ShuffledRows
 from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
+from vsae_jax.system.memory import free_bytes
 from vsae_jax.system.mesh import over_data, own_rows, whole
-from vsae_jax.training.groups import free_bytes
-from vsae_jax.training.plan import Job
+from vsae_jax.training.plan import PlannedRun
 
 # Of a device's free memory, what rows may take.
 _SHARE = 0.5
@@ -28,32 +28,32 @@ _ROWS_AT_ONCE = 2**16
 
 
 class Feed:
-    """The rows that a job trains on, in their order. A context manager."""
+    """The rows that a planned trains on, in their order. A context manager."""
 
-    def __init__(self, job: Job):
-        self._read, self._n_rows = job.activations.view, job.data["train_rows"]
-        if job.train.bad_rows == "stop":
-            self._read = Check(job.activations, giant=job.train.giant).rows
-        self._batch, self._mesh = job.train.batch_size, job.mesh
-        self._own = own_rows(job.mesh, self._batch)
-        self.dtype = np.dtype(READ[job.data["dtype"]])
-        row_bytes = job.sae.d_model * self.dtype.itemsize
-        self._d_model = job.sae.d_model
+    def __init__(self, planned: PlannedRun):
+        self._read, self._n_rows = planned.activations.view, planned.data["train_rows"]
+        if planned.train.bad_rows == "stop":
+            self._read = Check(planned.activations, giant=planned.train.giant).rows
+        self._batch, self._mesh = planned.train.batch_size, planned.mesh
+        self._own = own_rows(planned.mesh, self._batch)
+        self.dtype = np.dtype(READ[planned.data["dtype"]])
+        row_bytes = planned.sae.d_model * self.dtype.itemsize
+        self._d_model = planned.sae.d_model
         order = {
             "n_rows": self._n_rows,
             "row_bytes": row_bytes,
-            "seed": job.train.data_seed,
-            "left_out": job.left_out.rows if job.left_out else (),
+            "seed": planned.train.data_seed,
+            "left_out": planned.left_out.rows if planned.left_out else (),
         }
         # The same stream, of the rows' numbers.
         self._numbers = ShuffledRows(_numbers, **order)
-        if job.train.feed == "device" and processes.count() > 1:
+        if planned.train.feed == "device" and processes.count() > 1:
             raise UserError(
                 "--feed=device would put every row on every device; of several "
                 "processes each reads only its own: --feed=stream"
             )
         self._resident: Array | None = None
-        if _on_device(job.train.feed, self._n_rows * row_bytes):
+        if _on_device(planned.train.feed, self._n_rows * row_bytes):
             self._resident, self._rows = self._put(), self._numbers
         else:
             own = Part(self._batch, *self._own)

@@ -11,13 +11,13 @@ from vsae_jax.config import TrainConfig
 from vsae_jax.config.fields import to_json
 from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
-from vsae_jax.training.plan import plan, run_name
+from vsae_jax.training.plan import PlannedRun, plan, run_name
 
 
 def run(
     arms: Sequence[TrainConfig],
     *,
-    train: Callable[[Sequence[TrainConfig]], None],
+    train: Callable[[Sequence[PlannedRun]], None],
     names: Sequence[str] = (),
 ) -> Path:
     """Trains all arms by `train`; started again, it goes on. `names` are those of the
@@ -35,16 +35,16 @@ def run(
         for arm, name in zip(arms, names, strict=True)
     ]
     # Every arm is checked before the first is trained.
-    jobs = [plan(arm) for arm in arms]
+    planned = [plan(arm) for arm in arms]
     processes.in_turn(_write_grid, folder, swept, arms)
     print(f"grid of {len(arms)} arms over {', '.join(swept)}, to {folder}")
     try:
-        train(arms)
+        train(planned)
     finally:
         rows = [
-            _last_metrics(job.folder, swept=swept, arm=arm)
-            for arm, job in zip(arms, jobs, strict=True)
-            if processes.first() and (job.folder / runs.PARAMETERS).is_file()
+            _last_metrics(arm, swept=swept)
+            for arm in planned
+            if processes.first() and (arm.folder / runs.PARAMETERS).is_file()
         ]
         if rows:
             _write_summary(folder / runs.SUMMARY, rows)
@@ -87,18 +87,15 @@ def _write_grid(
     runs.write_json(path, grid)
 
 
-def _last_metrics(
-    folder: Path, *, swept: Sequence[str], arm: TrainConfig
-) -> dict[str, Any]:
+def _last_metrics(arm: PlannedRun, *, swept: Sequence[str]) -> dict[str, Any]:
     """A line of the summary: what the arm was asked for, and its last metrics but
-    those of that name (a swept learning rate has decayed by then)."""
-    lines = runs.read_metrics(folder / runs.METRICS)
+    those of that name (the last learning rate has decayed)."""
+    lines = runs.read_metrics(arm.folder / runs.METRICS)
     if not lines:
-        raise UserError(f"{folder / runs.METRICS} has no line of metrics")
-    last = lines[-1]
-    asked = {name: getattr(arm, name) for name in swept}
-    return {"arm": folder.name, **asked} | {
-        name: value for name, value in last.items() if name not in asked
+        raise UserError(f"{arm.folder / runs.METRICS} has no line of metrics")
+    asked = {name: getattr(arm.asked, name) for name in swept}
+    return {"arm": arm.folder.name, **asked} | {
+        name: value for name, value in lines[-1].items() if name not in asked
     }
 
 

@@ -6,11 +6,8 @@ which is faster on a CPU: an arm's step then is its single run's, bit for bit.
 """
 
 import dataclasses
-import os
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from vsae_jax.config import SAEConfig
+from vsae_jax.system.memory import free_bytes
 from vsae_jax.system.mesh import bytes_each, make, shardings, tracing
 from vsae_jax.training.step import Hparams, TrainState, compile_steps
 
@@ -113,21 +111,6 @@ def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
     passes = -(-len(arms) // room)
     size = -(-len(arms) // passes)
     return [list(arms[i : i + size]) for i in range(0, len(arms), size)]
-
-
-def free_bytes() -> int:
-    """Of a device's memory, what is free; CPU devices share the machine's."""
-    device, n_devices = jax.local_devices()[0], jax.local_device_count()
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
-        if found:
-            return int(found[1]) * 1024 // n_devices
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // 2 // n_devices
 
 
 def bytes_of_one(

@@ -32,12 +32,30 @@ from vsae_jax.training.step import TrainState, init_state
 
 # A few seconds of two cores.
 _CPU_OPERATIONS = 10**11
+# What a run's config.json says of its activations.
+_OF_MANIFEST = (
+    "model",
+    "revision",
+    "weights_hash",
+    "hook_name",
+    "layer",
+    "context_length",
+    "bos",
+    "dropped_positions",
+    "center_residual",
+    "dataset",
+    "dtype",
+)
 
 
-class Job(NamedTuple):
-    """A run, resolved: what to train, on what, where it goes, and on which devices
-    (None: on one). `left_out` are rows that are not trained on."""
+class PlannedRun(NamedTuple):
+    """What to train, on what, where it goes, and on which devices (None: on one).
 
+    asked: the config before its unset fields were filled. left_out: rows that are not
+    trained on.
+    """
+
+    asked: TrainConfig
     train: TrainConfig
     sae: SAEConfig
     data: dict[str, Any]
@@ -47,7 +65,7 @@ class Job(NamedTuple):
     left_out: LeftOut | None = None
 
 
-def plan(config: TrainConfig) -> Job:
+def plan(config: TrainConfig) -> PlannedRun:
     """Opens the activations, checks them against the preset and resolves the config."""
     layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
     place = config.activations or default_activations(ExtractConfig().model, layer)
@@ -67,7 +85,8 @@ def plan(config: TrainConfig) -> Job:
         giant=resolved.giant,
         max_norm_multiple=resolved.max_norm_multiple,
     )
-    return Job(
+    return PlannedRun(
+        asked=config,
         train=resolved,
         sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
         data=_data(activations, resolved)
@@ -114,37 +133,33 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
             f"{activations.folder} has {n_contexts} contexts and --held_out="
             f"{config.held_out} holds out all of them; extract more tokens"
         )
-    fields = (
-        "model revision weights_hash hook_name layer context_length bos "
-        "dropped_positions center_residual dataset dtype"
-    )
     return {
         "manifest": m.hash,
-        **{name: getattr(m, name) for name in fields.split()},
+        **{name: getattr(m, name) for name in _OF_MANIFEST},
         "train_rows": (n_contexts - held_out) * activations.rows_per_context,
         "held_out_contexts": [n_contexts - held_out, n_contexts],
     }
 
 
-def explain(job: Job, *, asked: TrainConfig) -> None:
-    """What is trained, and what a flag of `asked` does not do here."""
-    c, rows = job.train, job.train.steps * job.train.batch_size
-    k = f"k {c.k}, " if job.sae.sparsity == "topk" else ""
+def explain(planned: PlannedRun) -> None:
+    """What is trained, and what a flag does not do here."""
+    c, rows = planned.train, planned.train.steps * planned.train.batch_size
+    k = f"k {c.k}, " if planned.sae.sparsity == "topk" else ""
     print(
-        f"{c.variant} (preset {c.preset}): d_model {job.sae.d_model}, d_sae {c.d_sae}, "
-        f"{k}{c.steps} steps of {c.batch_size} rows "
-        f"({rows / job.data['train_rows']:.2f} epochs), {job.sae.dtype}, "
-        f"{_devices(job.mesh)}, to {job.folder}"
+        f"{c.variant} (preset {c.preset}): d_model {planned.sae.d_model}, "
+        f"d_sae {c.d_sae}, {k}{c.steps} steps of {c.batch_size} rows "
+        f"({rows / planned.data['train_rows']:.2f} epochs), {planned.sae.dtype}, "
+        f"{_devices(planned.mesh)}, to {planned.folder}"
     )
-    if job.left_out:
+    if planned.left_out:
         print(
-            f"note: {len(job.left_out.rows)} of {job.activations.n_rows} rows "
-            f"{job.left_out.why} and are left out; the first is row "
-            f"{job.left_out.rows[0]}"
+            f"note: {len(planned.left_out.rows)} of {planned.activations.n_rows} rows "
+            f"{planned.left_out.why} and are left out; the first is row "
+            f"{planned.left_out.rows[0]}"
         )
-    if asked.beta and c.penalty != "kl":
+    if planned.asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
-    if job.sae.auxk and c.dead_after_tokens >= rows:
+    if planned.sae.auxk and c.dead_after_tokens >= rows:
         print(
             f"note: AuxK cannot act: --dead_after_tokens={c.dead_after_tokens} is not "
             f"reached in a run of {rows} rows"
@@ -156,31 +171,31 @@ def _devices(mesh: Mesh | None) -> str:
     return kind if mesh is None else f"{mesh.size} x {kind} ({meshes.name(mesh)})"
 
 
-def steps_at_once(jobs: Sequence[Job]) -> int:
+def steps_at_once(arms: Sequence[PlannedRun]) -> int:
     """Steps in one call to the device: what was asked for, but on a CPU so few that a
     signal is heard within seconds. A step of an arm has six matrix products, and
     with each latent of a batch about a thousand other operations."""
-    c = jobs[0].train
+    c = arms[0].train
     asked = min(c.steps_per_dispatch, c.log_every, c.checkpoint_every, c.steps)
     if jax.default_backend() != "cpu":
         return asked
     operations = sum(
-        job.train.batch_size * job.sae.d_sae * (12 * job.sae.d_model + 1000)
-        for job in jobs
+        planned.train.batch_size * planned.sae.d_sae * (12 * planned.sae.d_model + 1000)
+        for planned in arms
     )
     return max(min(asked, _CPU_OPERATIONS // operations), 1)
 
 
-def open_folder(job: Job) -> bool:
+def open_folder(planned: PlannedRun) -> bool:
     """Makes or checks the run folder; False when the run is already finished."""
-    train = {n: v for n, v in to_json(job.train).items() if n not in PROCESS_FIELDS}
-    stated = {"train": train, "sae": to_json(job.sae), "data": job.data}
-    path = job.folder / runs.CONFIG
+    train = {n: v for n, v in to_json(planned.train).items() if n not in PROCESS_FIELDS}
+    stated = {"train": train, "sae": to_json(planned.sae), "data": planned.data}
+    path = planned.folder / runs.CONFIG
     if not path.is_file():
-        if runs.holds_other_files(job.folder):
-            raise UserError(f"--out={job.folder} is not empty and not a run folder")
-        job.folder.mkdir(parents=True, exist_ok=True)
-        _write_config(job, stated)
+        if runs.holds_other_files(planned.folder):
+            raise UserError(f"--out={planned.folder} is not empty and not a run folder")
+        planned.folder.mkdir(parents=True, exist_ok=True)
+        _write_config(planned, stated)
         return True
     stored = runs.read_json(path)
     changed = "; ".join(
@@ -188,23 +203,23 @@ def open_folder(job: Job) -> bool:
         for part in stated
         if (text := difference(_lasting(stored.get(part)), _lasting(stated[part])))
     )
-    if changed and not _anything_saved(job.folder):
-        print(f"{job.folder}: nothing was saved under another config ({changed})")
-        _write_config(job, stated)
+    if changed and not _anything_saved(planned.folder):
+        print(f"{planned.folder}: nothing was saved under another config ({changed})")
+        _write_config(planned, stated)
         return True
     if changed:
         raise UserError(
-            f"{job.folder} holds a run with another config ({changed}); give the same "
-            "flags to go on with it, or another --out, with --fork_from="
-            f"{job.folder} to start there from what is trained"
+            f"{planned.folder} holds a run with another config ({changed}); give the "
+            "same flags to go on with it, or another --out, with --fork_from="
+            f"{planned.folder} to start there from what is trained"
         )
-    return not (job.folder / runs.PARAMETERS).is_file()
+    return not (planned.folder / runs.PARAMETERS).is_file()
 
 
-def _write_config(job: Job, stated: dict[str, Any]) -> None:
+def _write_config(planned: PlannedRun, stated: dict[str, Any]) -> None:
     device = jax.devices()[0].device_kind
     record = stated | {"versions": runs.versions(), "device": device}
-    runs.write_json(job.folder / runs.CONFIG, record)
+    runs.write_json(planned.folder / runs.CONFIG, record)
 
 
 def _anything_saved(folder: Path) -> bool:
@@ -221,42 +236,42 @@ def _lasting(part: Any) -> dict[str, Any]:
     return {n: v for n, v in part.items() if n not in fleeting}
 
 
-def first_b_dec(job: Job, sample: jax.Array) -> jax.Array | None:
+def first_b_dec(planned: PlannedRun, sample: jax.Array) -> jax.Array | None:
     """Where b_dec starts, in normalised units, from raw rows; None is 0."""
-    if job.train.b_dec_init != "geometric_median":
+    if planned.train.b_dec_init != "geometric_median":
         return None
-    scale, mean = _input_norm(job)
+    scale, mean = _input_norm(planned)
     return sae.geometric_median(scale * (sample - mean[None, :]))
 
 
-def first_state(job: Job, b_dec: jax.Array | None) -> TrainState:
-    """The state before the first step, by the job's seed."""
-    scale, mean = _input_norm(job)
-    weights_key, noise_key = jax.random.split(jax.random.key(job.train.seed))
+def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
+    """The state before the first step, by the planned's seed."""
+    scale, mean = _input_norm(planned)
+    weights_key, noise_key = jax.random.split(jax.random.key(planned.train.seed))
     variables = sae.init(
         weights_key,
-        job.sae,
+        planned.sae,
         scale=scale,
         mean=mean,
         b_dec=b_dec,
-        decoder_init_norm=job.train.decoder_init_norm,
+        decoder_init_norm=planned.train.decoder_init_norm,
     )
-    return init_state(variables, noise_key, job.sae)
+    return init_state(variables, noise_key, planned.sae)
 
 
-def _input_norm(job: Job) -> tuple[float, np.ndarray]:
+def _input_norm(planned: PlannedRun) -> tuple[float, np.ndarray]:
     """scale and mean such that the root mean square row norm is what was asked."""
-    rows = job.left_out or job.activations.manifest
-    mean = np.zeros(job.sae.d_model, np.float32)
+    rows = planned.left_out or planned.activations.manifest
+    mean = np.zeros(planned.sae.d_model, np.float32)
     mean_squared_norm = rows.mean_squared_norm
-    if job.train.center_input:
+    if planned.train.center_input:
         mean = np.asarray(rows.mean, np.float32)
         mean_squared_norm -= float(np.sum(np.square(np.asarray(rows.mean))))
-    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(job.sae.d_model)}
-    scale = job.train.input_scale
+    wanted = {"unit": 1.0, "sqrt_d": math.sqrt(planned.sae.d_model)}
+    scale = planned.train.input_scale
     if scale == "none":
         return 1.0, mean
     if not mean_squared_norm > 0:
-        raise UserError(f"{job.activations.folder}: every activation row is 0")
+        raise UserError(f"{planned.activations.folder}: every activation row is 0")
     norm = wanted[scale] if isinstance(scale, str) else scale
     return norm / math.sqrt(mean_squared_norm), mean

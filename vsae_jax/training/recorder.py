@@ -15,7 +15,7 @@ from vsae_jax.system.errors import UserError
 from vsae_jax.training import loggers, optimizer
 from vsae_jax.training.checkpoint import Checkpoints
 from vsae_jax.training.groups import Group, member, states
-from vsae_jax.training.plan import Job
+from vsae_jax.training.plan import PlannedRun
 from vsae_jax.training.step import Hparams, TrainState, zero_totals
 
 
@@ -25,7 +25,11 @@ class Watch:
     `shown` is the last interval's main numbers."""
 
     def __init__(
-        self, jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], *, step: int
+        self,
+        jobs: Sequence[PlannedRun],
+        saves: Mapping[Path, Checkpoints],
+        *,
+        step: int,
     ):
         self.jobs, self._saves = jobs, saves
         self.diverged: list[str] = []

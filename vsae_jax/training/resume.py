@@ -13,47 +13,49 @@ from vsae_jax.system import mesh, processes
 from vsae_jax.system.errors import UserError
 from vsae_jax.training.batches import Feed
 from vsae_jax.training.checkpoint import Checkpoints
-from vsae_jax.training.plan import Job, first_b_dec, first_state
+from vsae_jax.training.plan import PlannedRun, first_b_dec, first_state
 from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
 _SHAPES = ("d_model", "d_sae", "variance")
 
 
-class Started(NamedTuple):
-    """A job and the state it goes on from."""
+class Together(NamedTuple):
+    """Arms that go on together, the state each goes on from, and those that have to
+    wait since they are at another step, in lists of arms at one step."""
 
-    job: Job
-    state: TrainState
+    arms: list[PlannedRun]
+    states: list[TrainState]
+    waiting: list[list[PlannedRun]]
 
 
 def together(
-    jobs: Sequence[Job], saves: Mapping[Path, Checkpoints], feed: Feed
-) -> list[Any]:
-    """The arms that can go on together, started; after them, lists of jobs that have
-    to wait, since they are at another step.
+    arms: Sequence[PlannedRun], saves: Mapping[Path, Checkpoints], feed: Feed
+) -> Together:
+    """The arms that can go on together.
 
     A kill while arms are saved leaves some a checkpoint ahead: those go back to the
     step that all of them have.
     """
-    saved = {job.folder: saves[job.folder].steps() for job in jobs}
-    ahead = [job for job in jobs if saved[job.folder]]
-    fresh = [job for job in jobs if not saved[job.folder]]
+    saved = {arm.folder: saves[arm.folder].steps() for arm in arms}
+    ahead = [arm for arm in arms if saved[arm.folder]]
+    fresh = [arm for arm in arms if not saved[arm.folder]]
     if not ahead:
         b_decs: dict[Any, jax.Array | None] = {}
-        return [[_fresh(job, feed, b_decs) for job in fresh]]
-    newest = min(saved[job.folder][-1] for job in ahead)
-    started, other = [], []
-    for job in ahead:
-        state = _restored(job, saves[job.folder], newest if len(ahead) > 1 else None)
-        if not started or int(state.step) == int(started[0].state.step):
-            started.append(Started(job, state))
+        return Together(fresh, [_fresh(arm, feed, b_decs) for arm in fresh], [])
+    newest = min(saved[arm.folder][-1] for arm in ahead)
+    going, states, other = [], [], []
+    for arm in ahead:
+        state = _restored(arm, saves[arm.folder], newest if len(ahead) > 1 else None)
+        if not states or int(state.step) == int(states[0].step):
+            going.append(arm)
+            states.append(state)
         else:
-            other.append([job])
-    return [started, *other, *([fresh] if fresh else [])]
+            other.append([arm])
+    return Together(going, states, [*other, *([fresh] if fresh else [])])
 
 
-def fork(job: Job, own: Checkpoints) -> None:
+def fork(job: PlannedRun, own: Checkpoints) -> None:
     """Makes the last checkpoint of the run that `--fork_from` names the first one of
     the new run, unless this has one already. The noise is that of the new seed, the
     scale that of the new config and rows."""
@@ -81,7 +83,7 @@ def fork(job: Job, own: Checkpoints) -> None:
     own.save(state, data_position=step * job.train.batch_size)
 
 
-def _check_forkable(source: Path, job: Job) -> None:
+def _check_forkable(source: Path, job: PlannedRun) -> None:
     """The source must be a run whose arrays are those of the new one."""
     if not (source / runs.CHECKPOINTS).is_dir():
         raise UserError(f"--fork_from={source} is not a run with checkpoints")
@@ -95,7 +97,9 @@ def _check_forkable(source: Path, job: Job) -> None:
         )
 
 
-def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainState:
+def _restored(
+    job: PlannedRun, checkpoints: Checkpoints, up_to: int | None
+) -> TrainState:
     """The newest state, of step `up_to` or before where there is one."""
     like = jax.eval_shape(partial(first_state, job, None))
     found = checkpoints.restore(like, up_to=up_to) or checkpoints.restore(like)
@@ -105,11 +109,12 @@ def _restored(job: Job, checkpoints: Checkpoints, up_to: int | None) -> TrainSta
     return found[0]
 
 
-def _fresh(job: Job, feed: Feed, b_decs: dict[Any, jax.Array | None]) -> Started:
+def _fresh(
+    job: PlannedRun, feed: Feed, b_decs: dict[Any, jax.Array | None]
+) -> TrainState:
     if processes.first():
         (job.folder / runs.METRICS).unlink(missing_ok=True)
     kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
     if kind not in b_decs:
         b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
-    state = mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
-    return Started(job, state)
+    return mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)

@@ -7,11 +7,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vsae_jax.latents.feature_files import FiringStatistics, read_statistics
 from vsae_jax.latents.map_statistics import PAPER_RANGE, alive_counts
 from vsae_jax.report.figures import style
 from vsae_jax.runs import series as arms_module
 from vsae_jax.runs.series import Arm
-from vsae_jax.tsne import Features, read_features
 
 _BINS = 40
 _ROWS = {
@@ -30,7 +30,7 @@ CAPTION = (
 
 def max_activations(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     """One axes a series: rows are k, columns the variants."""
-    found = {arm.folder: read_features(arm) for arm in arms}
+    found = {arm.folder: read_statistics(arm) for arm in arms}
     columns = list(arms_module.series_of(arms, over=("seed", "k")))
     rows = list(dict.fromkeys(arm.settings["k"] for arm in arms))
     edges = _edges(list(found.values()))
@@ -54,7 +54,7 @@ def max_activations(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     yield "max_activations", figure
 
 
-def _edges(found: Sequence[Features]) -> np.ndarray:
+def _edges(found: Sequence[FiringStatistics]) -> np.ndarray:
     most = np.concatenate([features.max_activation for features in found])
     most = most[most > 0]
     low, high = (most.min(), most.max()) if len(most) else (0.1, 10.0)
@@ -62,7 +62,12 @@ def _edges(found: Sequence[Features]) -> np.ndarray:
 
 
 def _histogram(
-    ax: Axes, features: Sequence[Features], *, edges: np.ndarray, title: str, c: Any
+    ax: Axes,
+    features: Sequence[FiringStatistics],
+    *,
+    edges: np.ndarray,
+    title: str,
+    c: Any,
 ) -> None:
     counts = np.stack([np.histogram(f.max_activation, edges)[0] for f in features])
     mean = counts.mean(0)

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_models import make_stories
 from tiny_runs import call, copied
 
@@ -370,10 +371,14 @@ def test_words_are_read_where_they_stand(tiny_model):
         ({"label_column": "plant"}, "no --label_column=plant; there is: animal"),
         ({"text_column": "stars"}, "--text_column=stars is of type int, not text"),
         ({"attribute_column": ""}, "--evals=scr needs a set of --labelled with"),
-        ({"attribute_column": "animal"}, "has 3 values (cat, dog, owl, ...); scr"),
+        (
+            {"attribute_column": "animal"},
+            "has 3 values ('cat', 'dog', 'owl', ...); scr",
+        ),
         ({"label_column": "story"}, "120 different labels"),
         ({"label_column": "a,b,c"}, "has 3 names for 1 sets"),
         ({"quirks": "leak"}, "--quirks=leak is not known; there is mean_in_variance"),
+        ({"seed": 2**32}, "--seed=4294967296 must be below 4294967296"),
         ({"train_size": 3}, "--train_size=3 must be at least 8"),
     ],
 )
@@ -482,6 +487,65 @@ def test_texts_of_only_special_tokens_are_noted(tiny_run, tiny_model, capsys):
     (note,) = read.notes
     assert note == "2 of 90 texts have only special tokens: their vectors are 0"
     assert f"note: set: {note}" in capsys.readouterr().out
+
+
+def test_labels_cannot_command_a_terminal(tiny_run, flags, tmp_path, capsys):
+    few = [{"story": "x", "animal": "\x1b[2J", "stars": 1}] * 3
+    path = write(tmp_path / "escapes.jsonl", rows() + few)
+    folder = copied(tiny_run, tmp_path / "run")
+    options = flags | {"labelled": path, "evals": "sparse_probing"}
+    assert call("evaluate", run=folder, **options) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "too small: '\\x1b[2J'" in said
+
+
+@pytest.mark.parametrize("evals", ["sparse_probing", "scr", "tpp", "absorption"])
+def test_a_language_model_that_gives_nan_is_not_scored(
+    tiny_run, tiny_model, flags, tmp_path, capsys, evals, monkeypatch
+):
+    model = copied(tiny_model, tmp_path / "nan")
+    arrays = load_file(model / "model.safetensors")
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    arrays[name] = arrays[name] + np.nan
+    save_file(arrays, model / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(first_letter, "too_few", lambda words: False)
+    folder = copied(tiny_run, tmp_path / "run")
+    options = flags | {"model": model, "model_differs": True, "evals": evals}
+    assert call("evaluate", run=folder, **options) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--model={model} gives NaN or infinity after block 0" in line
+    assert not (folder / "evals").exists()
+
+
+# What is in the way of the results, or beside them
+
+
+@pytest.mark.parametrize("taken", ["evals", "evals/core.json/", "evals/summary.md/"])
+def test_what_is_in_the_way_is_named_before_anything_runs(
+    tiny_run, tmp_path, capsys, taken
+):
+    folder = copied(tiny_run, tmp_path / "run")
+    if taken.endswith("/"):
+        (folder / taken).mkdir(parents=True)
+    else:
+        (folder / taken).write_text("mine")
+    assert call("evaluate", run=folder, num_tokens=160) == 2
+    said = capsys.readouterr()
+    assert f"{folder / taken} is in the way" in said.err.splitlines()[-1]
+    assert "core on" not in said.out
+
+
+def test_files_that_are_no_results_do_not_spoil_the_summary(tiny_run, tmp_path, capsys):
+    folder = copied(tiny_run, tmp_path / "run")
+    (folder / "evals").mkdir()
+    (folder / "evals/mine.json").write_text('{"a": 1}')
+    (folder / "evals/tpp.json").write_text("{oops")
+    (folder / "evals/scr.json").write_text("{}")
+    assert call("evaluate", run=folder, num_tokens=160) == 0
+    said = capsys.readouterr().out
+    assert said.count("note: not in the summary: ") == 2
+    assert "mine.json" not in said
+    assert "## core" in (folder / "evals/summary.md").read_text()
 
 
 # Models of few positions

@@ -120,7 +120,9 @@ def _checked(
     quirks: Quirks,
 ) -> list[on_texts.Tokenised]:
     """The labelled texts as the subjects' model reads them, once every evaluation has
-    what it needs."""
+    what it needs and a place to write to."""
+    for subject in subjects:
+        _check_place(subject.run.folder / runs.EVALS, names)
     if "core" in names:
         core.check(subjects)
     if "absorption" in names:
@@ -160,6 +162,15 @@ def _write(
         path.parent.mkdir(parents=True, exist_ok=True)
         runs.write_json(path, value)
         print(f"wrote {path}")
+
+
+def _check_place(folder: Path, names: Sequence[str]) -> None:
+    """Refuses what is in the way of the results."""
+    files = (folder / name for name in (*(f"{n}.json" for n in names), "summary.md"))
+    taken = [folder] if folder.exists() and not folder.is_dir() else []
+    taken += [path for path in files if path.is_dir()]
+    if taken:
+        raise UserError(f"{taken[0]} is in the way of the results; move or delete it")
 
 
 def _check_finite(metrics: dict[str, float | None], folder: Path) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vsae_jax.config.extract import Backend
-from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.fields import check_at_least, check_below, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
     BACKEND,
@@ -61,5 +61,6 @@ class EvalConfig(OpenOptions):
         check_at_least(self, 1, "num_tokens", "batch_size")
         check_at_least(self, 0, "layer", "seed")
         check_at_least(self, 8, "train_size", "test_size")
+        check_below(self, 2**32, "seed")
         if not self.run:
             raise UserError("--run is not set; name a run folder or a grid's folder")

@@ -18,6 +18,7 @@ from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject
 from vsae_jax.system import progress
+from vsae_jax.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +82,7 @@ def encode_texts(
             residual = jnp.asarray(lm.residual(batch.tokens, reader.layer))
             masked, mean = _masked(reader, residual, batch.keep)
             n = len(rows)
+            _check_finite(subjects[0], mean[:n])
             x[rows], n_valid[rows] = mean[:n], batch.keep[:n].sum(axis=1)
             for subject, out in zip(subjects, pooled, strict=True):
                 out[rows] = np.asarray(_pool(subject.reader, masked, batch.keep))[:n]
@@ -103,8 +105,20 @@ def residuals_at(
             residual = jnp.asarray(subject.lm.residual(batch.tokens, reader.layer))
             own = residual[np.arange(len(rows)), places[rows]][:, None]
             found[rows] = reader.rows(own)
+            _check_finite(subject, found[rows])
             bar.update(len(rows))
     return found
+
+
+def _check_finite(
+    subject: Subject, x: Float[Array | np.ndarray, "rows d_model"]
+) -> None:
+    """Refuses a language model that gives NaN or infinity: probes would be scored."""
+    if not np.isfinite(x).all():
+        raise UserError(
+            f"--model={subject.lm.name} gives NaN or infinity after block "
+            f"{subject.reader.layer}: its weights are damaged or too large"
+        )
 
 
 def encode_residuals(

@@ -218,7 +218,7 @@ def open_sets(
         if "scr" in names and takes("scr", s) and len(values) != 2:
             raise UserError(
                 f"{s.name}: --attribute_column has {len(values)} values "
-                f"({', '.join(values[:3])}, ...); scr needs two"
+                f"({', '.join(map(repr, values[:3]))}, ...); scr needs two"
             )
     taken = [s for s in sets if any(takes(name, s) for name in names)]
     return [(s, plan(s, names, config)) for s in taken]
@@ -288,7 +288,9 @@ def _describe(sizes: dict[str, Any]) -> str:
         count = len(sizes["per_class"])
         parts.append(f"{count} classes of {each['train']:,} + {each['test']:,}")
     if sizes["left_out"]:
-        parts.append(f"too small: {', '.join(sizes['left_out'])}")
+        # A label may hold what a terminal obeys.
+        small = (n if n.isprintable() else repr(n) for n in sizes["left_out"])
+        parts.append(f"too small: {', '.join(small)}")
     if sizes["per_quadrant"]:
         least = min(each["train"] for each in sizes["per_quadrant"].values())
         count = len(sizes["per_quadrant"])

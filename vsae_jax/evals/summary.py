@@ -6,8 +6,10 @@ from typing import Any
 from vsae_jax import runs
 from vsae_jax.runs import series
 from vsae_jax.runs.opening import OTHERS
+from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
 
+_NAMES = ("core", "sparse_probing", "scr", "tpp", "absorption")
 _CORE = (
     "ce_loss_score",
     "kl_div_score",
@@ -56,10 +58,21 @@ def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    paths = sorted((folder / runs.EVALS).glob("*.json"))
-    order = {name: i for i, name in enumerate(("core", "sparse_probing", "scr", "tpp"))}
-    paths.sort(key=lambda path: order.get(path.stem, len(order)))
-    return {path.stem: runs.read_json(path) for path in paths}
+    """What each evaluation wrote, in their order; other files are left alone, and what
+    cannot be read is left out with a note."""
+    found = {}
+    for name in _NAMES:
+        path = folder / runs.EVALS / f"{name}.json"
+        if not path.is_file():
+            continue
+        try:
+            result = runs.read_json(path)
+            if not isinstance(result.get("metrics"), dict) or "config" not in result:
+                raise UserError(f"{path} has no metrics or no config")
+            found[name] = result
+        except UserError as error:
+            print(f"note: not in the summary: {error}")
+    return found
 
 
 def _table(found: dict[str, list[dict[str, Any]]]) -> str:

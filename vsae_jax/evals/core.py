@@ -198,8 +198,8 @@ def _losses(
     keep: Bool[Array | np.ndarray, "batch time"],
     underflow: bool,
 ) -> Losses:
-    """Of logits against the clean model's. SAEBench takes the log of a softmax, which
-    underflows."""
+    """A batch's sums of logits against the clean model's. `underflow`: by SAEBench's
+    log of a softmax."""
     w = keep.astype(jnp.float32)
     ce = next_token_loss(logits, tokens)
     log_q = jnp.log(jax.nn.softmax(logits)) if underflow else jax.nn.log_softmax(logits)
@@ -241,7 +241,7 @@ def _result(
 
 
 def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
-    """Of the clean, the spliced and the ablated model."""
+    """Metrics from the sums of the clean, the spliced and the ablated model."""
     totals = [
         Losses(*np.sum(np.asarray(batches, np.float64), axis=0)) for batches in each
     ]

@@ -130,8 +130,8 @@ def _europarl(name: str, rows: int) -> list[Found]:
 
 
 def _github_code(name: str, rows: int) -> list[Found]:
-    """By file extension, as the data set's own script has it; `datasets` runs no
-    scripts, so the parquet files are read."""
+    """Code with its language, known by the file extension as in the data set's own
+    script; `datasets` runs no scripts, so the parquet files are read."""
     import datasets
 
     files = "hf://datasets/codeparrot/github-code/data/*.parquet"

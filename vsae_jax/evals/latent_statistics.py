@@ -72,7 +72,7 @@ def averages(latents: PerLatent) -> dict[str, float]:
 
 
 def rounded(latents: PerLatent) -> dict[str, list[float | None]]:
-    """For JSON: six significant digits, None for NaN."""
+    """The numbers for JSON: six significant digits, None for NaN."""
 
     def short(value: Any) -> float | None:
         return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None

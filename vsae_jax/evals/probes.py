@@ -39,8 +39,8 @@ class Recipe:
     end_lr: float | None = None
 
     def with_steps_of(self, rows: int, *, n: int) -> "Recipe":
-        """For `n` rows, as many steps as an epoch of `rows` rows has in as many epochs
-        as this has; the patience grows likewise."""
+        """The recipe for `n` rows that takes as many steps as this one on `rows` rows;
+        the patience grows likewise."""
         more = max(rows / n, 1.0)
         return dataclasses.replace(
             self, epochs=round(self.epochs * more), patience=round(self.patience * more)

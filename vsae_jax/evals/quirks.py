@@ -58,7 +58,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Quirks))
 
 
 def read_quirks(names: str, *, all_of_them: bool) -> Quirks:
-    """From `--quirks` and `--saebench_compatible`."""
+    """The quirks that `--quirks` names, or all; refuses an unknown name."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in NAMES:

@@ -41,9 +41,9 @@ def generator(seed: int, *names: object) -> np.random.Generator:
 
 
 def by_class(s: TextSet, *, train_size: int, test_size: int, seed: int) -> Split:
-    """At most `train_size // 2` and `test_size // 2` rows of every class, the same
-    number of each; half of each attribute where the set has two (docs/saebench.md 3).
-    A class of fewer than `LEAST` rows is left out."""
+    """Rows to train and to test on: at most `train_size // 2` and `test_size // 2` of
+    every class, the same number of each; half of each attribute where the set has two
+    (docs/saebench.md 3). A class of fewer than `LEAST` rows is left out."""
     strata = {c: _strata(s, c, seed) for c in s.classes}
     strata = {c: parts for c, parts in strata.items() if _smallest(parts) >= LEAST}
     sizes = (train_size // 2, test_size // 2)

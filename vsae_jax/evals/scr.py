@@ -59,7 +59,8 @@ def prepare(task: Task) -> Prepared:
 
 
 def score(task: Task, prepared: Prepared, latents: Latents) -> dict[str, Metrics]:
-    """By pair of labels: both directions and the metric for each number of latents."""
+    """Scores by pair of labels: both directions and the metric for each number of
+    latents."""
     return {
         pair: _of_pair(task, prepared, latents, pair, split)
         for pair, split in task.quadrants.items()

@@ -37,7 +37,7 @@ def prepare(task: Task) -> Prepared:
 
 
 def score(task: Task, prepared: Prepared, latents: Latents) -> dict[str, Metrics]:
-    """By class: total, intended and unintended for each number of latents."""
+    """Scores by class: total, intended and unintended for each number of latents."""
     chosen = _chosen(task, prepared, latents)
     return {
         name: _of_class(

@@ -97,7 +97,7 @@ class TokenSample:
 
 
 def _by_latent(latent: np.ndarray, value: np.ndarray, d_sae: int):
-    """For every latent the tokens on which it fires, and its values there."""
+    """The tokens on which each latent fires, and its values there."""
     flat = np.flatnonzero(value)
     order = flat[np.argsort(latent.ravel()[flat], kind="stable")]
     owners = latent.ravel()[order]

@@ -117,7 +117,7 @@ def _batches(source: Source, at_once: int) -> Iterator[tuple[np.ndarray, np.ndar
 
 
 def _filled_to(array: np.ndarray, length: int) -> np.ndarray:
-    """With zeros at the end up to `length`."""
+    """The array with zeros at its end, up to `length`."""
     filled = np.zeros((length, *array.shape[1:]), array.dtype)
     filled[: len(array)] = array
     return filled

@@ -23,7 +23,7 @@ STRONGEST, BINS = 10, 50
 def logit_effects(
     lm: LanguageModel, w_dec: Float[np.ndarray, "d_sae d_model"]
 ) -> dict[str, np.ndarray]:
-    """Of every row its 10 largest and smallest effects, the ids of those tokens, and a
+    """Each row's 10 largest and smallest effects, the ids of those tokens, and a
     histogram of all effects over 50 equal bins from the smallest to the largest."""
     parts = [
         _tables(effects(lm, w_dec[start : start + _AT_ONCE]))

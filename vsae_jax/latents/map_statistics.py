@@ -27,7 +27,7 @@ def unit_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 def cosines(
     rows: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " bins"]]:
-    """Of each row the largest cosine to another, and how the cosines of all pairs fall
+    """Each row's largest cosine to another, and how the cosines of all pairs fall
     into COSINE_EDGES."""
     unit = unit_rows(rows)
     nearest = np.full(len(unit), np.nan)

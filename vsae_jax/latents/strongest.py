@@ -1,4 +1,4 @@
-"""Of each latent's firings, those with the largest keys, in bounded memory.
+"""The firings of each latent with the largest keys, in bounded memory.
 
 A firing is a token on which a latent is not 0. With |f| as the key these are the top
 activations; with a random key they are a uniform sample without replacement. What is

@@ -150,8 +150,8 @@ def weights_of(run: TrainedSAE, language_model: lm.LanguageModel) -> str:
 
 
 def _weights_hash(run: TrainedSAE) -> str:
-    """Of the model that the run was trained on, from its config or, as that of an older
-    run lacks it, from its activations; "" where neither says it."""
+    """The hash of the weights that the run was trained on: from its config or, as an
+    older run's lacks it, from its activations; "" where neither says it."""
     if run.data.get("weights_hash") or run.train is None:
         return run.data.get("weights_hash") or ""
     manifest = read_manifest(Path(run.train.activations))
@@ -160,8 +160,8 @@ def _weights_hash(run: TrainedSAE) -> str:
 
 
 def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
-    """With what an autoencoder from elsewhere does not say: the layer from `--layer`,
-    how contexts start from `--activations`, or as text usually is."""
+    """The run, and what an autoencoder from elsewhere does not say: its layer from
+    `--layer`, how contexts start from `--activations`, or as text usually is."""
     data, unknown = run.data, {}
     layer = data.get("layer")
     if layer is None and data.get("hook_name") is not None:
@@ -188,8 +188,8 @@ def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
 def _tokens(
     run: TrainedSAE, c: OpenOptions, language_model: lm.LanguageModel
 ) -> tuple[np.ndarray, str]:
-    """At most `--num_tokens` of held-out contexts, or of what the flags name; and
-    where they are from."""
+    """Contexts `[contexts, time]` of at most `--num_tokens` tokens, held out or of what
+    the flags name, and where they are from."""
     if c.text:
         return _tokens_of_text(run, c, language_model), c.text
     activations = open_activations(run, c)

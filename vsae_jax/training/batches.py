@@ -28,7 +28,7 @@ _ROWS_AT_ONCE = 2**16
 
 
 class Feed:
-    """The rows that a planned trains on, in their order. A context manager."""
+    """The rows that a planned run trains on, in their order. A context manager."""
 
     def __init__(self, planned: PlannedRun):
         self._read, self._n_rows = planned.activations.view, planned.data["train_rows"]
@@ -82,7 +82,7 @@ class Feed:
         return jnp.asarray(rows).astype(jnp.float32)
 
     def shape(self, n_max: int) -> jax.ShapeDtypeStruct:
-        """Of what `stack` gives."""
+        """Shape, dtype and sharding of what `stack` gives."""
         shape = (n_max, self._batch, self._d_model)
         place = over_data(self._mesh, before=1)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=place)

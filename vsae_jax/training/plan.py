@@ -245,7 +245,7 @@ def first_b_dec(planned: PlannedRun, sample: jax.Array) -> jax.Array | None:
 
 
 def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
-    """The state before the first step, by the planned's seed."""
+    """The state before the first step, by the run's seed."""
     scale, mean = _input_norm(planned)
     weights_key, noise_key = jax.random.split(jax.random.key(planned.train.seed))
     variables = sae.init(

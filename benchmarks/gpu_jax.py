@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu_cases import Case, answer_all
 from benchmarks.ours import Product, first_state, resolved
-from vsae_jax.training.step import Hparams, compile_steps, hparams
+from vsae_jax.training.step import Numbers, compile_steps, hparams
 
 DISPATCH = 10
 
@@ -67,14 +67,14 @@ def _training(case: Case) -> tuple[Callable[[], Any], int]:
     return run, DISPATCH
 
 
-def _arms(numbers: Hparams, arms: int) -> Hparams:
+def _arms(numbers: Numbers, arms: int) -> Numbers:
     """The numbers of arms that differ in k, below the static one, and in beta."""
     many = jax.tree.map(lambda value: jnp.repeat(value[None], arms, axis=0), numbers)
     odd = jnp.arange(arms) % 2
-    return many._replace(
-        k=jnp.where(odd, jnp.maximum(many.k // 2, 1), many.k),
-        beta=many.beta * (1 + jnp.arange(arms) // 2),
-    )
+    return many | {
+        "k": jnp.where(odd, jnp.maximum(many["k"] // 2, 1), many["k"]),
+        "beta": many["beta"] * (1 + jnp.arange(arms) // 2),
+    }
 
 
 def _products(case: Case) -> tuple[Callable[[], Any], int]:

@@ -30,7 +30,8 @@ import numpy as np
 from vsae_jax.autoencoder import sae
 from vsae_jax.config import TrainConfig, cli, resolve_train, sae_config
 from vsae_jax.config.fields import flag
-from vsae_jax.system.mesh import of_devices, over_data, shaped, shardings, tracing
+from vsae_jax.system.mesh import of_devices, over_data, tracing
+from vsae_jax.training.layout import shaped, shardings
 from vsae_jax.training.step import compile_steps, hparams, init_state
 
 # Assumed of an H100 SXM in a node of eight: dense bfloat16 products at half of the 989

@@ -23,7 +23,7 @@ from vsae_jax.autoencoder import sae, sparsity
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.system import mesh as meshes
 from vsae_jax.system import processes
-from vsae_jax.training import groups, step
+from vsae_jax.training import groups, layout, step
 
 D, D_SAE, B, STEPS = 16, 64, 32, 20
 DEAD: dict[str, Any] = {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 40}
@@ -54,8 +54,8 @@ def arm(*, mesh: Any = None, seed: int = 0, **fields: Any) -> groups.Arm:
         weights, noise = jax.random.split(jax.random.key(seed))
         return step.init_state(sae.init(weights, static), noise, static)
 
-    numbers = meshes.make(lambda: step.hparams(config), mesh=mesh)
-    return groups.Arm(static, numbers, meshes.make(state, mesh=mesh))
+    numbers = layout.make(lambda: step.hparams(config), mesh=mesh)
+    return groups.Arm(static, numbers, layout.make(state, mesh=mesh))
 
 
 def trained(arms: list[groups.Arm], *, mesh: Any, how: str = "loop") -> list[Any]:
@@ -79,8 +79,8 @@ def difference(one: Any, many: Any) -> dict[str, float]:
             for name, a in one.params.items()
         ),
         "silence": float(np.abs(one.rows_since_fired - many.rows_since_fired).max()),
-        "loss": float(abs(one.totals.loss / many.totals.loss - 1)),
-        "auxk": float(one.totals.auxk),
+        "loss": float(abs(one.totals.sums["loss"] / many.totals.sums["loss"] - 1)),
+        "auxk": float(one.totals.sums.get("auxk", 0)),
         "steps": int(many.totals.steps),
     }
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from benchmarks.table import Timed
 from benchmarks.train_step import Shape, StepConfig
 from benchmarks.turns import Task, Worker, WorkerEnded
 from vsae_jax import losses
-from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
 TASK = Task("sleep", "float32", 8, 2, 4, "rows.npy")
@@ -162,10 +162,9 @@ def test_the_torch_step_has_our_loss(variant, monkeypatch):
     else:
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
         value, index = gpu_torch.vsae_loss(tensors, torch.from_numpy(x), 4)
-        weights = losses.Weights(k=4, beta=gpu_torch.BETA)
-        config = SAEConfig(d_model=8, d_sae=32, k=4)
-        rows = jnp.asarray(x)
-        expected, _ = losses.total_loss(arrays, rows, None, weights, config=config)
+        expected, _ = losses.vsae_topk_loss(
+            arrays, x, jax.random.key(0), k=4, beta=gpu_torch.BETA, noise_std=0.0
+        )
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     assert index.shape == (16, 4)
 

@@ -23,7 +23,9 @@ def state_at(number: int) -> step.TrainState:
     return state._replace(
         step=jnp.int32(number),
         rows_since_fired=jnp.arange(12, dtype=jnp.int32) * number,
-        totals=state.totals._replace(loss=jnp.float32(rng.normal())),
+        totals=state.totals._replace(
+            sums=state.totals.sums | {"loss": jnp.float32(rng.normal())}
+        ),
     )
 
 

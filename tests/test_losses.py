@@ -11,7 +11,6 @@ import pytest
 from vsae_jax import losses
 from vsae_jax.autoencoder import noise
 from vsae_jax.config import SAEConfig
-from vsae_jax.losses import Weights
 
 B, D, M, K = 16, 6, 20, 4
 
@@ -41,7 +40,7 @@ def variance_head(params):
     }
 
 
-def numpy_loss(params, x, eps, weights, config, dead=None):
+def numpy_loss(params, x, eps, numbers, config, dead=None):
     """The formulas of the module's docstring, in float64."""
     p = {name: np.asarray(a, np.float64) for name, a in params.items()}
     x, eps = np.asarray(x, np.float64), np.asarray(eps, np.float64)
@@ -49,11 +48,11 @@ def numpy_loss(params, x, eps, weights, config, dead=None):
     mu = x_in @ p["w_enc"] + p["b_enc"]
     mu = np.maximum(mu, 0) if config.relu else mu
     s = np.exp(0.5 * (x_in @ p["w_var"] + p["b_var"])) if "w_var" in p else 1.0
-    z = mu + (weights.noise_std * s * eps if config.noise else 0)
+    z = mu + (numbers["noise_std"] * s * eps if config.noise else 0)
     rank = np.abs(z) if config.selection == "magnitude" else z
     mask = np.ones(z.shape, bool)
     if config.sparsity == "topk":
-        kth = np.sort(rank, axis=1)[:, -weights.k][:, None]
+        kth = np.sort(rank, axis=1)[:, -numbers["k"]][:, None]
         mask = rank >= kth
     f = np.where(mask, z, 0)
     x_hat = f @ p["w_dec"] + p["b_dec"]
@@ -62,11 +61,11 @@ def numpy_loss(params, x, eps, weights, config, dead=None):
     if config.kl_over == "selected":
         kl = np.where(mask, kl, 0)
     if config.penalty == "kl":
-        loss = loss + weights.beta * kl.sum(axis=1)
+        loss = loss + numbers["beta"] * kl.sum(axis=1)
     if config.penalty == "l1":
-        loss = loss + weights.l1 * np.abs(f).sum(axis=1)
+        loss = loss + numbers["l1"] * np.abs(f).sum(axis=1)
     if config.auxk and dead is not None and dead.any():
-        loss = loss + weights.auxk * numpy_auxk(p, x, x_hat, mu, dead, config)
+        loss = loss + numbers["auxk"] * numpy_auxk(p, x, x_hat, mu, dead, config)
     return loss.mean()
 
 
@@ -104,7 +103,7 @@ def make(name, params):
     return params, config
 
 
-WEIGHTS = Weights(k=K, beta=0.3, noise_std=0.7, l1=0.2, auxk=0.5)
+NUMBERS = {"k": K, "beta": 0.3, "noise_std": 0.7, "l1": 0.2, "auxk": 0.5}
 DEAD = np.arange(M) % 3 == 0
 
 
@@ -112,10 +111,10 @@ DEAD = np.arange(M) % 3 == 0
 def test_loss_equals_numpy(name, params, x, key):
     params, config = make(name, params)
     loss, info = losses.total_loss(
-        params, x, key, WEIGHTS, jnp.asarray(DEAD), config=config
+        params, x, key, NUMBERS, jnp.asarray(DEAD), config=config
     )
     eps = noise.normal(key, (B, M))
-    expected = numpy_loss(params, x, eps, WEIGHTS, config, DEAD)
+    expected = numpy_loss(params, x, eps, NUMBERS, config, DEAD)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(info.loss, loss)
 
@@ -124,7 +123,7 @@ def test_loss_equals_numpy(name, params, x, key):
 def test_gradient_equals_finite_differences(name, params, x, key):
     params, config = make(name, params)
     gradient = jax.grad(
-        lambda p: losses.total_loss(p, x, key, WEIGHTS, config=config)[0]
+        lambda p: losses.total_loss(p, x, key, NUMBERS, config=config)[0]
     )(params)
     eps = np.asarray(noise.normal(key, (B, M)))
     rng = np.random.default_rng(3)
@@ -138,7 +137,7 @@ def test_gradient_equals_finite_differences(name, params, x, key):
                     params | {array_name: np.asarray(array, np.float64) + sign * step},
                     x,
                     eps,
-                    WEIGHTS,
+                    NUMBERS,
                     config,
                 )
                 for sign in (1, -1)
@@ -175,7 +174,7 @@ def test_beta_zero_is_zero_and_not_a_default(params, x, key):
     _, info = losses.vsae_topk_loss(params, x, key, k=K, beta=0.0)
     np.testing.assert_array_equal(plain, info.squared_error)
     weighted, _ = losses.vsae_topk_loss(params, x, key, k=K, beta=2.0)
-    np.testing.assert_allclose(weighted - plain, 2.0 * info.kl, rtol=1e-5)
+    np.testing.assert_allclose(weighted - plain, 2.0 * info.penalties["kl"], rtol=1e-5)
 
 
 def test_public_losses_are_the_total_loss(params, x, key):
@@ -190,7 +189,7 @@ def test_public_losses_are_the_total_loss(params, x, key):
     for name, (loss, _) in cases.items():
         _, config = make(name, params)
         eps = noise.normal(key, (B, M))
-        expected = numpy_loss(params, x, eps, WEIGHTS, config)
+        expected = numpy_loss(params, x, eps, NUMBERS, config)
         np.testing.assert_allclose(loss, expected, rtol=2e-6, err_msg=name)
 
 
@@ -255,10 +254,10 @@ def test_bfloat16_is_close_and_float32_accumulated(params, x, key):
         SAEConfig(d_model=D, d_sae=M, k=M, dtype=dtype)
         for dtype in ("float32", "bfloat16")
     ]
-    weights = Weights(k=M, beta=0.3, noise_std=0.7)
+    numbers = {"k": M, "beta": 0.3, "noise_std": 0.7}
 
     def loss(p, config):
-        return losses.total_loss(p, x, key, weights, config=config)[0]
+        return losses.total_loss(p, x, key, numbers, config=config)[0]
 
     exact, rounded = (jax.value_and_grad(loss)(params, config) for config in configs)
     np.testing.assert_allclose(rounded[0], exact[0], rtol=0.02)
@@ -286,10 +285,10 @@ def test_the_fast_way_equals_the_plain_one(name, dtype, rtol, key):
     for top_k in ("lax", "auto"):
         switches = CASES[name] | {"top_k": top_k, "dtype": dtype}
         config = SAEConfig(d_model=64, d_sae=256, k=16, k_aux=8, **switches)
-        weights = WEIGHTS._replace(k=16)
+        numbers = NUMBERS | {"k": 16}
         loss = partial(losses.total_loss, config=config)
         value = jax.jit(jax.value_and_grad(loss, has_aux=True))
-        gradients.append(value(params, x, key, weights, dead))
+        gradients.append(value(params, x, key, numbers, dead))
     (plain, plain_info), expected = gradients[0]
     (fast, fast_info), got = gradients[1]
     np.testing.assert_allclose(fast, plain, rtol=rtol)

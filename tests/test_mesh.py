@@ -27,7 +27,7 @@ from vsae_jax.activations.shuffle import Part, ShuffledRows
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.system import mesh, processes
 from vsae_jax.system.errors import UserError
-from vsae_jax.training import groups, plan
+from vsae_jax.training import groups, layout, plan
 
 ROOT = Path(__file__).resolve().parents[1]
 # Float32 sums of other orders; measured below 1e-6 (docs/results.md).
@@ -393,7 +393,7 @@ def test_the_places_of_a_state():
     device = jax.devices()[0]
     one = jax.sharding.Mesh(np.array([device]).reshape(1, 1), mesh.AXES)
     state = arm(d_sae=16, variance="learned").state
-    places = mesh.shardings(state, one)
+    places = layout.shardings(state, one)
     split = jax.tree_util.tree_leaves_with_path(places)
     names = [
         str(path[-1]).strip("[].'\"") for path, place in split if tuple(place.spec)

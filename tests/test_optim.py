@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from vsae_jax.training import optimizer
+from vsae_jax.config import SAEConfig
+from vsae_jax.training import layout, optimizer
+
+UNIT = SAEConfig(d_model=5, d_sae=12, k=4)
 
 
 def rate(step, **changes):
@@ -44,14 +47,14 @@ def test_kl_weight_without_warmup_is_beta_at_once():
 def params():
     w = jax.random.normal(jax.random.key(0), (5, 12))
     w = w / jnp.linalg.norm(w, axis=0, keepdims=True)
-    return {optimizer.DECODER: w, "b_dec": jnp.ones(5)}
+    return {layout.DECODER: w, "b_dec": jnp.ones(5)}
 
 
 @pytest.fixture
 def gradient():
     keys = jax.random.split(jax.random.key(1))
     return {
-        optimizer.DECODER: jax.random.normal(keys[0], (5, 12)),
+        layout.DECODER: jax.random.normal(keys[0], (5, 12)),
         "b_dec": jax.random.normal(keys[1], (5,)),
     }
 
@@ -70,17 +73,17 @@ def test_unit_norm_decoder_stays_on_the_sphere(params, gradient):
     state = transform.init(params)
     for _ in range(5):
         updates, state = transform.update(gradient, state, params)
-        params = optimizer.unit_decoder(optax.apply_updates(params, updates))
-    norms = jnp.linalg.norm(params[optimizer.DECODER], axis=0)
+        params = layout.normed(optax.apply_updates(params, updates), UNIT)
+    norms = jnp.linalg.norm(params[layout.DECODER], axis=0)
     np.testing.assert_allclose(norms, np.ones(12), rtol=1e-6)
     assert (params["b_dec"] != 1).all()
 
 
 def test_gradient_along_a_row_is_removed(params):
-    along = {optimizer.DECODER: 3.0 * params[optimizer.DECODER], "b_dec": jnp.zeros(5)}
+    along = {layout.DECODER: 3.0 * params[layout.DECODER], "b_dec": jnp.zeros(5)}
     link = optimizer.tangent_decoder_gradient()
     updates, _ = link.update(along, link.init(params), params)
-    np.testing.assert_allclose(updates[optimizer.DECODER], np.zeros((5, 12)), atol=1e-6)
+    np.testing.assert_allclose(updates[layout.DECODER], np.zeros((5, 12)), atol=1e-6)
 
 
 def test_adam_moments_are_float32(params):

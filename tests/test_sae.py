@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder import posterior, sae
+from vsae_jax.autoencoder.module import SAE
 from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
@@ -54,7 +55,7 @@ def x():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_keeps_the_protocol(name, x, key):
     c = config(**VARIANTS[name])
-    model, variables = sae.SAE(c), trained(c)
+    model, variables = SAE(c), trained(c)
     f = model.apply(variables, x, method="encode")
     assert f.shape == (16, M)
     if c.sparsity == "topk":
@@ -62,7 +63,9 @@ def test_every_variant_keeps_the_protocol(name, x, key):
     np.testing.assert_array_equal(
         model.apply(variables, x), model.apply(variables, f, method="decode")
     )
-    out = model.apply(variables, x, k=K, noise_std=1.0, key=key, method="forward")
+    out = sae.forward(
+        variables["params"], x, {"k": K, "noise_std": 1.0}, config=c, key=key
+    )
     assert out.x_hat_n.shape == x.shape and out.mu.shape == f.shape
     assert (out.log_var is not None) == (c.variance == "learned")
 
@@ -77,7 +80,7 @@ def test_encode_is_the_formula(x):
     kth = np.sort(mu, axis=1)[:, -K][:, None]
     f = np.where(mu >= kth, mu, 0)
     x_hat = (f @ p["w_dec"] + p["b_dec"]) / scale + mean
-    model = sae.SAE(c)
+    model = SAE(c)
     np.testing.assert_allclose(
         model.apply(variables, x, method="encode"), f, rtol=1e-4, atol=1e-4
     )
@@ -86,11 +89,11 @@ def test_encode_is_the_formula(x):
 
 def test_evaluation_uses_the_mean_and_training_samples(x, key):
     c = config()
-    model, variables = sae.SAE(c), trained(c)
+    model, variables = SAE(c), trained(c)
 
     def forward(key, noise_std=1.0):
-        options = {"k": K, "noise_std": noise_std, "key": key, "method": "forward"}
-        return model.apply(variables, x, **options).f
+        numbers = {"k": K, "noise_std": noise_std}
+        return model.apply(variables, x, numbers, key=key, method="forward").f
 
     assert (forward(key) != forward(None)).any()
     assert (forward(key) != forward(jax.random.key(1))).any()
@@ -106,14 +109,7 @@ def test_noise_has_the_learned_variance(key):
         "b_var": jnp.full(M, 2 * np.log(3.0)),
     }
     x_n = jnp.zeros((4000, D))
-    out = sae.SAE(c).apply(
-        {"params": params, "norm": variables["norm"]},
-        x_n,
-        k=K,
-        noise_std=0.5,
-        key=key,
-        method="forward",
-    )
+    out = sae.forward(params, x_n, {"noise_std": 0.5}, config=c, key=key)
     np.testing.assert_allclose(jnp.std(out.f - out.mu), 1.5, rtol=0.02)
 
 
@@ -141,7 +137,7 @@ def test_fold_is_the_same_autoencoder_on_raw_activations(name, x):
     variables = trained(c)
     folded, folded_config = sae.fold(variables, c)
     assert folded["norm"]["scale"] == 1 and (folded["norm"]["mean"] == 0).all()
-    before, after = sae.SAE(c), sae.SAE(folded_config)
+    before, after = SAE(c), SAE(folded_config)
     f = before.apply(variables, x, method="encode")
     np.testing.assert_allclose(
         after.apply(folded, x, method="encode"), f, rtol=1e-5, atol=1e-4
@@ -150,10 +146,10 @@ def test_fold_is_the_same_autoencoder_on_raw_activations(name, x):
         after.apply(folded, x), before.apply(variables, x), rtol=1e-5, atol=1e-4
     )
     if c.variance == "learned":
-        x_n = before.apply(variables, x, method="normalise")
+        log_variance = posterior.log_variance
         np.testing.assert_allclose(
-            after.apply(folded, x, method="posterior")[1],
-            before.apply(variables, x_n, method="posterior")[1],
+            log_variance(folded["params"], x, config=folded_config),
+            log_variance(variables["params"], sae.normalise(variables, x), config=c),
             rtol=1e-5,
             atol=1e-4,
         )

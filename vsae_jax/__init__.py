@@ -3,7 +3,8 @@
 from vsae_jax import losses, runs
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.sae import SAE, fold, init
+from vsae_jax.autoencoder.module import SAE
+from vsae_jax.autoencoder.sae import fold, init
 from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import ConvertConfig, ExtractConfig, SAEConfig, TrainConfig
 from vsae_jax.interop.loading import load

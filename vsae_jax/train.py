@@ -20,7 +20,7 @@ from vsae_jax.config import TrainConfig, cli
 from vsae_jax.system import locks, processes, progress, signals
 from vsae_jax.system.errors import Interrupted, UserError
 from vsae_jax.system.memory import free_bytes
-from vsae_jax.system.mesh import make, name
+from vsae_jax.system.mesh import name
 from vsae_jax.training import grid, memory, resume
 from vsae_jax.training.batches import Feed
 from vsae_jax.training.checkpoint import Checkpoints
@@ -33,6 +33,7 @@ from vsae_jax.training.groups import (
     split,
     states,
 )
+from vsae_jax.training.layout import make
 from vsae_jax.training.pace import Chunk, Pace, chunks
 from vsae_jax.training.plan import PlannedRun, explain, open_folder, plan, steps_at_once
 from vsae_jax.training.recorder import Watch

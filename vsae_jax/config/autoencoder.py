@@ -13,8 +13,8 @@ from vsae_jax.system.errors import UserError
 class SAEConfig:
     """The static part of an autoencoder: shapes, family and switches that recompile.
 
-    The numbers that may be traced (k, beta, learning rate, ...) are in
-    `train.Hparams`; `k` here is their static upper bound and, in a trained run, k.
+    The numbers that may be traced (k, beta, learning rate, ...) are those of
+    `training.step.hparams`; `k` here is their upper bound and, in a trained run, k.
     """
 
     d_model: int

@@ -16,17 +16,31 @@ def flag(
     *,
     sweep: bool = False,
     runtime: bool = False,
+    traced: bool = False,
     default_help: str | None = None,
     group: str = "flags",
 ) -> Any:
     """A config field that is also a command-line flag. `sweep`: it takes a comma list;
-    `runtime`: it leaves the result of a run as it is; `default_help`: what `--help`
+    `runtime`: it leaves the result of a run as it is; `traced`: it is a number of the
+    compiled step, which changing it does not recompile; `default_help`: what `--help`
     says of the default where that is not the field's own; `group`: the heading that it
     stands under there."""
-    metadata = {"help": help, "sweep": sweep, "runtime": runtime, "group": group}
+    metadata: dict[str, Any] = {"help": help, "group": group}
+    metadata |= {"sweep": sweep, "runtime": runtime, "traced": traced}
     if default_help is not None:
         metadata["default_help"] = default_help
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def traced(config: Any) -> dict[str, int | float]:
+    """The numbers of a resolved config that its compiled step takes, by field: int
+    where the field is a whole number."""
+    hints = typing.get_type_hints(type(config))
+    return {
+        f.name: (int if hints[f.name] is int else float)(getattr(config, f.name))
+        for f in dataclasses.fields(config)
+        if f.metadata.get("traced")
+    }
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -36,7 +50,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def from_json(
     config_class: type,
-    values: dict[str, Any],
+    values: Any,
     *,
     where: str,
     may_lack: frozenset[str] = frozenset(),

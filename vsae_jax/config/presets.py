@@ -113,12 +113,23 @@ def training_defaults(preset: str, variant: str) -> dict[str, Any]:
 
 
 def preset_flag(
-    name: str, help: str, *, table: str = "train", group: str = "flags"
+    name: str,
+    help: str,
+    *,
+    table: str = "train",
+    group: str = "flags",
+    traced: bool = False,
 ) -> Any:
     """A field whose default comes from the preset and the variant; None until then, so
     its annotation is the resolved type."""
     default = default_help(name, table=table)
-    return flag(help, sweep=table == "train", default_help=default, group=group)
+    return flag(
+        help,
+        sweep=table == "train",
+        traced=traced,
+        default_help=default,
+        group=group,
+    )
 
 
 def default_help(name: str, *, table: str) -> str:

@@ -56,15 +56,20 @@ class TrainConfig:
     variant: Variant = flag(
         "which autoencoder", "vsae_topk", sweep=True, group="autoencoder"
     )
-    k: int = preset_flag("k", "latents kept per row", group="autoencoder")
-    beta: float = preset_flag("beta", "weight of the KL penalty", group="loss")
+    k: int = preset_flag("k", "latents kept per row", group="autoencoder", traced=True)
+    beta: float = preset_flag(
+        "beta", "weight of the KL penalty", group="loss", traced=True
+    )
     d_sae: int = preset_flag("d_sae", "number of latents", group="autoencoder")
-    steps: int = preset_flag("steps", "optimizer steps", group="optimisation")
+    steps: int = preset_flag(
+        "steps", "optimizer steps", group="optimisation", traced=True
+    )
     batch_size: int = preset_flag("batch_size", "rows in a step", group="optimisation")
     lr: float | Literal["auto"] = preset_flag(
         "lr",
         "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)",
         group="optimisation",
+        traced=True,
     )
     seed: int = flag(
         "of the weights and the noise", 0, sweep=True, group="optimisation"
@@ -80,6 +85,7 @@ class TrainConfig:
         "noise_std",
         "standard deviation of the training noise (times a learned one)",
         group="autoencoder",
+        traced=True,
     )
     variance: Literal["fixed", "learned"] = preset_flag(
         "variance",
@@ -97,15 +103,19 @@ class TrainConfig:
     kl_over: Literal["all", "selected"] = preset_flag(
         "kl_over", "latents that the KL sums over", group="loss"
     )
-    l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss")
+    l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss", traced=True)
     auxk: float = preset_flag(
-        "auxk", "weight of AuxK, which revives latents", group="loss"
+        "auxk",
+        "weight of AuxK, which revives latents",
+        group="loss",
+        traced=True,
     )
     k_aux: int = preset_flag("k_aux", "dead latents that AuxK uses", group="loss")
     dead_after_tokens: int = preset_flag(
         "dead_after_tokens",
         "rows without firing after which a latent is dead",
         group="loss",
+        traced=True,
     )
     auxk_units: Literal["loss", "variance"] = preset_flag(
         "auxk_units",
@@ -136,22 +146,36 @@ class TrainConfig:
         "subtract the rows' mean from the input", False, group="data"
     )
     lr_warmup_steps: int = preset_flag(
-        "lr_warmup_steps", "linear warm-up of the learning rate", group="optimisation"
+        "lr_warmup_steps",
+        "linear warm-up of the learning rate",
+        group="optimisation",
+        traced=True,
     )
     lr_decay_start: int = preset_flag(
         "lr_decay_start",
         "step from which the learning rate falls linearly to 0",
         group="optimisation",
+        traced=True,
     )
     kl_warmup_steps: int = preset_flag(
-        "kl_warmup_steps", "steps over which beta rises linearly from 0", group="loss"
+        "kl_warmup_steps",
+        "steps over which beta rises linearly from 0",
+        group="loss",
+        traced=True,
     )
     clip_norm: float = preset_flag(
-        "clip_norm", "largest gradient norm", group="optimisation"
+        "clip_norm",
+        "largest gradient norm",
+        group="optimisation",
+        traced=True,
     )
-    adam_b1: float = flag("decay of Adam's first moment", 0.9, group="optimisation")
-    adam_b2: float = flag("decay of Adam's second moment", 0.999, group="optimisation")
-    adam_eps: float = flag("Adam's epsilon", 1e-8, group="optimisation")
+    adam_b1: float = flag(
+        "decay of Adam's first moment", 0.9, group="optimisation", traced=True
+    )
+    adam_b2: float = flag(
+        "decay of Adam's second moment", 0.999, group="optimisation", traced=True
+    )
+    adam_eps: float = flag("Adam's epsilon", 1e-8, group="optimisation", traced=True)
     held_out: float = flag(
         "share of the contexts, the last, never trained on", 0.05, group="data"
     )

@@ -10,12 +10,12 @@ The rules here rewrite one such form as another with the same x_hat, in float64.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
@@ -126,38 +126,17 @@ def subtracting(ae: Autoencoder) -> Autoencoder:
 
 
 def folded(ae: Autoencoder, *, units: Literal["scaled", "raw"]) -> Autoencoder:
-    """The same with scale 1 and mean 0. With s = scale and g = latent_scale:
-
-        w_enc *= s g;  b_enc *= g;  w_dec /= s g;  b_dec = b_dec / s + mean
-        where b_dec is not subtracted: b_enc -= mean @ w_enc (the new one)
-        w_var *= s;  b_var += 2 log g, and -= mean @ w_var as above
-
-    `scaled` is SAELens' convention, g = 1: latents stay those of the scaled input.
-    `raw` is dictionary_learning's, g = 1 / s: the weights stay, so that unit decoder
-    rows do, and latents are in the units of x.
-    """
-    s, mean = float(ae.scale), ae.mean.astype(np.float64)
-    if s == 1 and not mean.any():
+    """The same with scale 1 and mean 0: `sae.fold`."""
+    if ae.scale == 1 and not ae.mean.any():
         return ae
-    g = 1.0 if units == "scaled" or s == 1 else 1 / s
-    weight = 1.0 if units == "raw" else s
-    p = {name: array.astype(np.float64) for name, array in ae.params.items()}
-    p["w_enc"], p["w_dec"] = p["w_enc"] * weight, p["w_dec"] / weight
-    p["b_enc"], p["b_dec"] = p["b_enc"] * g, p["b_dec"] / s + mean
-    if "w_var" in p:
-        p["w_var"], p["b_var"] = p["w_var"] * s, p["b_var"] + 2 * math.log(g)
-    if not ae.config.subtract_b_dec:
-        for bias, weights in _heads(ae):
-            p[bias] = p[bias] - mean @ p[weights]
+    variables, config = sae.fold(ae.variables, ae.config, units=units)
     return dataclasses.replace(
         ae,
-        config=ae.config
-        if units == "raw"
-        else dataclasses.replace(ae.config, decoder_norm="free"),
-        params={name: _float32(array) for name, array in p.items()},
+        config=config,
+        params={name: _float32(array) for name, array in variables["params"].items()},
         scale=np.float32(1),
         mean=np.zeros_like(ae.mean),
-        latent_scale=ae.latent_scale * g,
+        latent_scale=ae.latent_scale / (float(ae.scale) if units == "raw" else 1),
     )
 
 
@@ -166,7 +145,7 @@ def _heads(ae: Autoencoder) -> list[tuple[str, str]]:
     return [head for head in heads if head[0] in ae.params]
 
 
-def _float32(array: np.ndarray) -> np.ndarray:
+def _float32(array: Any) -> np.ndarray:
     return np.ascontiguousarray(array, np.float32)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vsae_jax import runs
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.config.fields import from_json
 from vsae_jax.interop.canonical import Autoencoder
@@ -40,13 +41,8 @@ def read(folder: Path) -> Autoencoder:
     train, data = stored.get("train"), stored.get("data")
     if not isinstance(data, dict) or not isinstance(train, dict | None):
         raise UserError(f"{where} has no data, or its train is no object")
-    d, m = config.d_model, config.d_sae
-    layout: dict[str, tuple[int, ...]] = {"w_enc": (d, m), "b_enc": (m,)}
-    layout |= {"w_dec": (m, d), "b_dec": (d,), "scale": (), "mean": (d,)}
-    if config.variance == "learned":
-        layout |= {"w_var": (d, m), "b_var": (m,)}
     arrays = read_safetensors(path)
-    check_layout(arrays, layout, where=path)
+    check_layout(arrays, sae.shapes(config), where=path)
     arrays = as_float32(arrays, where=path)
     scale, mean = arrays.pop("scale"), arrays.pop("mean")
     if scale <= 0:

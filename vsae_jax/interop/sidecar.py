@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from vsae_jax import runs
+from vsae_jax.autoencoder import posterior
 from vsae_jax.config import SAEConfig
 from vsae_jax.config.fields import from_json
 from vsae_jax.interop.canonical import RULES, Autoencoder, shown, with_rule
@@ -74,7 +75,7 @@ def write(
         "self_check": check,
     }
     if "w_var" in ae.params:
-        head = {name: ae.params[name] for name in ("w_var", "b_var")}
+        head = {name: ae.params[name] for name in posterior.ARRAYS}
         replace_file(folder / EXTRA, save(head))
     runs.write_json(folder / NOTE, value)
 
@@ -135,9 +136,9 @@ def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _head(ae: Autoencoder, path: Path) -> dict[str, np.ndarray]:
-    d, m = ae.config.d_model, ae.config.d_sae
+    layout = {n: spec.shape(ae.config) for n, spec in posterior.ARRAYS.items()}
     arrays = read_safetensors(path)
-    check_layout(arrays, {"w_var": (d, m), "b_var": (m,)}, where=path)
+    check_layout(arrays, layout, where=path)
     return as_float32(arrays, where=path)
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
 from vsae_jax.config.fields import difference, from_json
 from vsae_jax.runs.trained import TrainedSAE
@@ -139,14 +140,17 @@ def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from None
-    expected = _shapes(config)
+    expected = sae.shapes(config)
     found = {name: array.shape for name, array in arrays.items()}
     if found != expected:
         wrong = difference(expected, found)
         raise UserError(f"{path} does not match its config: {wrong}")
     _check_numbers(path, arrays)
-    norm = {name: jnp.asarray(arrays.pop(name)) for name in ("scale", "mean")}
-    return {"params": {n: jnp.asarray(a) for n, a in arrays.items()}, "norm": norm}
+    kinds = {"params": sae.arrays(config), "norm": sae.buffers(config)}
+    return {
+        kind: {name: jnp.asarray(arrays[name]) for name in names}
+        for kind, names in kinds.items()
+    }
 
 
 def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -164,14 +168,6 @@ def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
             )
     if not arrays["scale"] > 0:
         raise UserError(f"{path}: scale is {arrays['scale']}, not above 0; {way_on}")
-
-
-def _shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
-    d, m = config.d_model, config.d_sae
-    shapes = {"w_enc": (d, m), "b_enc": (m,), "w_dec": (m, d), "b_dec": (d,)}
-    if config.variance == "learned":
-        shapes |= {"w_var": (d, m), "b_var": (m,)}
-    return shapes | {"scale": (), "mean": (d,)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,18 +1,14 @@
 """The devices of a run: one mesh with the axes `data` and `latents`.
 
-    rows of a batch                                         over data
-    w_enc, b_enc, w_dec, their moments, silence counters    over latents
-    b_dec, mean, scale, keys, sums                          whole on every device
-
-One device needs no mesh (None below), and then nothing here changes anything. With a
-mesh the step is the same function: XLA's partitioner splits it by where its arguments
-lie and adds the collectives.
+training/layout.py says what lies where. One device needs no mesh (None below), and
+then nothing here changes anything. With a mesh the step is the same function: XLA's
+partitioner splits it by where its arguments lie and adds the collectives.
 """
 
 import contextlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,14 +18,11 @@ from jax.sharding import (
     Mesh,
     NamedSharding,
     PartitionSpec,
-    SingleDeviceSharding,
 )
 
 from vsae_jax.system.errors import UserError
 
 AXES = ("data", "latents")
-# Arrays whose last axis is d_sae; a decoder is held as `w_dec_t` in training.
-_OVER_LATENTS = frozenset("w_enc b_enc w_dec_t w_var b_var rows_since_fired".split())
 
 
 def open_mesh(text: str) -> Mesh | None:
@@ -128,39 +121,6 @@ def own_rows(mesh: Mesh | None, batch: int) -> tuple[int, int]:
     places = over_data(mesh).addressable_devices_indices_map((batch,)).values()
     ends = [place[0].indices(batch) for place in places]
     return min(start for start, _, _ in ends), max(stop for _, stop, _ in ends)
-
-
-def shardings(tree: Any, mesh: Mesh | None) -> Any:
-    """Where each array of a training state (or of numbers) lies; with several arms the
-    leading axis, over them, is not split."""
-
-    def place(path: tuple[Any, ...], leaf: Any) -> Any:
-        if mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
-        last = getattr(path[-1], "key", getattr(path[-1], "name", None))
-        split = last in _OVER_LATENTS
-        axes = [*[None] * (leaf.ndim - 1), "latents"] if split else []
-        return NamedSharding(mesh, PartitionSpec(*axes))
-
-    return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def shaped(tree: Any, mesh: Mesh | None) -> Any:
-    """Shapes and dtypes of a state with the place of each array."""
-    return jax.tree.map(
-        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
-        tree,
-        shardings(tree, mesh),
-    )
-
-
-def make(build: Callable[..., Any], *arguments: Any, mesh: Mesh | None) -> Any:
-    """`build(*arguments)`, a state: on a mesh each array is made where it lies, never
-    whole on one device."""
-    if mesh is None:
-        return build(*arguments)
-    places = shardings(jax.eval_shape(build, *arguments), mesh)
-    return jax.jit(build, out_shardings=places)(*arguments)
 
 
 def filled(tree: Any, values: Any) -> Any:

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError, one_line
-from vsae_jax.system.mesh import shaped
+from vsae_jax.training import old_checkpoints
+from vsae_jax.training.layout import shaped
 from vsae_jax.training.step import TrainState
 
 _KEPT = 2
@@ -137,9 +138,12 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, int]:
-        shape = jax.eval_shape(_plain, like)
         # Orbax finds out too late: it leaves coroutines behind, a traceback of each.
         stored = self._metadata(self._folder / str(step) / "state").tree
+        old = old_checkpoints.is_old(stored)
+        shape = jax.eval_shape(
+            lambda state: _plain(old_checkpoints.as_old(state) if old else state), like
+        )
         if _shapes(stored) != _shapes(shape):
             raise ValueError("its arrays are not those of this run")
         parts = self._args.Composite(
@@ -155,6 +159,7 @@ class Checkpoints:
         if None not in (said, found) and said != found:
             raise ValueError("its checksum is wrong")
         state = _keyed(read["state"])
+        state = old_checkpoints.as_new(state, like) if old else state
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
         return state, int(read["progress"]["data_position"])

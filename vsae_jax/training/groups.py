@@ -6,6 +6,7 @@ which is faster on a CPU: an arm's step then is its single run's, bit for bit.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
 from vsae_jax.system.memory import free_bytes
-from vsae_jax.system.mesh import bytes_each, make, shardings, tracing
-from vsae_jax.training.step import Hparams, TrainState, compile_steps
+from vsae_jax.system.mesh import bytes_each, tracing
+from vsae_jax.training.layout import make, shardings
+from vsae_jax.training.step import Numbers, TrainState, compile_steps
 
 # Of the memory that is free, what a pass may take.
 _SHARE = 0.8
@@ -28,7 +31,7 @@ class Arm(NamedTuple):
     """What tells one arm from another: static switches, numbers, state."""
 
     config: SAEConfig
-    numbers: Hparams
+    numbers: Numbers
     state: TrainState
 
 
@@ -37,9 +40,9 @@ class Group(NamedTuple):
     `numbers` has a leading axis over them."""
 
     arms: tuple[int, ...]
-    numbers: Hparams
+    numbers: Numbers
     state: TrainState
-    run: Callable[[TrainState, Array, int, Hparams], TrainState]
+    run: Callable[[TrainState, Array, int, Numbers], TrainState]
 
 
 class Plan(NamedTuple):
@@ -120,8 +123,9 @@ def bytes_of_one(
     moments and gradients, and of each row in a batch what a step keeps."""
     shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
     d_sae = config.d_sae // shape["latents"]
-    heads = 3 if config.variance == "learned" else 2
-    parameters = 4 * heads * config.d_model * d_sae
+    of_device = dataclasses.replace(config, d_sae=d_sae, k=1, k_aux=1)
+    arrays = sae.arrays(of_device).values()
+    parameters = 4 * sum(math.prod(spec.shape(of_device)) for spec in arrays)
     rows = batch_size // shape["data"]
     return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
 

@@ -1,5 +1,6 @@
 """Schedules, and Adam with the decoder kept at unit norm."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-# Training holds the decoder transposed, `[d_model, d_sae]`: see step.py.
-DECODER = "w_dec_t"
+from vsae_jax.config import SAEConfig
+from vsae_jax.training.layout import DECODER
 
 Scalar = Float[Array, ""] | Int[Array, ""] | float | int
 
@@ -39,7 +40,7 @@ def adam(
     unit_norm_decoder: bool = True,
 ) -> optax.GradientTransformation:
     """Gradient clipping and Adam; before them, for a unit-norm decoder, the gradient's
-    part along each decoder row is removed (as dictionary_learning does; `unit_decoder`
+    part along each decoder row is removed (as dictionary_learning does; `layout.normed`
     is the other half). Numbers may be traced."""
     steps = [
         clip_by_global_norm(clip_norm),
@@ -49,6 +50,36 @@ def adam(
     if unit_norm_decoder:
         steps = [tangent_decoder_gradient(), *steps]
     return optax.chain(*steps)
+
+
+def rate_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
+    """The learning rate at `step`, by the numbers of a run."""
+    return learning_rate(
+        step,
+        peak=numbers["lr"],
+        warmup=numbers["lr_warmup_steps"],
+        decay_start=numbers["lr_decay_start"],
+        steps=numbers["steps"],
+    )
+
+
+def beta_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
+    """The weight of the KL at `step`, by the numbers of a run."""
+    return kl_weight(step, beta=numbers["beta"], warmup=numbers["kl_warmup_steps"])
+
+
+def of_step(
+    step: Scalar, numbers: Mapping[str, Any], config: SAEConfig
+) -> optax.GradientTransformation:
+    """`adam` with the numbers of a run at `step`."""
+    return adam(
+        learning_rate=rate_of_step(step, numbers),
+        clip_norm=numbers["clip_norm"],
+        b1=numbers["adam_b1"],
+        b2=numbers["adam_b2"],
+        eps=numbers["adam_eps"],
+        unit_norm_decoder=config.decoder_norm == "unit",
+    )
 
 
 def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
@@ -72,10 +103,3 @@ def tangent_decoder_gradient() -> optax.GradientTransformation:
         return {**updates, DECODER: g - along * w}
 
     return optax.stateless(update)
-
-
-def unit_decoder(params: dict[str, Array]) -> dict[str, Array]:
-    """The parameters with w_dec_t's columns at norm 1."""
-    w = params[DECODER]
-    norm = jnp.linalg.norm(w, axis=0, keepdims=True)
-    return {**params, DECODER: w / jnp.maximum(norm, 1e-8)}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vsae_jax import runs
+from vsae_jax.autoencoder.penalties import PENALTIES
 from vsae_jax.autoencoder.sparsity import dead_latents
 from vsae_jax.system import mesh, processes
 from vsae_jax.system.errors import UserError
@@ -16,7 +17,7 @@ from vsae_jax.training import loggers, optimizer
 from vsae_jax.training.checkpoint import Checkpoints
 from vsae_jax.training.groups import Group, member, states
 from vsae_jax.training.plan import PlannedRun
-from vsae_jax.training.step import Hparams, TrainState, zero_totals
+from vsae_jax.training.step import Numbers, TrainState, zero_totals
 
 
 class Watch:
@@ -100,32 +101,27 @@ class Watch:
         return False
 
 
-def _readings(group: Group) -> tuple[Any, Any, Hparams]:
+def _readings(group: Group) -> tuple[Any, Any, Numbers]:
     """What a log line needs, of every arm of a group."""
-    limit = jnp.expand_dims(group.numbers.dead_after_tokens, -1)
+    limit = jnp.expand_dims(group.numbers["dead_after_tokens"], -1)
     dead = jnp.mean(dead_latents(group.state.rows_since_fired, limit), axis=-1)
     return group.state.totals, dead, group.numbers
 
 
 def _metrics(
-    totals: Any, dead: Any, numbers: Hparams, *, step: int
+    totals: Any, dead: Any, numbers: Numbers, *, step: int
 ) -> dict[str, float]:
     """The interval's means, and the schedules at its last step."""
     n = int(totals.steps)
-    names = ("loss", "squared_error", "kl", "l1", "auxk", "l0")
-    line = {name: float(getattr(totals, name)) / n for name in names}
-    variance = max(float(totals.variance), 1e-30)
-    line["explained_variance"] = 1 - float(totals.squared_error) / variance
-    lr = optimizer.learning_rate(
-        step - 1,
-        peak=numbers.lr,
-        warmup=numbers.lr_warmup_steps,
-        decay_start=numbers.lr_decay_start,
-        steps=numbers.steps,
-    )
-    beta = optimizer.kl_weight(
-        step - 1, beta=numbers.beta, warmup=numbers.kl_warmup_steps
-    )
+    mean = {name: float(total) / n for name, total in totals.sums.items()}
+    # A penalty that a run does not have is 0: every run has the same columns.
+    names = ("loss", "squared_error", *PENALTIES, "l0")
+    line = {name: mean.get(name, 0.0) for name in names}
+    variance = max(float(totals.sums["variance"]), 1e-30)
+    error = float(totals.sums["squared_error"])
+    line["explained_variance"] = 1 - error / variance
+    lr = optimizer.rate_of_step(step - 1, numbers)
+    beta = optimizer.beta_of_step(step - 1, numbers)
     return line | {
         "lr": float(lr),
         "beta": float(beta),
@@ -134,7 +130,8 @@ def _metrics(
 
 
 def _without_totals(state: TrainState) -> TrainState:
-    return state._replace(totals=mesh.filled(state.totals, zero_totals()))
+    zero = zero_totals(state.totals.sums)
+    return state._replace(totals=mesh.filled(state.totals, zero))
 
 
 def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float | str]:

@@ -8,16 +8,22 @@ from typing import Any, NamedTuple
 import jax
 
 from vsae_jax import runs
-from vsae_jax.config.fields import difference, to_json
-from vsae_jax.system import mesh, processes
+from vsae_jax.autoencoder import sae
+from vsae_jax.config import SAEConfig
+from vsae_jax.config.fields import difference, from_json
+from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
 from vsae_jax.training.batches import Feed
 from vsae_jax.training.checkpoint import Checkpoints
+<<<<<<< HEAD
 from vsae_jax.training.plan import PlannedRun, first_b_dec, first_state
+=======
+from vsae_jax.training.layout import make
+from vsae_jax.training.plan import Job, first_b_dec, first_state
+>>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)
 from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
-_SHAPES = ("d_model", "d_sae", "variance")
 
 
 class Together(NamedTuple):
@@ -66,13 +72,21 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
         source = source / job.folder.name
     if source.resolve() == job.folder.resolve():
         raise UserError(f"--fork_from={source} is --out itself; give another --out")
-    _check_forkable(source, job)
-    like = first_state(job, None)
+    of_source = job._replace(sae=_forkable(source, job))
+    like = jax.eval_shape(partial(first_state, of_source, None))
     with Checkpoints(source / runs.CHECKPOINTS, read_only=True) as checkpoints:
-        found = checkpoints.restore(jax.eval_shape(lambda: like))
+        found = checkpoints.restore(like)
     if found is None:
         raise UserError(f"--fork_from={source} has no checkpoint yet")
-    state = found[0]._replace(key=like.key, norm=like.norm)
+    trained, new = found[0], first_state(job, None)
+    # The same moments; which stateless parts stand between them depends on the config.
+    moments = jax.tree.leaves(trained.opt_state)
+    state = new._replace(
+        step=trained.step,
+        params=trained.params,
+        opt_state=jax.tree.unflatten(jax.tree.structure(new.opt_state), moments),
+        rows_since_fired=trained.rows_since_fired,
+    )
     step, steps = int(state.step), job.train.steps
     if step >= steps:
         raise UserError(
@@ -83,18 +97,23 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
     own.save(state, data_position=step * job.train.batch_size)
 
 
+<<<<<<< HEAD
 def _check_forkable(source: Path, job: PlannedRun) -> None:
     """The source must be a run whose arrays are those of the new one."""
+=======
+def _forkable(source: Path, job: Job) -> SAEConfig:
+    """The source's config: of a run whose arrays are those of the new one."""
+>>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)
     if not (source / runs.CHECKPOINTS).is_dir():
         raise UserError(f"--fork_from={source} is not a run with checkpoints")
-    stored = runs.read_json(source / runs.CONFIG).get("sae")
-    stored = stored if isinstance(stored, dict) else {}
-    old, new = ({n: of.get(n) for n in _SHAPES} for of in (stored, to_json(job.sae)))
-    if changed := difference(old, new):
+    where = source / runs.CONFIG
+    stored = from_json(SAEConfig, runs.read_json(where).get("sae"), where=str(where))
+    if changed := difference(sae.shapes(stored), sae.shapes(job.sae)):
         raise UserError(
             f"--fork_from={source} has arrays of other shapes ({changed}); give the "
             "same --d_sae and --variance"
         )
+    return stored
 
 
 def _restored(
@@ -117,4 +136,9 @@ def _fresh(
     kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
     if kind not in b_decs:
         b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
+<<<<<<< HEAD
     return mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
+=======
+    state = make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
+    return Started(job, state)
+>>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)

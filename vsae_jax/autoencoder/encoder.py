@@ -1,0 +1,67 @@
+"""The encoder: mu = (x_n - b_dec where subtract_b_dec) @ w_enc + b_enc, then relu.
+
+`head` is any affine map of the encoder's input; a learned variance is another one.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from vsae_jax.autoencoder.arrays import ArraySpec, transpose_of
+from vsae_jax.autoencoder.matmul import affine, plain_affine
+from vsae_jax.config import SAEConfig
+
+Params = Mapping[str, Array]
+
+ARRAYS = {
+    "w_enc": ArraySpec(("d_model", "d_sae"), start=transpose_of("w_dec")),
+    "b_enc": ArraySpec(("d_sae",)),
+}
+
+
+def mean(
+    params: Params, x_n: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> Float[Array, "batch d_sae"]:
+    """mu `[batch, d_sae]` of normalised rows, after the relu where there is one."""
+    mu = head(params, x_n, weight="w_enc", bias="b_enc", config=config)
+    return jax.nn.relu(mu) if config.relu else mu
+
+
+def head(
+    params: Params,
+    x_n: Float[Array, "batch d_model"],
+    *,
+    weight: str,
+    bias: str,
+    config: SAEConfig,
+) -> Float[Array, "batch d_sae"]:
+    """(x_n - b_dec where it is subtracted) @ weight + bias, `[batch, d_sae]`."""
+    w, b, b_dec = params[weight], params[bias], params["b_dec"]
+    if config.top_k == "lax":  # the plain reference: everything by autodiff
+        x_in = x_n - b_dec[None, :] if config.subtract_b_dec else x_n
+        return plain_affine(x_in, w, b, config.dtype)
+    if config.subtract_b_dec:
+        x_n = x_n - lax.stop_gradient(b_dec)[None, :]
+        b = _carry(b, b_dec, lax.stop_gradient(w))
+    return affine(x_n, w, b, config.dtype)
+
+
+@jax.custom_vjp
+def _carry(
+    b: Float[Array, " d_sae"],
+    b_dec: Float[Array, " d_model"],
+    w: Float[Array, "d_model d_sae"],
+) -> Float[Array, " d_sae"]:
+    """b, whose gradient g gives b_dec the gradient -w g: that of (x - b_dec) w + b,
+    through one vector rather than through every row."""
+    del b_dec, w
+    return b
+
+
+_carry.defvjp(
+    lambda b, b_dec, w: (b, w),
+    lambda w, g: (g, -(w @ g), jnp.zeros_like(w)),
+)

@@ -1,0 +1,138 @@
+"""What is added to the squared error, a row each in `PENALTIES`.
+
+Parts come unreduced over the batch. A sparsifier may give penalties of its own; their
+rows here say which flag weighs them.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from vsae_jax.autoencoder.encoder import Params
+from vsae_jax.autoencoder.matmul import affine
+from vsae_jax.autoencoder.sae import Forward
+from vsae_jax.autoencoder.sparsity import keep_top_k
+from vsae_jax.config import SAEConfig, TrainConfig
+
+
+class Batch(NamedTuple):
+    """What a penalty reads: parameters, normalised rows, the pass over them, and the
+    latents that AuxK may use, None in a step in which none is dead."""
+
+    params: Params
+    x_n: Float[Array, "batch d_model"]
+    out: Forward
+    dead: Bool[Array, " d_sae"] | None
+
+
+class Penalty(NamedTuple):
+    """weight: the flag that weighs it. on: whether a config has it. of: its value for
+    each row, None where it does not act on this batch."""
+
+    weight: str
+    on: Callable[[SAEConfig | TrainConfig], bool]
+    of: Callable[[Batch, SAEConfig], Float[Array, " batch"] | None]
+
+
+def squared_error(
+    x: Float[Array, "batch d_model"], x_hat: Float[Array, "batch d_model"]
+) -> Float[Array, " batch"]:
+    """||x - x_hat||_2^2: a sum over d_model, not a mean (Baker and Li, 2.1, 2.2)."""
+    _same_shape(x, x_hat)
+    return jnp.sum(jnp.square(x - x_hat), axis=-1)
+
+
+def row_variance(x: Float[Array, "batch d_model"]) -> Float[Array, ""]:
+    """The mean over rows of sum_d (x - mean_batch x)^2."""
+    return jnp.mean(squared_error(x, jnp.broadcast_to(jnp.mean(x, 0), x.shape)))
+
+
+def gaussian_kl(
+    mean: Float[Array, "batch d_sae"],
+    log_var: Float[Array, "batch d_sae"] | None = None,
+    *,
+    where: Bool[Array, "batch d_sae"] | None = None,
+) -> Float[Array, " batch"]:
+    """KL(N(mean, s^2) || N(0, I)) = 1/2 sum_i (mean_i^2 + s_i^2 - 1 - log s_i^2).
+
+    Baker and Li, 2.2.2. Without `log_var` s is 1 and it is 1/2 sum_i mean_i^2. `where`
+    sums over those latents only.
+    """
+    terms = jnp.square(mean)
+    if log_var is not None:
+        _same_shape(mean, log_var)
+        terms = terms + jnp.exp(log_var) - 1 - log_var
+    return 0.5 * jnp.sum(terms if where is None else jnp.where(where, terms, 0), -1)
+
+
+def l1_norm(f: Float[Array, "batch d_sae"]) -> Float[Array, " batch"]:
+    """||f||_1 (Baker and Li, 2.1)."""
+    return jnp.sum(jnp.abs(f), axis=-1)
+
+
+def auxk_error(
+    residual: Float[Array, "batch d_model"],
+    mu: Float[Array, "batch d_sae"],
+    w_dec: Float[Array, "d_sae d_model"],
+    dead: Bool[Array, " d_sae"],
+    *,
+    k_aux: int,
+    method: Literal["auto", "lax"] = "auto",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Float[Array, " batch"]:
+    """||sg(x - x_hat) - f_aux @ w_dec||_2^2 (Gao et al. 2024, appendix A.2).
+
+    f_aux are the `k_aux` largest of the dead latents' relu(mu), without b_dec. The
+    residual is a target, so no gradient reaches the main reconstruction. 0 when no
+    latent is dead (a training step then leaves all of it out).
+    """
+    candidates = jnp.where(dead[None, :], jax.nn.relu(mu), 0.0)
+    f_aux, _ = keep_top_k(candidates, k_aux, k_max=k_aux, method=method)
+    x_aux = affine(f_aux, w_dec, jnp.zeros(w_dec.shape[1]), dtype)
+    error = squared_error(lax.stop_gradient(residual), x_aux)
+    return jnp.where(jnp.any(dead), error, 0.0)
+
+
+def _kl(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+    where = batch.out.selected if config.kl_over == "selected" else None
+    return gaussian_kl(batch.out.mu, batch.out.log_var, where=where)
+
+
+def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
+    if batch.dead is None:
+        return None
+    residual = batch.x_n - batch.out.x_hat_n
+    error = auxk_error(
+        residual,
+        batch.out.mu,
+        batch.params["w_dec"],
+        batch.dead,
+        k_aux=config.k_aux,
+        method=config.top_k,
+        dtype=config.dtype,
+    )
+    if config.auxk_units == "loss":
+        return error
+    return error / jnp.maximum(lax.stop_gradient(row_variance(residual)), 1e-12)
+
+
+PENALTIES: dict[str, Penalty] = {
+    "kl": Penalty("beta", lambda c: c.penalty == "kl", _kl),
+    "l1": Penalty("l1", lambda c: c.penalty == "l1", lambda b, _: l1_norm(b.out.f)),
+    "auxk": Penalty("auxk", lambda c: c.auxk > 0, _auxk),
+}
+
+
+def penalties_of(config: SAEConfig) -> list[str]:
+    """The names of the penalties that `config` has, sorted: the order in which they
+    are added, the same in every process."""
+    return sorted(name for name, penalty in PENALTIES.items() if penalty.on(config))
+
+
+def _same_shape(a: Array, b: Array) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}")

@@ -1,0 +1,38 @@
+"""The posterior q(z | x) = N(mu, s^2): no noise, s = 1, or s learned (paper 2.2.1)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from vsae_jax.autoencoder import noise
+from vsae_jax.autoencoder.arrays import ArraySpec
+from vsae_jax.autoencoder.encoder import Params, head
+from vsae_jax.config import SAEConfig
+
+# Those of a learned variance; the others have none.
+ARRAYS = {
+    "w_var": ArraySpec(("d_model", "d_sae")),
+    "b_var": ArraySpec(("d_sae",)),
+}
+
+
+def log_variance(
+    params: Params, x_n: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> Float[Array, "batch d_sae"] | None:
+    """log s^2 `[batch, d_sae]` of normalised rows; None where s is 1."""
+    if config.variance == "fixed":
+        return None
+    return head(params, x_n, weight="w_var", bias="b_var", config=config)
+
+
+def sample(
+    key: Key[Array, ""],
+    mu: Float[Array, "batch d_sae"],
+    log_var: Float[Array, "batch d_sae"] | None,
+    *,
+    noise_std: float | Float[Array, ""],
+    first_row: int | Int[Array, ""] = 0,
+) -> Float[Array, "batch d_sae"]:
+    """z = mu + noise_std * s * eps with eps ~ N(0, I). The key is consumed."""
+    eps = noise.normal(key, (mu.shape[0], mu.shape[1]), first_row=first_row)
+    eps = eps if log_var is None else jnp.exp(0.5 * log_var) * eps
+    return mu + noise_std * eps

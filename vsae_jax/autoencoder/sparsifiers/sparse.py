@@ -1,0 +1,18 @@
+"""What a sparsifier gives in training."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Bool, Float
+
+# Numbers that may be traced (k, noise_std, weights of penalties), by flag.
+Numbers = Mapping[str, Any]
+
+
+class Sparse(NamedTuple):
+    """f, the selected latents, penalties `[batch]` by name, and the new buffers."""
+
+    f: Float[Array, "batch d_sae"]
+    selected: Bool[Array, "batch d_sae"]
+    penalties: dict[str, Float[Array, " batch"]] = {}
+    buffers: dict[str, Array] = {}

@@ -1,0 +1,42 @@
+"""f = z where z is among its row's k largest (Gao et al. 2024; paper 2.1, 2.2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from vsae_jax.autoencoder.arrays import ArraySpec
+from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
+from vsae_jax.autoencoder.sparsity import keep_top_k
+from vsae_jax.config import SAEConfig
+
+ARRAYS: dict[str, ArraySpec] = {}
+BUFFERS: dict[str, ArraySpec] = {}
+WHOLE_BATCH = False
+
+
+def apply(
+    z: Float[Array, "batch d_sae"],
+    arrays: Mapping[str, Array],
+    numbers: Numbers,
+    *,
+    config: SAEConfig,
+) -> Sparse:
+    """Exactly numbers["k"] latents of each row; k may be traced, up to config.k."""
+    c = config
+    f, selected = keep_top_k(
+        z, numbers["k"], k_max=c.k, selection=c.selection, method=c.top_k
+    )
+    return Sparse(f, selected)
+
+
+def encode(
+    z: Float[Array, "batch d_sae"], arrays: Mapping[str, Array], *, config: SAEConfig
+) -> Float[Array, "batch d_sae"]:
+    """Exactly config.k latents of each row."""
+    return apply(z, arrays, {"k": config.k}, config=config).f
+
+
+def rescaled(arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
+    """No arrays."""
+    return {}

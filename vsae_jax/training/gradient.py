@@ -1,0 +1,85 @@
+"""The gradient of the objective on one batch: whole, or on a CPU in parts."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Key
+
+from vsae_jax.autoencoder.objective import Info, total_loss
+from vsae_jax.autoencoder.penalties import row_variance
+from vsae_jax.autoencoder.sparsifiers import Numbers, sparsifier_of
+from vsae_jax.config import SAEConfig
+from vsae_jax.system import mesh
+from vsae_jax.training.layout import to_public
+
+# On a CPU a part of a batch has so many bytes of latents: they stay in cache between
+# the passes over them.
+CPU_PART_BYTES = 2**25
+# Below so many rows a product no longer fills the cores.
+_LEAST_ROWS = 128
+
+
+def gradient(
+    held: dict[str, Array],
+    x_n: Float[Array, "batch d_model"],
+    key: Key[Array, ""],
+    numbers: Numbers,
+    *,
+    dead: Bool[Array, " d_sae"],
+    any_dead: Bool[Array, ""],
+    buffers: dict[str, Array],
+    config: SAEConfig,
+) -> tuple[dict[str, Array], Info]:
+    """The gradient by the held parameters, and the batch's `Info`. The key is consumed;
+    `any_dead` is whether AuxK acts."""
+
+    def of(rows: Array, first_row: Array | int) -> tuple[Any, Info]:
+        def loss(held: dict[str, Array], dead: Array | None) -> tuple[Array, Info]:
+            return total_loss(
+                to_public(held),
+                rows,
+                key,
+                numbers,
+                dead,
+                config=config,
+                first_row=first_row,
+                buffers=buffers,
+            )
+
+        part = jax.grad(loss, has_aux=True)
+        if not config.auxk:
+            return part(held, None)
+        # Where no latent is dead AuxK is left out, not multiplied by 0.
+        return lax.cond(any_dead, lambda: part(held, dead), lambda: part(held, None))
+
+    rows = math.gcd(len(x_n), max(CPU_PART_BYTES // (4 * config.d_sae), 1))
+    by_batch = sparsifier_of(config).WHOLE_BATCH or (
+        config.auxk and config.auxk_units == "variance"
+    )
+    few = rows < _LEAST_ROWS or rows == len(x_n)
+    if jax.default_backend() != "cpu" or mesh.is_split() or by_batch or few:
+        return of(x_n, 0)
+    return _mean_of_parts(of, x_n, rows)
+
+
+def _mean_of_parts(
+    of: Callable[[Array, Array | int], tuple[Any, Info]], x: Array, rows: int
+) -> tuple[Any, Info]:
+    """The mean of `of(part, first_row)` over the parts of `rows` rows."""
+    parts = len(x) // rows
+
+    def add(i: Array, total: Any) -> Any:
+        start = i * rows
+        part = of(lax.dynamic_slice_in_dim(x, start, rows), start)
+        return jax.tree.map(
+            lambda a, b: a | b if a.dtype == bool else a + b / parts, total, part
+        )
+
+    shapes = jax.eval_shape(lambda: of(x[:rows], 0))
+    zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    grads, info = lax.fori_loop(0, parts, add, zero)
+    return grads, info._replace(variance=row_variance(x))

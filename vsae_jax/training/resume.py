@@ -24,6 +24,8 @@ from vsae_jax.training.plan import Job, first_b_dec, first_state
 from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
+# What decides which arrays there are, and how large.
+_OF_SHAPES = ("d_model", "d_sae", "variance", "sparsity")
 
 
 class Together(NamedTuple):
@@ -108,7 +110,9 @@ def _forkable(source: Path, job: Job) -> SAEConfig:
         raise UserError(f"--fork_from={source} is not a run with checkpoints")
     where = source / runs.CONFIG
     stored = from_json(SAEConfig, runs.read_json(where).get("sae"), where=str(where))
-    if changed := difference(sae.shapes(stored), sae.shapes(job.sae)):
+    if sae.shapes(stored) != sae.shapes(job.sae):
+        old, new = ({n: getattr(c, n) for n in _OF_SHAPES} for c in (stored, job.sae))
+        changed = difference(old, new)
         raise UserError(
             f"--fork_from={source} has arrays of other shapes ({changed}); give the "
             "same --d_sae and --variance"

@@ -15,12 +15,8 @@ from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
 from vsae_jax.training.batches import Feed
 from vsae_jax.training.checkpoint import Checkpoints
-<<<<<<< HEAD
-from vsae_jax.training.plan import PlannedRun, first_b_dec, first_state
-=======
 from vsae_jax.training.layout import make
-from vsae_jax.training.plan import Job, first_b_dec, first_state
->>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)
+from vsae_jax.training.plan import PlannedRun, first_b_dec, first_state
 from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
@@ -99,13 +95,8 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
     own.save(state, data_position=step * job.train.batch_size)
 
 
-<<<<<<< HEAD
-def _check_forkable(source: Path, job: PlannedRun) -> None:
-    """The source must be a run whose arrays are those of the new one."""
-=======
-def _forkable(source: Path, job: Job) -> SAEConfig:
+def _forkable(source: Path, job: PlannedRun) -> SAEConfig:
     """The source's config: of a run whose arrays are those of the new one."""
->>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)
     if not (source / runs.CHECKPOINTS).is_dir():
         raise UserError(f"--fork_from={source} is not a run with checkpoints")
     where = source / runs.CONFIG
@@ -140,9 +131,4 @@ def _fresh(
     kind = job.train.b_dec_init, job.train.input_scale, job.train.center_input
     if kind not in b_decs:
         b_decs[kind] = first_b_dec(job, feed.first(_MEDIAN_ROWS))
-<<<<<<< HEAD
-    return mesh.make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
-=======
-    state = make(partial(first_state, job), b_decs[kind], mesh=job.mesh)
-    return Started(job, state)
->>>>>>> 3b85451 (Write arrays, penalties and numbers down once; encoder, posterior, sparsifier and decoder as four places)
+    return make(partial(first_state, job), b_decs[kind], mesh=job.mesh)

@@ -42,7 +42,7 @@ def main() -> None:
         for way, model in models.items():
             taken[way].append(seconds(model, tokens, args.layer))
     exact = np.asarray(models[WAYS[0]].residual(tokens, args.layer))
-    print(f"{args.batch} x {args.length} tokens to block {args.layer}, {jax.__version__}")
+    print(f"{args.batch} x {args.length} tokens, up to block {args.layer}")
     for way, model in models.items():
         median = float(np.median(taken[way]))
         rate = tokens.size / median

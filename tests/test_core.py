@@ -288,6 +288,21 @@ def test_both_backends_agree(tiny_run, tmp_path):
     assert_close(theirs, ours, rel=1e-4)
 
 
+@pytest.mark.parametrize("backend", ["jax", "transformers"])
+def test_a_language_model_in_bfloat16(tiny_run, tmp_path, backend):
+    if backend == "transformers":
+        pytest.importorskip("torch")
+    folder = copied(tiny_run, tmp_path / "run")
+    exact = evaluated(folder, backend="jax", lm_dtype="float32")
+    rounded = evaluated(folder, backend=backend, lm_dtype="bfloat16")
+    assert exact["config"]["lm_dtype"] == "float32"
+    assert rounded["config"]["lm_dtype"] == "bfloat16"
+    for name in ("ce_loss_without_sae", "ce_loss_with_sae", "explained_variance"):
+        exactly = exact["metrics"][name]
+        assert rounded["metrics"][name] == pytest.approx(exactly, abs=0.02)
+        assert rounded["metrics"][name] != exactly
+
+
 def test_a_run_trained_in_bfloat16_is_evaluated_in_float32(tiny_run, tmp_path):
     folder = copied(tiny_run, tmp_path / "run")
     record = json.loads((folder / "config.json").read_text())

@@ -215,6 +215,7 @@ def test_a_finished_folder_is_recognised_without_loading_the_model(
         ({"bos": "keep"}, "bos: 'drop' -> 'keep'"),
         ({"backend": "auto"}, "backend: 'jax' -> 'auto'"),
         ({"context_length": 8}, "context_length: 16 -> 8"),
+        ({"lm_dtype": "bfloat16"}, "lm_dtype: 'float32' -> 'bfloat16'"),
         ({"center_residual": True}, "center_residual: False -> True"),
     ],
 )
@@ -226,6 +227,25 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(
     assert run(arguments | change) == 2
     assert f"made with other settings ({said})" in capsys.readouterr().err
     assert read_folder(arguments["out"]) == before
+
+
+@pytest.mark.parametrize("lm_dtype", ["float32", "bfloat16"])
+def test_what_products_are_made_of_is_recorded(arguments, lm_dtype):
+    there = extracted(arguments | {"lm_dtype": lm_dtype})
+    assert there.manifest.lm_dtype == lm_dtype
+    text = (arguments["out"] / "manifest.json").read_text()
+    assert json.loads(text)["lm_dtype"] == lm_dtype
+
+
+def test_a_folder_of_before_there_was_a_dtype_is_of_float32(arguments, capsys):
+    extracted(arguments)
+    path = arguments["out"] / "manifest.json"
+    before = dataclasses.replace(read_manifest(arguments["out"]), lm_dtype="")
+    assert b"lm_dtype" not in before.to_bytes()
+    path.write_bytes(before.to_bytes())
+    assert run(arguments | {"lm_dtype": "float32"}) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert run(arguments | {"lm_dtype": "bfloat16"}) == 2
 
 
 def stop_after_one_shard(monkeypatch) -> None:

@@ -236,6 +236,26 @@ def test_logits_and_losses_from_a_residual(case, tmp_path):
     np.testing.assert_allclose(ours.kl[1], (np.exp(p) * (p - q)).sum(-1), atol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["neox", "gpt2", "llama", "qwen3", "gemma3"])
+def test_bfloat16_agrees_with_float32(case, tmp_path):
+    folder = save_random(*CASES[case], tmp_path)
+    exact = load_language_model(folder, dtype="float32")
+    rounded = load_language_model(folder, dtype="bfloat16")
+    assert (exact.dtype, rounded.dtype) == ("float32", "bfloat16")
+    residual, expected = (m.residual(TOKENS, 2) for m in (rounded, exact))
+    assert residual.dtype == jnp.float32
+    error = np.linalg.norm(residual - expected) / np.linalg.norm(expected)
+    assert 1e-4 < error < 0.03
+    losses = [np.mean(m.loss(TOKENS)[0]) for m in (rounded, exact)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def test_auto_is_float32_for_a_narrow_model(tmp_path):
+    assert load_language_model(save_random("Llama", SIZES, tmp_path)).dtype == "float32"
+    with pytest.raises(UserError, match="lm_dtype='float16' must be"):
+        load_language_model(str(tmp_path), dtype="float16")  # type: ignore[arg-type]
+
+
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -78,7 +78,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
     info = runs.read_json(path) if path.is_file() else {}
     if reason := _stale(info, opened, c):
         print(f"{folder}: {reason}, looking at held-out tokens")
-        shared = ("model", "layer", "backend", "activations")
+        shared = ("model", "layer", "backend", "lm_dtype", "activations")
         asked = {name: getattr(c, name) for name in shared}
         if c.num_tokens is not None:
             asked["num_tokens"] = c.num_tokens

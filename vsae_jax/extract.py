@@ -78,7 +78,7 @@ def _extract(config: ExtractConfig, folder: Path) -> None:
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )
-    model = load_language_model(files, backend=config.backend)
+    model = load_language_model(files, backend=config.backend, dtype=config.lm_dtype)
     manifest = new_manifest(config, model)
     check_layer(manifest.layer, n_layers=model.n_layers)
     _check_length(config, model)
@@ -127,12 +127,14 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 def asked(config: ExtractConfig) -> dict[str, Any]:
     """The part of a manifest that the flags decide."""
     values = {name: getattr(config, name) for name in _ASKED}
+    if config.lm_dtype == "auto":  # decided when the model is read
+        del values["lm_dtype"]
     return values | {"revision_asked": config.revision}
 
 
 def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
     """The manifest of a folder with no shard yet."""
-    settings = asked(config)
+    settings: dict[str, Any] = asked(config) | {"lm_dtype": model.dtype}
     return Manifest(
         **settings,
         revision=model.revision or "",
@@ -156,6 +158,8 @@ def _settings(manifest: Manifest) -> dict[str, Any]:
 
 def _refuse_other(folder: Path, found: Manifest, wanted: dict[str, Any]) -> None:
     old = {name: getattr(found, name) for name in wanted}
+    if old.get("lm_dtype") == "":  # as it was before there was a choice
+        old["lm_dtype"] = "float32"
     if changed := difference(old, wanted):
         raise UserError(
             f"{folder} was made with other settings ({changed}); give another --out, "

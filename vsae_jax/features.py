@@ -125,6 +125,7 @@ def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
         "autoencoder": to_json(source.run.sae),
         "model": source.lm.name,
         "model_name": c.model_name or provenance.public(source.lm.name),
+        "lm_dtype": source.lm.dtype,
         "layer": source.run.reader.layer,
         "hook_name": m.hook_name,
         "dataset": m.dataset,

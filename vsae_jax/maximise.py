@@ -171,9 +171,11 @@ def _latents(text: str, *, d_sae: int) -> list[int]:
     return list(dict.fromkeys(latents))
 
 
-def _load(model: str, *, revision: str | None, backend: str) -> lm.LanguageModel:
-    """The model in JAX: of the backends it alone has gradients."""
-    del backend
+def _load(
+    model: str, *, revision: str | None, backend: str, dtype: str
+) -> lm.LanguageModel:
+    """The model in JAX and in float32: it alone has gradients, and small ones."""
+    del backend, dtype
     return lm.load_language_model(
         model, revision=revision, backend="jax", dtype="float32"
     )

@@ -25,6 +25,8 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 READ = STORED | {"bfloat16": ml_dtypes.bfloat16}
 _HASH = "sha256"
+# What older folders do not say.
+_NEWER = ("lm_dtype", "weights_hash")
 _DERIVED = ("dropped_positions", "rows_per_context", "n_contexts", "n_rows")
 
 
@@ -46,6 +48,8 @@ class Manifest:
     revision: the hub commit that was loaded, "" for a local model; `revision_asked` is
       what `--revision` said.
     num_tokens: tokens asked for; `n_contexts * context_length` is what there is.
+    lm_dtype: of the language model's products; "" in folders of before it was said,
+      which is float32.
     weights_hash: of a local model's weights; "" where nothing was said of them.
     bos: `keep` and `drop` start every context with `bos_id`, `none` does not.
     center_residual: each row's mean over d_model was subtracted.
@@ -60,6 +64,7 @@ class Manifest:
     backend: str
     config_hash: str
     tokenizer_hash: str
+    lm_dtype: str = ""
     weights_hash: str = ""
     hook_name: str
     layer: int
@@ -119,8 +124,9 @@ class Manifest:
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        if not self.weights_hash:  # as in folders of before there was one
-            del values["weights_hash"]
+        for name in _NEWER:  # as in folders of before there was one
+            if not values[name]:
+                del values[name]
         return values | {name: getattr(self, name) for name in _DERIVED}
 
     @classmethod
@@ -136,7 +142,7 @@ class Manifest:
             )
         derived = {name: values.pop(name, None) for name in _DERIVED}
         said = values.pop(_HASH, None)  # folders of before it was written have none
-        manifest = _typed({"weights_hash": ""} | values, cls, "the manifest")
+        manifest = _typed(dict.fromkeys(_NEWER, "") | values, cls, "the manifest")
         for name, value in derived.items():
             if value != getattr(manifest, name):
                 raise ValueError(f"{name} is {value!r}, which the rest contradicts")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from vsae_jax.config.extract import Backend
+from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
 from vsae_jax.config.fields import check_at_least, flag
 from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, MODEL_DIFFERS
 from vsae_jax.system.errors import UserError
@@ -26,6 +26,7 @@ class DashboardConfig:
     model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
+    lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     num_tokens: int | None = flag(
         "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vsae_jax.config.extract import Backend
+from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
 from vsae_jax.config.fields import check_at_least, check_below, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
@@ -30,6 +30,7 @@ class EvalConfig(OpenOptions):
     model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
+    lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     text: str = flag(
         "evaluate on this .jsonl, .txt or .parquet instead of held-out contexts", ""

@@ -10,6 +10,11 @@ from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
 from vsae_jax.system.errors import UserError
 
 Backend = Literal["transformers", "jax", "auto"]
+LMDtype = Literal["auto", "float32", "bfloat16"]
+LM_DTYPE = (
+    "of the language model's products; auto: bfloat16 on a GPU, and on a CPU that is "
+    "fast at it for a model of 512 wide or more that is stored in it"
+)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class ExtractConfig:
     backend: Backend = flag(
         "transformers needs torch; auto: jax where it runs the family", "transformers"
     )
+    lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     layer: int = preset_flag(
         "layer", "block whose output is kept, from 0", table="extract"
     )

@@ -1,6 +1,6 @@
 """What opening a trained autoencoder, its language model and its tokens needs."""
 
-from vsae_jax.config.extract import Backend
+from vsae_jax.config.extract import Backend, LMDtype
 
 # The help of flags that are the same in every command that has them.
 LAYER = "block whose output is autoencoded, from 0; unset: the folder's"
@@ -20,6 +20,7 @@ class OpenOptions:
     model_differs: bool = False
     layer: int | None = None
     backend: Backend = "auto"
+    lm_dtype: LMDtype = "auto"
     activations: str = ""
     text: str = ""
     text_column: str = "text"

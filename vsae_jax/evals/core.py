@@ -30,11 +30,13 @@ from vsae_jax.evals.metrics import (
     ratio,
 )
 from vsae_jax.evals.quirks import Quirks
-from vsae_jax.lm import LanguageModel, identity, next_token_loss
+from vsae_jax.lm import LanguageModel
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
 ORDINARY_MEDIANS = 3
+# Spliced residual streams that wait for the blocks above them.
+_STREAM_BYTES = 2**28
 _MEDIAN_CONTEXTS = 32
 _NOTHING = (
     "nothing to predict: every token is special, without an activation row, or the "
@@ -46,20 +48,10 @@ class Losses(NamedTuple):
     """Sums over a batch, of one way to run the model: cross-entropy in nats over
     `predictions`, KL from the clean model over `positions`."""
 
-    ce: Float[Array, ""]
-    kl: Float[Array, ""]
-    predictions: Float[Array, ""]
-    positions: Float[Array, ""]
-
-
-class Base(NamedTuple):
-    """What a batch is without an autoencoder: the residual, the clean model's
-    log-probabilities, and the losses of the clean and the ablated model."""
-
-    residual: Float[Array, "batch time d_model"]
-    log_p: Float[Array, "batch time vocab"]
-    clean: Losses
-    ablated: Losses
+    ce: np.float64
+    kl: np.float64
+    predictions: np.float64
+    positions: np.float64
 
 
 class Tally:
@@ -73,7 +65,7 @@ class Tally:
     def add(self, sums: BatchSums, losses: Losses, contexts_fired: Array) -> None:
         """Adds a batch."""
         self.reconstruction.add(jax.device_get(sums))
-        self.losses.append(jax.device_get(losses))
+        self.losses.append(losses)
         self.contexts_fired += np.asarray(contexts_fired, np.float64)
 
 
@@ -95,26 +87,25 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     """`{"metrics", "density_histogram", "per_latent", "config"}` of each. The subjects
     share their language model, layer and tokens."""
     first = subjects[0]
-    # A JAX model is a pytree of arrays; any other is one leaf, which jit cannot trace.
-    traced = isinstance(jax.tree.leaves(first.lm)[0], jax.Array)
-    measure_base, measure = _base, _measure
-    if traced:
-        measure_base, measure = _base_compiled, _measure_compiled
-    options = {"underflow": quirks.kl_underflow}
-    base: list[tuple[Losses, Losses]] = []
+    lm, layer = first.lm, first.reader.layer
+    base: list[list[Losses]] = []
     tallies = [Tally() for _ in subjects]
     limit = jnp.float32(ordinary_limit(first))
+    each = list(zip(subjects, tallies, strict=True))
     with progress.bar(len(first.tokens), unit="contexts") as bar:
         for tokens, keep, count in first.batches():
-            batch = measure_base(
-                first.lm, tokens, keep, layer=first.reader.layer, **options
+            clean = jnp.asarray(lm.residual(tokens, layer))
+            losses = partial(
+                _losses, lm, layer, clean, tokens, keep, underflow=quirks.kl_underflow
             )
-            base.append(jax.device_get((batch.clean, batch.ablated)))
-            for subject, tally in zip(subjects, tallies, strict=True):
-                sums, losses, fired = measure(
-                    subject.lm, subject.reader, batch, tokens, keep, limit, **options
-                )
-                tally.add(sums, losses, fired)
+            base.append(losses([jnp.zeros_like(clean)]))
+            at_once = max(_STREAM_BYTES // clean.nbytes, 1)
+            for start in range(0, len(each), at_once):
+                some = each[start : start + at_once]
+                parts = [_splice(s.reader, clean, keep, limit) for s, _ in some]
+                found = losses([stream for stream, _, _ in parts])[1:]
+                for (_, tally), part, of_it in zip(some, parts, found, strict=True):
+                    tally.add(part[1], of_it, part[2])
             bar.update(count)
     return [
         _result(subject, tally, base, quirks)
@@ -136,47 +127,22 @@ def ordinary_limit(subject: Subject) -> float:
     return ORDINARY_MEDIANS * float(np.median(found)) if len(found) else np.inf
 
 
-def _base(
-    lm: LanguageModel,
-    tokens: Int[Array | np.ndarray, "batch time"],
-    keep: Bool[Array | np.ndarray, "batch time"],
-    *,
-    layer: int,
-    underflow: bool,
-) -> Base:
-    residual = jnp.asarray(lm.residual(tokens, layer))
-    splices = (identity, jnp.zeros_like)
-    clean, ablated = lm.logits(tokens, layer=layer, splices=splices)
-    log_p = jax.nn.log_softmax(jnp.asarray(clean))
-    sums = partial(_losses, log_p, tokens=tokens, keep=keep, underflow=underflow)
-    return Base(residual, log_p, sums(clean), sums(ablated))
-
-
-def _measure(
-    lm: LanguageModel,
+@jit_encode
+def _splice(
     reader: Reader,
-    base: Base,
-    tokens: Int[Array | np.ndarray, "batch time"],
+    residual: Float[Array, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
     limit: Float[Array, ""],
-    *,
-    underflow: bool,
-) -> tuple[BatchSums, Losses, Float[Array, " d_sae"]]:
-    x, x_hat, f = _reconstruct(reader, base.residual)
-    shift = base.residual.reshape(x.shape) - x
-    spliced = (x_hat + shift).reshape(base.residual.shape)
-    spliced = jnp.where(keep[..., None], spliced, base.residual)
-    # Under jit the blocks below the splice are not run again: nothing needs them.
-    (logits,) = lm.logits(tokens, layer=reader.layer, splices=(lambda _: spliced,))
-    losses = _losses(base.log_p, logits, tokens=tokens, keep=keep, underflow=underflow)
+) -> tuple[Float[Array, "batch time d_model"], BatchSums, Float[Array, " d_sae"]]:
+    """The residual with its reconstruction where a token counts, how good that is, and
+    in how many contexts each latent fires."""
+    x, x_hat, f = _reconstruct(reader, residual)
+    shift = residual.reshape(x.shape) - x
+    spliced = (x_hat + shift).reshape(residual.shape)
+    spliced = jnp.where(keep[..., None], spliced, residual)
     fired = (f > 0).reshape(*keep.shape, -1) & keep[..., None]
     contexts_fired = jnp.sum(jnp.any(fired, axis=1), axis=0)
-    sums = batch_sums(x, x_hat, f, keep.reshape(-1), limit)
-    return sums, losses, contexts_fired
-
-
-_base_compiled = jax.jit(_base, static_argnames=("layer", "underflow"))
-_measure_compiled = jit_encode(_measure, static_argnames=("underflow",))
+    return spliced, batch_sums(x, x_hat, f, keep.reshape(-1), limit), contexts_fired
 
 
 @jax.jit
@@ -189,32 +155,33 @@ def _reconstruct(
     return x, reader.decode(f, rows=x), f
 
 
-@partial(jax.jit, static_argnames=("underflow",))
 def _losses(
-    log_p: Float[Array, "batch time vocab"],
-    logits: Float[Array, "batch time vocab"],
+    lm: LanguageModel,
+    layer: int,
+    clean: Float[Array, "batch time d_model"],
+    tokens: Int[np.ndarray, "batch time"],
+    keep: Bool[np.ndarray, "batch time"],
+    streams: Sequence[Float[Array, "batch time d_model"]],
     *,
-    tokens: Int[Array | np.ndarray, "batch time"],
-    keep: Bool[Array | np.ndarray, "batch time"],
     underflow: bool,
-) -> Losses:
-    """A batch's sums of logits against the clean model's. `underflow`: by SAEBench's
-    log of a softmax."""
-    w = keep.astype(jnp.float32)
-    ce = next_token_loss(logits, tokens)
-    log_q = jnp.log(jax.nn.softmax(logits)) if underflow else jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    kl = jnp.sum(p * ((jnp.log(p) if underflow else log_p) - log_q), axis=-1)
-    return Losses(
-        ce=jnp.sum(ce * w[:, :-1]),
-        kl=jnp.sum(kl, where=keep),
-        predictions=jnp.sum(w[:, :-1]),
-        positions=jnp.sum(w),
-    )
+) -> list[Losses]:
+    """Of the clean stream and of each of `streams`, over the tokens that count.
+    SAEBench takes the log of a softmax, which underflows."""
+    unreduced = lm.losses_from([clean, *streams], layer, tokens, underflow=underflow)
+    each = (np.asarray(a, np.float64) for a in unreduced)
+    return [
+        Losses(
+            ce=np.sum(ce, where=keep[:, :-1]),
+            kl=np.sum(kl, where=keep),
+            predictions=np.sum(keep[:, :-1], dtype=np.float64),
+            positions=np.sum(keep, dtype=np.float64),
+        )
+        for ce, kl in zip(*each, strict=True)
+    ]
 
 
 def _result(
-    subject: Subject, tally: Tally, base: list[tuple[Losses, Losses]], quirks: Quirks
+    subject: Subject, tally: Tally, base: list[list[Losses]], quirks: Quirks
 ) -> dict[str, Any]:
     clean, ablated = zip(*base, strict=True)
     losses = _loss_metrics(clean, tally.losses, ablated)

@@ -94,7 +94,7 @@ def _core(result: dict[str, Any]) -> Parts:
     flags = "kl ce_loss l2_norms sparsity_metrics variance_metrics".split()
     flags += ["featurewise_density_statistics", "featurewise_weight_based_metrics"]
     config = {f"compute_{flag}": True for flag in flags}
-    config |= {"llm_dtype": "float32", "context_size": about["context_length"]}
+    config |= {"llm_dtype": about["lm_dtype"], "context_size": about["context_length"]}
     config["dataset"] = about["tokens_from"]
     config["exclude_special_tokens_from_reconstruction"] = True
     return config, metrics, details
@@ -155,7 +155,8 @@ def _absorption(result: dict[str, Any]) -> Parts:
         for letter, values in result["per_letter"].items()
         if "num_split_features" in values
     ]
-    config = {"random_seed": result["config"]["eval_seed"], "llm_dtype": "float32"}
+    about = result["config"]
+    config = {"random_seed": about["eval_seed"], "llm_dtype": about["lm_dtype"]}
     metrics = {name: _number(value) for name, value in result["metrics"].items()}
     return config, {"mean": metrics}, details
 
@@ -175,7 +176,7 @@ def _of_texts(about: dict[str, Any]) -> dict[str, Any]:
         "dataset_names": list(about["sets"]),
         "context_length": CONTEXT,
         "llm_batch_size": about["batch_size"],
-        "llm_dtype": "float32",
+        "llm_dtype": about["lm_dtype"],
     }
 
 

@@ -196,7 +196,7 @@ def _losses(
 
     ce, kl = [], []
     for one, row, token in zip(first, logits, following, strict=True):
-        target = torch.as_tensor(token, device=row.device)
+        target = torch.as_tensor(token, dtype=torch.long, device=row.device)
         loss = torch.nn.functional.cross_entropy(row.float(), target, reduction="none")
         log_p, log_q = log_softmax(one), log_softmax(row)
         ce.append(loss.cpu().numpy())

@@ -95,6 +95,7 @@ def subject_of(run: TrainedSAE, c: OpenOptions, load: Callable[..., Any]) -> Sub
             "tokens_from": tokens_from,
             "model": language_model.name,
             "revision": language_model.revision or "",
+            "lm_dtype": language_model.dtype,
             "model_weights": weights_of(run, language_model),
             "layer": run.data["layer"],
             "bos": run.data["bos"],
@@ -113,7 +114,9 @@ def load_model(
     """The language model of a `filled` run, checked against it."""
     model = c.model or run.data.get("model")
     revision = c.revision or ("" if c.model else run.data.get("revision"))
-    language_model = load(model, revision=revision or None, backend=c.backend)
+    language_model = load(
+        model, revision=revision or None, backend=c.backend, dtype=c.lm_dtype
+    )
     if language_model.d_model != run.sae.d_model:
         raise UserError(
             f"--model={model} has d_model={language_model.d_model} but {run.folder} "

@@ -1,5 +1,6 @@
 """Extraction: the right rows, the same bits after a kill, one line for a mistake."""
 
+import dataclasses
 import errno
 import fcntl
 import json

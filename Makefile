@@ -1,8 +1,8 @@
 PYTHON ?= python
 
-.PHONY: check faults format format-check lint types test slow study
+.PHONY: check faults format format-check layers lint types test slow study
 
-check: format-check lint types test
+check: format-check layers lint types test
 
 format:
 	$(PYTHON) -m ruff format .
@@ -12,6 +12,10 @@ format-check:
 
 lint:
 	$(PYTHON) -m ruff check .
+
+# Which room may import which: the contracts in pyproject.toml.
+layers:
+	lint-imports
 
 types:
 	$(PYTHON) -m basedpyright --pythonpath "$$($(PYTHON) -c 'import sys; print(sys.executable)')"

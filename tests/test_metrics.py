@@ -4,13 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vsae_jax.evals.metrics import (
+from vsae_jax.autoencoder.density import (
     DENSITY_EDGES,
-    Reconstruction,
-    batch_sums,
     density_histogram,
     density_metrics,
 )
+from vsae_jax.evals.metrics import Reconstruction, batch_sums
 from vsae_jax.system.errors import UserError
 
 TOKENS, D_MODEL, D_SAE = 60, 8, 20

@@ -20,13 +20,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.density import density_histogram
 from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject, latent_statistics
 from vsae_jax.evals.metrics import (
     BatchSums,
     Reconstruction,
     batch_sums,
-    density_histogram,
     ratio,
 )
 from vsae_jax.evals.quirks import Quirks

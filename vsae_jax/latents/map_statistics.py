@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from vsae_jax.evals.metrics import density_metrics
+from vsae_jax.autoencoder.density import density_metrics
 
 # The paper's histograms of maximum activations end here, and so do their counts.
 PAPER_RANGE = (0.0, 2.5)

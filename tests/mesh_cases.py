@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "magnitude": {"selection": "magnitude", "kl_over": "selected"},
     "relu on mu": {"relu": True},
     "auxk by variance": DEAD | {"auxk_units": "variance"},
+    "kl and auxk": {"auxk": 0.5, "dead_after_tokens": 40},
     "lax": {"top_k": "lax"},
     "bfloat16": {"dtype": "bfloat16"},
     "clipped": {"clip_norm": 1e-3},

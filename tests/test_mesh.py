@@ -211,16 +211,36 @@ def test_variants_on_eight_devices():
     check(found)
 
 
+def differences_of_two_processes(shape: str, *names: str) -> None:
+    """Two interpreters, whose sets have different orders, against one."""
+    script, address = ROOT / "tests" / "mesh_cases.py", free_address()
+    text, silent = said(
+        *(
+            started(
+                script,
+                shape,
+                *names,
+                devices=1,
+                PROCESS=f"{address},2,{i}",
+                PYTHONHASHSEED=str(i),
+            )
+            for i in range(2)
+        )
+    )
+    assert "{" not in silent
+    found = of_lines(text)
+    assert list(found) == list(names)
+    check(found)
+
+
+def test_kl_and_an_acting_auxk_by_two_processes():
+    differences_of_two_processes("data:2", "kl and auxk")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["data:2", "latents:2"])
 def test_every_variant_by_two_processes(shape):
-    script, address = ROOT / "tests" / "mesh_cases.py", free_address()
-    argv = script, shape, *CASES, "grid"
-    text, silent = said(
-        *(started(*argv, devices=1, PROCESS=f"{address},2,{i}") for i in range(2))
-    )
-    assert "{" not in silent
-    check(of_lines(text))
+    differences_of_two_processes(shape, *CASES, "grid")
 
 
 @pytest.mark.slow

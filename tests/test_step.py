@@ -1,6 +1,10 @@
 """One step and many: traces, keys, counters, and a golden step."""
 
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +209,34 @@ def test_a_batch_in_parts_is_the_batch(switches, monkeypatch):
         np.testing.assert_allclose(parts[name], array, rtol=0, atol=2e-6, err_msg=name)
     for name, total in expected.sums.items():
         np.testing.assert_allclose(totals.sums[name], total, rtol=1e-5, err_msg=name)
+
+
+PROGRAM = """
+import hashlib, jax
+from test_step import B, D, rows, setup
+from vsae_jax.training import step
+config, static, state = setup(auxk=0.5, dead_after_tokens=B)
+lowered = step.compile_steps(static).lower(state, rows(2), 2, step.hparams(config))
+print(hashlib.sha256(lowered.as_text().encode()).hexdigest())
+"""
+
+
+def test_every_interpreter_compiles_the_same_program():
+    """Two penalties: the order of a set of their names depends on the hash seed, and
+    processes of one run must not compile different programs."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests.parent), str(tests)])
+    programs = {
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(programs) == 1 and len(programs.pop()) == 65
 
 
 @pytest.mark.parametrize(

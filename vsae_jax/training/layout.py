@@ -60,10 +60,11 @@ def shardings(tree: Any, mesh: Mesh | None) -> Any:
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         if mesh is None:
             return SingleDeviceSharding(jax.devices()[0])
-        axes: list[str | None] = [None] * leaf.ndim
         name = getattr(path[-1], "key", getattr(path[-1], "name", None))
-        if name in _LATENT_AXES:
-            axes[_LATENT_AXES[name]] = "latents"
+        if name not in _LATENT_AXES:
+            return NamedSharding(mesh, PartitionSpec())
+        axes: list[str | None] = [None] * leaf.ndim
+        axes[_LATENT_AXES[name]] = "latents"
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     return jax.tree_util.tree_map_with_path(place, tree)

@@ -198,7 +198,7 @@ def announce(folder: Path, manifest: Manifest) -> None:
 
 
 def _most_contexts(manifest: Manifest) -> int:
-    """As many as were asked for, or as a local text file can hold at most."""
+    """The number of contexts asked for, or the most that a local text file can hold."""
     m = manifest
     contexts = m.num_tokens // m.context_length
     if contexts == 0:

@@ -74,7 +74,7 @@ def best_synthetic(
     allowed: Bool[np.ndarray, " vocab"],
     c: MaximiseConfig,
 ) -> dict[str, Any]:
-    """Of all restarts the one that fires the latent most once it is tokens."""
+    """The restart that fires the latent most once it is rounded to tokens."""
     climbed = climb(
         subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a Traceable
         subject.reader,
@@ -102,7 +102,7 @@ def best_synthetic(
 def best_real(
     subject: Subject, latents: Sequence[int], *, length: int
 ) -> list[dict[str, Any]]:
-    """For each latent the `length` tokens up to its highest activation in the text:
+    """The `length` tokens up to the highest activation of each latent in the text:
     what follows cannot matter to a causal model; what precedes them did."""
     best: list[dict[str, Any]] = [{} for _ in latents]
     with progress.bar(len(subject.tokens), unit="contexts") as bar:
@@ -127,8 +127,8 @@ def best_real(
 def peak(
     f: Float[np.ndarray, "contexts time"], mu: Float[np.ndarray, "contexts time"]
 ) -> tuple[int, int]:
-    """Where the latent is highest: by activation, and where it never fires (f = 0) by
-    pre-activation."""
+    """The place where the latent is highest: by activation, or by pre-activation where
+    it never fires (f = 0)."""
     best = np.lexsort((mu.ravel(), f.ravel()))[-1]
     context, position = np.unravel_index(best, f.shape)
     return int(context), int(position)

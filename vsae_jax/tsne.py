@@ -206,8 +206,8 @@ def _silhouettes(
     embedding: Float[np.ndarray, "n 2"],
     cluster: Int[np.ndarray, " n"],
 ) -> dict[str, float]:
-    """Of the same clusters in the space that was embedded and in two dimensions, where
-    k-means drew their borders."""
+    """Silhouettes of the same clusters in the space that was embedded and in the two
+    dimensions in which k-means drew their borders."""
     from sklearn.metrics import silhouette_score
 
     spaces = {"silhouette_original": points, "silhouette_2d": embedding}

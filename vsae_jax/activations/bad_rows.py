@@ -35,7 +35,7 @@ class LeftOut(NamedTuple):
     why: str
 
     def described(self) -> str:
-        """For a run's config: how many rows, and which by their hash."""
+        """The entry of a run's config: how many rows, and a hash of which."""
         digest = hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
         return f"{len(self.rows)} rows, sha256 {digest[:16]}"
 
@@ -57,8 +57,8 @@ class Check:
         return rows
 
     def bad(self, rows: Float[np.ndarray, "rows d_model"]) -> Bool[np.ndarray, " rows"]:
-        """Which rows are. Without their sign, floats are ordered as their bits are, and
-        infinity and NaN come last: one comparison finds all."""
+        """The mask of the bad rows. Without their sign floats are ordered as their bits
+        are, and infinity and NaN come last: one comparison finds all."""
         whole = np.dtype(f"u{rows.dtype.itemsize}")
         signed = np.dtype(f"i{rows.dtype.itemsize}")
         sign = whole.type(1 << (8 * rows.dtype.itemsize - 1))

@@ -65,7 +65,7 @@ class Piece(NamedTuple):
 def blocks(
     contexts: Iterator[Int[np.ndarray, " context_length"]], *, total: int, size: int
 ) -> Iterator[Tokens]:
-    """At most `total` contexts, stacked by `size`."""
+    """Stacks of `size` contexts, `total` contexts at most."""
     contexts = itertools.islice(contexts, total)
     while block := list(itertools.islice(contexts, size)):
         yield np.stack(block)

@@ -25,7 +25,7 @@ BLOCKS_IN_GROUP = 8
 
 
 class Part(NamedTuple):
-    """Of every `batch` rows of a stream the rows `start` to `stop`."""
+    """The rows `start` to `stop` of every `batch` rows of a stream."""
 
     batch: int
     start: int

@@ -62,7 +62,7 @@ def column_sums(a: Float[Array, "n o"]) -> Float[Array, " o"]:
 
 
 def column_counts(mask: Bool[Array, "n o"]) -> Float[Array, " o"]:
-    """How many of each column are True. Made of bits: XLA is slow to convert."""
+    """The number of True in each column. Made of bits: XLA is slow to convert."""
     one = jnp.uint16(0x3F80)
     bits = jnp.where(mask, one, jnp.uint16(0))
     return column_sums(lax.bitcast_convert_type(bits, jnp.bfloat16))

@@ -115,8 +115,8 @@ class Reader:
     def row_scale(
         self, x: Float[Array | np.ndarray, "rows d_model"]
     ) -> Float[Array, "rows 1"]:
-        """By how much a latent adds more to a row than its direction: the standard
-        deviation that a LayerNorm took away, else 1."""
+        """The factor by which a latent adds more to a row than its direction: the
+        standard deviation that a LayerNorm took away, else 1."""
         if not self.layer_norm:
             return jnp.ones((len(x), 1))
         return normalise_rows(jnp.asarray(x, jnp.float32))[2]

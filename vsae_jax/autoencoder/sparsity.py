@@ -65,8 +65,8 @@ def top_k_count(
 
 
 def compiler_options() -> dict[str, str] | None:
-    """For what is compiled around `keep_top_k`: on a CPU XLA would store each
-    comparison of a counting pass before it adds."""
+    """Options of XLA for what is compiled around `keep_top_k`: on a CPU it would store
+    each comparison of a counting pass before it adds."""
     if jax.default_backend() != "cpu":
         return None
     return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}

@@ -165,7 +165,7 @@ def _losses(
     *,
     underflow: bool,
 ) -> list[Losses]:
-    """Of the clean stream and of each of `streams`, over the tokens that count.
+    """Sums for the clean stream and for each of `streams`, over the tokens that count.
     SAEBench takes the log of a softmax, which underflows."""
     unreduced = lm.losses_from([clean, *streams], layer, tokens, underflow=underflow)
     each = (np.asarray(a, np.float64) for a in unreduced)

@@ -71,7 +71,7 @@ class Autoencoder:
 
     @property
     def variables(self) -> dict[str, dict[str, Any]]:
-        """As `sae.encode` takes it."""
+        """The arrays, as `sae.encode` takes them."""
         return {"params": self.params, "norm": {"scale": self.scale, "mean": self.mean}}
 
 

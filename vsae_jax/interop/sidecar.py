@@ -143,7 +143,7 @@ def _head(ae: Autoencoder, path: Path) -> dict[str, np.ndarray]:
 
 
 def _with_run(ae: Autoencoder, run: dict[str, Any], path: Path) -> Autoencoder:
-    """With the run's own config, which has to be of these weights."""
+    """The autoencoder with the run's own config, which has to be of these weights."""
     data, train = run.get("data"), run.get("train")
     if not isinstance(data, dict) or not isinstance(train, dict | None):
         raise UserError(f"{path}: its run has no data, or train is no object")

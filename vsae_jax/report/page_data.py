@@ -80,7 +80,7 @@ def core_metrics(folder: Path) -> dict[str, float] | None:
 
 
 def training_curves(path: Path) -> dict[str, list] | None:
-    """At most 400 points of each curve of metrics.jsonl."""
+    """Curves of metrics.jsonl, of at most 400 points each."""
     if not path.is_file():
         return None
     try:

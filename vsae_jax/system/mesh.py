@@ -82,13 +82,13 @@ def check(mesh: Mesh | None, *, d_sae: int, batch_size: int) -> None:
 
 
 def name(mesh: Mesh | None) -> str:
-    """As one would give it to `--mesh`."""
+    """The mesh as one would give it to `--mesh`."""
     shape = {"data": 1} if mesh is None else mesh.shape
     return ",".join(f"{axis}:{size}" for axis, size in shape.items())
 
 
 def shards(axis: str) -> int:
-    """Into how many parts the program that is being traced cuts what lies on `axis`."""
+    """The number of parts into which the program being traced cuts `axis`."""
     return jax.sharding.get_abstract_mesh().shape.get(axis, 1)
 
 

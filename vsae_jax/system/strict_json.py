@@ -32,7 +32,7 @@ def parse_object(data: bytes, path: Path, *, strict: bool = True) -> dict[str, A
 
 
 def refuse_constant(name: str) -> None:
-    """For `json.loads`: NaN and infinity are no JSON."""
+    """Raises for NaN and infinity, which are no JSON; a hook of `json.loads`."""
     raise ValueError(f"{name} is not a finite number")
 
 

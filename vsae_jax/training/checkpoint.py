@@ -166,8 +166,8 @@ class Checkpoints:
 
 
 def _sha256(plain: Any) -> str | None:
-    """Of all arrays' bytes, in the tree's order; None where other processes have some
-    of them: no process gathers a state."""
+    """SHA-256 of every array, in the tree's order; None where the state is spread over
+    processes: none of them gathers it."""
     if processes.count() > 1:
         return None
     digest = hashlib.sha256()

@@ -28,7 +28,7 @@ _SHARE = 0.8
 
 
 class Arm(NamedTuple):
-    """What tells one arm from another: static switches, numbers, state."""
+    """An arm: its static switches, its numbers, its state."""
 
     config: SAEConfig
     numbers: Numbers

@@ -54,8 +54,8 @@ def normed(held: dict[str, Array], config: SAEConfig) -> dict[str, Array]:
 
 
 def shardings(tree: Any, mesh: Mesh | None) -> Any:
-    """Where each array of a training state (or of numbers) lies; with several arms the
-    leading axis, over them, is not split."""
+    """The place of each array of a training state (or of numbers). With several arms
+    the leading axis, over them, is not split."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         if mesh is None:

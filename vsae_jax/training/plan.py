@@ -49,7 +49,8 @@ _OF_MANIFEST = (
 
 
 class PlannedRun(NamedTuple):
-    """What to train, on what, where it goes, and on which devices (None: on one).
+    """A run, resolved: what to train, on what, where it goes, on which devices (None:
+    on one).
 
     asked: the config before its unset fields were filled. left_out: rows that are not
     trained on.
@@ -237,7 +238,7 @@ def _lasting(part: Any) -> dict[str, Any]:
 
 
 def first_b_dec(planned: PlannedRun, sample: jax.Array) -> jax.Array | None:
-    """Where b_dec starts, in normalised units, from raw rows; None is 0."""
+    """The first b_dec, in normalised units, from raw rows; None for 0."""
     if planned.train.b_dec_init != "geometric_median":
         return None
     scale, mean = _input_norm(planned)

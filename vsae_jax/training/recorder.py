@@ -40,7 +40,7 @@ class Watch:
 
     @property
     def folder(self) -> Path:
-        """Of the run, or of the grid."""
+        """The run's folder; for a grid, the folder above its arms."""
         first = self.jobs[0].folder
         return first if len(self.jobs) == 1 else first.parent
 
@@ -102,7 +102,8 @@ class Watch:
 
 
 def _readings(group: Group) -> tuple[Any, Any, Numbers]:
-    """What a log line needs, of every arm of a group."""
+    """Sums, share of dead latents and numbers of every arm of a group: a line needs
+    no more."""
     limit = jnp.expand_dims(group.numbers["dead_after_tokens"], -1)
     dead = jnp.mean(dead_latents(group.state.rows_since_fired, limit), axis=-1)
     return group.state.totals, dead, group.numbers

@@ -173,7 +173,7 @@ def _different(
 
 
 def _caption(lines: Lines, arms: Sequence[Arm]) -> str:
-    """How to read it: how many seeds a point is of."""
+    """The caption: how many seeds a point is the mean of."""
     seeds = sorted({len(s) for s in arms_module.series_of(arms).values()})
     one_k = lines.over_k and len({arm.settings["k"] for arm in arms}) == 1
     point, spread = ("Dot", "Bar") if one_k else ("Line", "Band")

@@ -27,7 +27,7 @@ slow:
 	$(PYTHON) -m pytest -m slow
 
 study:
-	$(PYTHON) -m pytest -m study
+	$(PYTHON) -m pytest -m study -n 0
 
 # Kills, signals, full disks, damage, hostile input: all of it (FAULTS_KILLS=50 each).
 faults:

@@ -19,7 +19,13 @@ from tiny_runs import (  # noqa: F401  fixtures, each made once a session
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-PROGRAMS = tempfile.mkdtemp(prefix="vsae_jax_programs_")
+# pytest-xdist's workers share the folder of the process that started them.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+PROGRAMS = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if WORKER
+    else tempfile.mkdtemp(prefix="vsae_jax_programs_")
+)
 jax.config.update("jax_compilation_cache_dir", PROGRAMS)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -31,8 +37,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers for `-n auto`: a few for the whole suite, none for what is named."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(os.cpu_count() or 1, 4) if whole else 0
+
+
 def pytest_unconfigure():
-    shutil.rmtree(PROGRAMS, ignore_errors=True)
+    if not WORKER:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -12,13 +12,13 @@ from threading import Thread
 import numpy as np
 import pytest
 from autoencoders import make, write
-from test_lm_neox import ROOT
 
 from vsae_jax import interop
 from vsae_jax.interop import hub as sae_hub
 from vsae_jax.system.errors import UserError
 
 EXPORTED = ("cfg.json", "sae_weights.safetensors", "vsae_jax_export.json")
+ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vsae_jax.config import DemoConfig, EvalConfig, ExtractConfig, TrainConfig, cli
-from vsae_jax.config.fields import flag
+from vsae_jax.config.fields import REQUIRED, flag
 from vsae_jax.system.errors import Interrupted, UserError
 
 
@@ -181,7 +181,8 @@ def test_help_has_every_flag_with_its_help_and_default(config_class, flag_name, 
             i for i, line in enumerate(lines) if line.startswith(f"  --{field.name}=")
         )
         assert field.metadata["help"] in lines[at + 1]
-        assert "(default: " in lines[at + 1]
+        required = field.metadata.get("default_help") == REQUIRED
+        assert ("(required)" if required else "(default: ") in lines[at + 1]
         assert ("comma list" in lines[at]) == field.metadata.get("sweep", False)
 
 

@@ -17,6 +17,8 @@ from safetensors import safe_open
 import vsae_jax
 from vsae_jax import __main__ as package
 from vsae_jax.config import cli
+from vsae_jax.config.fields import REQUIRED
+from vsae_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -90,7 +92,22 @@ def test_help_lists_each_flag_with_its_default(command, monkeypatch):
     for field in dataclasses.fields(config_class):
         line = text.partition(f"\n  --{field.name}=")[2].split("\n  --")[0]
         assert field.metadata["help"] in line, field.name
-        assert "(default: " in line, field.name
+        required = field.metadata.get("default_help") == REQUIRED
+        assert ("(required)" if required else "(default: ") in line, field.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_required_flag_is_asked_for_by_its_name(command, monkeypatch):
+    config_class = config_of(command, monkeypatch)
+    names = [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.metadata.get("default_help") == REQUIRED
+    ]
+    for name in names:
+        others = {other: "0" for other in names if other != name}
+        with pytest.raises(UserError, match=f"--{name}"):
+            config_class(**others)
 
 
 def test_the_package_lists_its_commands(monkeypatch, capsys):

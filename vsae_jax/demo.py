@@ -49,6 +49,11 @@ def run(config: DemoConfig) -> dict[str, dict[str, Any]]:
     print(f"\n{evaluate.table(results)}\n\n{verdict(results)}\n")
     for name in results:
         print(f"{out / name}: config.json, metrics.jsonl, sae.safetensors, evals/")
+    first, second = list(results)[:2]
+    print(
+        f"\nSee what they fire on: python -m vsae_jax.dashboard --run={out / first} "
+        f"--compare={out / second} --out={out / 'both.html'}"
+    )
     return results
 
 

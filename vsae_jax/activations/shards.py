@@ -75,7 +75,8 @@ class Activations:
         if manifest is None:
             raise UserError(
                 f"no activations in {folder}; make them with: "
-                f"python -m vsae_jax.extract --out={folder}"
+                f"python -m vsae_jax.extract --out={folder}, or name another folder "
+                "by --activations"
             )
         if not manifest.complete:
             raise UserError(

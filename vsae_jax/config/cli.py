@@ -19,6 +19,7 @@ from typing import Any, Literal
 import jax
 from absl import flags
 
+from vsae_jax.config.fields import REQUIRED, as_flag
 from vsae_jax.system.errors import Interrupted, UserError, one_line
 
 # How XLA begins to say that an allocation failed.
@@ -116,9 +117,10 @@ def help_text(config_class: type) -> str:
         kind = _Parser(hints[field.name], sweep=False).syntax()
         many = " (takes a comma list)" if field.metadata.get("sweep") else ""
         default = field.metadata.get("default_help", field.default)
-        default = "none" if default in (None, "") else _as_flag(default)
+        default = "none" if default in (None, "") else as_flag(default)
+        note = REQUIRED if default == REQUIRED else f"default: {default}"
         lines.append(f"  --{field.name}={kind}{many}")
-        lines.append(f"      {field.metadata['help']} (default: {default})")
+        lines.append(f"      {field.metadata['help']} ({note})")
     parts = (["", f"{group}:", *lines] for group, lines in groups.items())
     return "\n".join([inspect.getdoc(config_class) or "", *itertools.chain(*parts)])
 
@@ -187,11 +189,6 @@ def _syntax(option: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(option))
     names = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names[option]
-
-
-def _as_flag(value: Any) -> str:
-    """A default as one would type it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _unknown_flag(name: str, known: list[str]) -> str:

@@ -3,22 +3,31 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.system.errors import UserError
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
     """Converts a trained autoencoder between a run folder and the files of SAELens,
-    dictionary_learning, sparsify and OpenAI."""
+    dictionary_learning, sparsify and OpenAI.
+
+    python -m vsae_jax.convert --input=runs/topk --to=saelens --out=my-sae
+    """
 
     input: str = flag(
-        "run folder, folder of another library (recognised by its files), or hub id", ""
+        "run folder, folder of another library (recognised by its files), or hub id",
+        "",
+        default_help=REQUIRED,
     )
     to: Literal["saelens", "dictionary_learning", "sparsify", "openai", "vsae_jax"] = (
         flag("format to write", "saelens")
     )
-    out: str = flag("new folder to write, with a model card, ready to upload", "")
+    out: str = flag(
+        "new folder to write, with a model card, ready to upload",
+        "",
+        default_help=REQUIRED,
+    )
     revision: str = flag("hub revision of --input: branch, tag or commit", "")
     activations: str = flag(
         "folder that extract wrote, for the self-check; unset: the run's, or generated",

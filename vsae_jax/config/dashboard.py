@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
-from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, MODEL_DIFFERS
 from vsae_jax.system.errors import UserError
 
@@ -12,9 +12,16 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class DashboardConfig:
     """Writes one self-contained HTML page of a run's latents; with --compare of two
-    runs, their latents matched. Makes `features/` first where it is not there."""
+    runs, their latents matched. Makes `features/` first where it is not there.
 
-    run: str = flag("run folder, or a folder of any format that convert reads", "")
+    python -m vsae_jax.dashboard --run=runs/topk --compare=runs/vsae --out=both.html
+    """
+
+    run: str = flag(
+        "run folder, or a folder of any format that convert reads",
+        "",
+        default_help=REQUIRED,
+    )
     compare: str = flag("another such folder, to show beside it", "")
     out: str = flag("the page; unset: dashboard.html in the run folder", "")
     features: str = flag(

@@ -8,7 +8,10 @@ from vsae_jax.config.fields import check_at_least, flag
 @dataclass(frozen=True)
 class DemoConfig:
     """Extracts, trains three autoencoders and evaluates them, offline, in about two
-    minutes on two cores."""
+    minutes on two cores.
+
+    python -m vsae_jax.demo --out=demo
+    """
 
     out: str = flag("folder for everything the demo writes", "demo")
     steps: int = flag("optimizer steps of each autoencoder", 800)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
-from vsae_jax.config.fields import check_at_least, check_below, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, check_below, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
     BACKEND,
@@ -17,10 +17,15 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class EvalConfig(OpenOptions):
     """Evaluates trained runs, or autoencoders in the files of another library, with the
-    language model in the loop on held-out text."""
+    language model in the loop on held-out text.
+
+    python -m vsae_jax.evaluate --run=runs/grid --evals=core,absorption
+    """
 
     run: str = flag(
-        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+        "run folder, a grid's folder, or a folder of any format that convert reads",
+        "",
+        default_help=REQUIRED,
     )
     evals: str = flag(
         "comma list of core, sparse_probing, scr, tpp and absorption", "core"

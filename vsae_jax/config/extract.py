@@ -20,7 +20,10 @@ LM_DTYPE = (
 @dataclass(frozen=True)
 class ExtractConfig:
     """Runs a language model over text once and writes its residual activations to
-    memory-mapped NumPy shards."""
+    memory-mapped NumPy shards.
+
+    python -m vsae_jax.extract --model=gpt2 --backend=jax --layer=5 --dataset=my.jsonl
+    """
 
     preset: Preset = flag("whose settings to use where a flag is unset", "paper")
     model: str = flag("hub id or local folder", "EleutherAI/pythia-70m-deduped")

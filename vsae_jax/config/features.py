@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
-from vsae_jax.config.fields import check_at_least, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
     BACKEND,
@@ -20,10 +20,15 @@ SAMPLED_FIRINGS = 100
 @dataclass(frozen=True)
 class FeaturesConfig(OpenOptions):
     """Finds what every latent fires on and which tokens it makes likely, in one pass
-    over held-out activations."""
+    over held-out activations.
+
+    python -m vsae_jax.features --run=runs/topk
+    """
 
     run: str = flag(
-        "run folder, a grid's folder, or a folder of any format that convert reads", ""
+        "run folder, a grid's folder, or a folder of any format that convert reads",
+        "",
+        default_help=REQUIRED,
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
     revision: str = flag("hub revision; unset: the manifest's", "")

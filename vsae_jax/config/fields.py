@@ -8,6 +8,8 @@ from typing import Any
 from vsae_jax.system.errors import UserError
 
 _FLOAT32_END = 2.0**128
+# The `default_help` of a flag without which a command does nothing.
+REQUIRED = "required"
 
 
 def flag(
@@ -30,6 +32,11 @@ def flag(
     if default_help is not None:
         metadata["default_help"] = default_help
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def as_flag(value: Any) -> str:
+    """A value as one would type it after a flag."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def traced(config: Any) -> dict[str, int | float]:

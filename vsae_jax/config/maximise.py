@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vsae_jax.config.fields import check_above_zero, check_at_least, flag
+from vsae_jax.config.fields import REQUIRED, check_above_zero, check_at_least, flag
 from vsae_jax.config.opening import ACTIVATIONS, LAYER, MODEL_DIFFERS, OpenOptions
 from vsae_jax.system.errors import UserError
 
@@ -10,10 +10,19 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class MaximiseConfig(OpenOptions):
     """Finds tokens that fire chosen latents, by gradient ascent through the language
-    model, and shows them beside the best real text."""
+    model, and shows them beside the best real text.
 
-    run: str = flag("run folder, or a folder of any format that convert reads", "")
-    latents: str = flag("comma list of latents, such as 3,17", "")
+    python -m vsae_jax.maximise --run=runs/topk --latents=3,17
+    """
+
+    run: str = flag(
+        "run folder, or a folder of any format that convert reads",
+        "",
+        default_help=REQUIRED,
+    )
+    latents: str = flag(
+        "comma list of latents, such as 3,17", "", default_help=REQUIRED
+    )
     length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
     steps: int = flag("steps of gradient ascent", 200)
     restarts: int = flag("random starts, climbed at once; the best is reported", 16)

@@ -11,7 +11,7 @@ row, the preset, the preset's own row for that variant, the user's flag.
 
 from typing import Any, Literal
 
-from vsae_jax.config.fields import flag
+from vsae_jax.config.fields import as_flag, flag
 
 Preset = Literal["paper", "released", "baseline"]
 Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
@@ -156,11 +156,12 @@ def default_help(name: str, *, table: str) -> str:
 def _grouped(rows: dict[str, dict[str, Any]]) -> str:
     """`0.1; released 1.0`: the commonest value, then the presets and, where those of a
     preset differ, the variants that have another."""
-    texts = [str(value) for row in rows.values() for value in row.values()]
+    rows = {p: {v: as_flag(x) for v, x in row.items()} for p, row in rows.items()}
+    texts = [text for row in rows.values() for text in row.values()]
     common = max(texts, key=texts.count)
     parts = [common]
     for preset, row in rows.items():
-        if len(set(map(str, row.values()))) == 1:
+        if len(set(row.values())) == 1:
             row = {"": next(iter(row.values()))}
-        parts += [f"{preset} {v} {x}" for v, x in row.items() if str(x) != common]
+        parts += [f"{preset} {v} {text}" for v, text in row.items() if text != common]
     return "; ".join(" ".join(part.split()) for part in parts)

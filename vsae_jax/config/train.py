@@ -36,7 +36,7 @@ class TrainConfig:
     """
 
     activations: str = flag(
-        "folder that extract wrote; unset: its default place",
+        "folder that extract wrote; unset: where extract writes without flags",
         "",
         runtime=True,
         group="data",

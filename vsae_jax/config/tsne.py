@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vsae_jax.config.fields import check_at_least, check_below, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, check_below, flag
 from vsae_jax.config.opening import ACTIVATIONS, LAYER, OpenOptions
 from vsae_jax.system.errors import UserError
 
@@ -11,9 +11,16 @@ from vsae_jax.system.errors import UserError
 @dataclass(frozen=True)
 class MapConfig(OpenOptions):
     """Maps the latents to two dimensions by t-SNE and measures how they lie; for a
-    grid, one table over seeds."""
+    grid, one table over seeds.
 
-    run: str = flag("run folder, a grid's folder, or one that convert reads", "")
+    python -m vsae_jax.tsne --run=runs/grid
+    """
+
+    run: str = flag(
+        "run folder, a grid's folder, or one that convert reads",
+        "",
+        default_help=REQUIRED,
+    )
     points: Literal["activations", "decoder"] = flag(
         "what a latent is: its standardised activations, or its decoder row",
         "activations",

@@ -41,7 +41,10 @@ def test_what_is_found_is_said_with_what_can_be_done(planted):
     assert "dimension 3 has" in said
     assert "4.00% above 3, 1.00% above 5, 1.00% above 10" in said
     assert "are of 'a' 75%, 'b' 25%; 82% are the first of their context" in said
-    assert "--max_norm_multiple=10" in said
+    assert "--max_norm_multiple=10 leaves 1.00% of the rows out" in said
+    found = massive.look(*planted)._replace(above={3: 0.02, 5: 0.01, 10: 0.0})
+    said = massive.described(found, str)
+    assert "--max_norm_multiple=5 leaves 1.00%" in said
 
 
 def test_ordinary_rows_are_one_line_without_a_note():

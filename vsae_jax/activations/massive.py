@@ -98,9 +98,16 @@ def described(found: Massive, name: Callable[[int], str]) -> str:
             f"{found.first_share:.0%} are the first of their context"
         )
     if found.variance_share > _LARGE_SHARE or found.above[_LARGE_MULTIPLE]:
+        # The largest multiple that some rows are above: a larger one leaves none out.
+        reached = [n for n, share in found.above.items() if share]
+        way = ""
+        if reached:
+            share = found.above[max(reached)]
+            way = f"train --max_norm_multiple={max(reached)} leaves {share:.2%} of the "
+            way += "rows out, and "
         lines.append(
             "note: explained variance and the scale of the input will speak mostly of "
-            "these; train --max_norm_multiple=10 leaves rows out, and evaluate's "
-            "explained_variance_standardised and _ordinary_rows look past them"
+            f"these; {way}evaluate's explained_variance_standardised and "
+            "_ordinary_rows look past them"
         )
     return "\n".join(lines)

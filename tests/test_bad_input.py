@@ -83,7 +83,7 @@ FLAGS = [
     ("train", {"preset": "papr"}, ["--preset=papr", "released"]),
     ("train", {"preset": "released"}, ["--preset=released", "--center_residual=true"]),
     ("train", {"seed": -1}, ["--seed=-1", "at least 0"]),
-    ("train", {"data_seed": "0,1"}, ["--data_seed=0,1", "one value"]),
+    ("train", {"data_seed": "0,1"}, ["--data_seed=0,1", "takes one INTEGER"]),
     ("train", {"k_aux": 40}, ["--k_aux=40", "d_sae=32"]),
     ("train", {"mesh": "data:3"}, ["--mesh=data:3", "3 devices and there are 1"]),
     ("train", {"mesh": "rows:1"}, ["--mesh=rows:1", "data and latents"]),

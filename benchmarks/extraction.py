@@ -47,8 +47,8 @@ class ExtractionConfig:
     backend: Literal["all", "jax", "transformers"] = flag(
         "all: jax, and transformers where torch is installed", "all"
     )
-    layer: int = flag("block whose output is kept, from 0", 0, sweep=True)
-    batch_size: int = flag("contexts in a forward pass", 32, sweep=True)
+    layer: int = flag("block whose output is kept, from 0", 0, grid=True)
+    batch_size: int = flag("contexts in a forward pass", 32, grid=True)
     context_length: int = flag("tokens in a context", 128)
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
         "of the rows on disk", "bfloat16"

@@ -32,7 +32,7 @@ class InputConfig:
         "folder that extract wrote",
         f"activations/pythia-70m-deduped/{hook_name(0)}",
     )
-    batch_size: int = flag("rows in a batch", 1024, sweep=True)
+    batch_size: int = flag("rows in a batch", 1024, grid=True)
     epochs: int = flag("that are counted, after one that is not", 2)
     step_ms: int = flag("ms that each batch is waited over, as a step would take", 0)
     prefetch: bool = flag("the next group is loaded in a thread", True)

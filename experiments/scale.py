@@ -125,7 +125,7 @@ def row(case: ScaleConfig) -> str:
 
 
 def compile_step(case: ScaleConfig) -> Any:
-    """The compiled dispatch of one step, as `sweep.compile_pass` makes it."""
+    """The compiled dispatch of one step, as `groups.compile_pass` makes it."""
     mesh = of_devices(jax.devices()[: _size(case.mesh)], case.mesh)
     config = resolve_train(
         TrainConfig(

@@ -183,7 +183,7 @@ def test_help_has_every_flag_with_its_help_and_default(config_class, flag_name, 
         assert field.metadata["help"] in lines[at + 1]
         required = field.metadata.get("default_help") == REQUIRED
         assert ("(required)" if required else "(default: ") in lines[at + 1]
-        assert ("comma list" in lines[at]) == field.metadata.get("sweep", False)
+        assert ("comma list" in lines[at]) == field.metadata.get("grid", False)
 
 
 def test_help_says_defaults_as_one_types_them():
@@ -194,7 +194,7 @@ def test_help_says_defaults_as_one_types_them():
         zero: float = flag("zero", 0.0)
         off: bool = flag("off", False)
         unset: str = flag("unset", "")
-        word: Literal["a", "b"] = flag("word", "b", sweep=True)
+        word: Literal["a", "b"] = flag("word", "b", grid=True)
 
     assert cli.help_text(Config).splitlines() == [
         "What it is for.",

@@ -397,7 +397,7 @@ def test_labels_and_spreads():
     assert arms_module.spread([1.0, None]) == arms_module.spread([]) == "-"
 
 
-def test_series_of_other_sweeps_stay_apart(tiny_grid):
+def test_series_of_other_grids_stay_apart(tiny_grid):
     found = arms_module.open_arms(tiny_grid)
     labels = [arms_module.label(s) for s in arms_module.series_of(found)]
     assert labels == [

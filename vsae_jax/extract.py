@@ -1,6 +1,6 @@
 """Text -> language model -> shards: `python -m vsae_jax.extract`.
 
-Killed and started again it goes on; see `residuals` for how the shards are made.
+Killed and started again it goes on; activations/extraction.py makes the shards.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Activations on disk: a manifest and memory-mapped NumPy shards.
 
-    manifest.json           see vsae_jax.manifest
+    manifest.json           see activations/manifest.py
     activations-00000.npy   [rows, d_model]; bfloat16 as its raw 2-byte values (uint16)
     tokens-00000.npy        [contexts, context_length] int32
 

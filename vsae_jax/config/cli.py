@@ -98,7 +98,7 @@ def flag_values(config_class: type) -> flags.FlagValues:
     values = flags.FlagValues()
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        parser = _Parser(hints[field.name], sweep=field.metadata.get("sweep", False))
+        parser = _Parser(hints[field.name], grid=field.metadata.get("grid", False))
         flag = flags.Flag(
             parser, None, field.name, None, field.metadata["help"], allow_override=True
         )
@@ -114,8 +114,8 @@ def help_text(config_class: type) -> str:
     groups: dict[str, list[str]] = {}
     for field in dataclasses.fields(config_class):
         lines = groups.setdefault(field.metadata.get("group", "flags"), [])
-        kind = _Parser(hints[field.name], sweep=False).syntax()
-        many = " (takes a comma list)" if field.metadata.get("sweep") else ""
+        kind = _Parser(hints[field.name], grid=False).syntax()
+        many = " (takes a comma list)" if field.metadata.get("grid") else ""
         default = field.metadata.get("default_help", field.default)
         default = "none" if default in (None, "") else as_flag(default)
         note = REQUIRED if default == REQUIRED else f"default: {default}"
@@ -126,19 +126,19 @@ def help_text(config_class: type) -> str:
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads one value, or with `sweep` a comma list of values, of a field's type."""
+    """Reads one value, or with `grid` a comma list of values, of a field's type."""
 
-    def __init__(self, hint: Any, *, sweep: bool):
+    def __init__(self, hint: Any, *, grid: bool):
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         self.options = typing.get_args(hint) if union else (hint,)
         self.options = tuple(o for o in self.options if o is not type(None))
-        self.sweep = sweep
+        self.grid = grid
         self.boolean = bool in self.options
 
     def parse(self, argument: Any) -> Any:
         if not isinstance(argument, str):
             return argument
-        if not self.sweep or "," not in argument:
+        if not self.grid or "," not in argument:
             return self._one(argument)
         values = tuple(self._one(part.strip()) for part in argument.split(","))
         if len(set(values)) != len(values):
@@ -151,7 +151,7 @@ class _Parser(flags.ArgumentParser):
                 return _convert(text, option)
             except ValueError:
                 continue
-        if "," in text and not self.sweep:
+        if "," in text and not self.grid:
             raise ValueError(f"{text!r} is a list; it takes one {self.syntax()}")
         raise ValueError(f"{text!r} is not {self.syntax()}")
 

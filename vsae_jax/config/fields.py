@@ -16,19 +16,19 @@ def flag(
     help: str,
     default: Any = None,
     *,
-    sweep: bool = False,
+    grid: bool = False,
     runtime: bool = False,
     traced: bool = False,
     default_help: str | None = None,
     group: str = "flags",
 ) -> Any:
-    """A config field that is also a command-line flag. `sweep`: it takes a comma list;
+    """A config field that is also a command-line flag. `grid`: it takes a comma list;
     `runtime`: it leaves the result of a run as it is; `traced`: it is a number of the
     compiled step, which changing it does not recompile; `default_help`: what `--help`
     says of the default where that is not the field's own; `group`: the heading that it
     stands under there."""
     metadata: dict[str, Any] = {"help": help, "group": group}
-    metadata |= {"sweep": sweep, "runtime": runtime, "traced": traced}
+    metadata |= {"grid": grid, "runtime": runtime, "traced": traced}
     if default_help is not None:
         metadata["default_help"] = default_help
     return dataclasses.field(default=default, metadata=metadata)

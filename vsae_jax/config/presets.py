@@ -125,7 +125,7 @@ def preset_flag(
     default = default_help(name, table=table)
     return flag(
         help,
-        sweep=table == "train",
+        grid=table == "train",
         traced=traced,
         default_help=default,
         group=group,

@@ -50,11 +50,11 @@ class TrainConfig:
     preset: Preset = flag(
         "whose settings to use where a flag is unset",
         "paper",
-        sweep=True,
+        grid=True,
         group="autoencoder",
     )
     variant: Variant = flag(
-        "which autoencoder", "vsae_topk", sweep=True, group="autoencoder"
+        "which autoencoder", "vsae_topk", grid=True, group="autoencoder"
     )
     k: int = preset_flag("k", "latents kept per row", group="autoencoder", traced=True)
     beta: float = preset_flag(
@@ -71,9 +71,7 @@ class TrainConfig:
         group="optimisation",
         traced=True,
     )
-    seed: int = flag(
-        "of the weights and the noise", 0, sweep=True, group="optimisation"
-    )
+    seed: int = flag("of the weights and the noise", 0, grid=True, group="optimisation")
     data_seed: int = flag("of the order of the rows", 0, group="data")
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "of the matrix products; auto: bfloat16 on a GPU, else float32",

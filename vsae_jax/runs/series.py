@@ -17,7 +17,7 @@ Series = dict[tuple[tuple[str, Any], ...], list["Arm"]]
 
 
 class Arm(NamedTuple):
-    """A run folder and what it was asked for: variant, k, and what its grid sweeps."""
+    """A run folder and what it was asked for: variant, k, and what its grid varies."""
 
     folder: Path
     settings: Mapping[str, Any]

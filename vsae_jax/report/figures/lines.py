@@ -1,7 +1,7 @@
 """Lines over k or over the number of ablated latents: the paper's figures 3, 4, 5.
 
 A line is the mean over seeds, the band around it goes from the lowest to the highest
-seed. One colour a variant (or whatever else a grid sweeps), one line style a k.
+seed. One colour a variant (or whatever else a grid varies), one line style a k.
 """
 
 import re

@@ -467,7 +467,7 @@ def test_notes_are_printed_and_stand_beside_the_scores(
 
 def subject_like(trained, language_model, **changes) -> Any:
     """A subject of a model that says other things of itself."""
-    names = "name revision max_positions bos_id special_ids d_model residual".split()
+    names = "name files max_positions bos_id special_ids d_model residual".split()
     said = {name: getattr(language_model, name) for name in names}
     other = SimpleNamespace(**said | changes)
     return Subject(trained, other, np.zeros((1, 16), int), 2, {})

@@ -49,7 +49,7 @@ def _autocast(task: Task):
 
 def dictionary_learning(task: Task, rows: torch.Tensor) -> Step:
     """`TopKTrainer.update`; under autocast as its `trainSAE` does it on a GPU."""
-    trainer = _dictionary_learning(task, "top_k").TopKTrainer(
+    trainer = trainer_module(task.checkout, "top_k").TopKTrainer(
         steps=TRAINING_STEPS,
         activation_dim=rows.shape[-1],
         dict_size=task.d_sae,
@@ -63,7 +63,7 @@ def dictionary_learning(task: Task, rows: torch.Tensor) -> Step:
 
 def authors_topk(task: Task, rows: torch.Tensor) -> Step:
     """`TopKTrainer.update` of the paper's authors, parameters in float32."""
-    library = _dictionary_learning(task, "top_k")
+    library = trainer_module(task.checkout, "top_k")
     device = torch.device("cpu")
     trainer = library.TopKTrainer(
         model_config=library.TopKConfig(
@@ -78,7 +78,7 @@ def authors_topk(task: Task, rows: torch.Tensor) -> Step:
 
 def authors_vsae_topk(task: Task, rows: torch.Tensor) -> Step:
     """`VSAETopKTrainer.update` of the paper's authors, parameters in float32."""
-    library = _dictionary_learning(task, "vsae_topk")
+    library = trainer_module(task.checkout, "vsae_topk")
     device = torch.device("cpu")
     trainer = library.VSAETopKTrainer(
         model_config=library.VSAETopKConfig(
@@ -101,13 +101,13 @@ def _update(task: Task, trainer: Any) -> Step:
     return step
 
 
-def _dictionary_learning(task: Task, trainer: str) -> types.ModuleType:
+def trainer_module(checkout: str, trainer: str) -> types.ModuleType:
     """One trainer's module. Of a checkout the packages' `__init__` files are passed
     over: they import nnsight and transformer_lens, which no trainer here uses."""
-    if task.checkout:
-        folder = Path(task.checkout) / "dictionary_learning"
+    if checkout:
+        folder = Path(checkout) / "dictionary_learning"
         if not (folder / "trainers" / f"{trainer}.py").is_file():
-            raise ImportError(f"no dictionary_learning/trainers in {task.checkout}")
+            raise ImportError(f"no dictionary_learning/trainers in {checkout}")
         for name, path in (("", folder), (".trainers", folder / "trainers")):
             package = types.ModuleType("dictionary_learning" + name)
             package.__path__ = [str(path)]

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import table, train_step
+from benchmarks import released, table, train_step
 from benchmarks.gpu_cases import Case
 from benchmarks.grid import GridConfig
+from benchmarks.released import ReleasedConfig
 from benchmarks.table import Timed
 from benchmarks.train_step import Shape, StepConfig
 from benchmarks.turns import Task, Worker, WorkerEnded
@@ -145,6 +146,59 @@ def test_bad_flags_are_refused(flags, message):
 def test_a_grid_needs_activations(tmp_path):
     with pytest.raises(UserError, match="holds no activations"):
         GridConfig(activations=str(tmp_path))
+
+
+@pytest.fixture
+def released_flags(tmp_path):
+    """Flags of `released` that nothing is wrong with, though nothing could run."""
+    trainer = tmp_path / "authors/dictionary_learning/trainers/vsae_topk.py"
+    trainer.parent.mkdir(parents=True)
+    for path in (tmp_path / "manifest.json", trainer):
+        path.touch()
+    folders = {"activations": tmp_path, "authors": tmp_path / "authors"}
+    flags = {**folders, "peer_python": sys.executable, "out": tmp_path / "new"}
+    return {name: str(value) for name, value in flags.items()}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"activations": "no-such"}, "--activations='no-such' holds no activations"),
+        ({"authors": "no-such"}, "'no-such' has no .*vsae_topk.py; name a checkout of"),
+        ({"peer_python": ""}, "--peer_python='' is no interpreter"),
+        ({"out": ""}, "--out='' must name a folder that is not there"),
+        ({"out": "."}, "--out='.' must name a folder that is not there"),
+        ({"steps": 251}, "--steps=251 must be at least 252: the authors' trainer"),
+        ({"k": 1025}, "--k=1025 must not exceed --d_sae=1024"),
+        ({"batch_size": 0}, "--batch_size=0 must be at least 1"),
+    ],
+)
+def test_bad_flags_of_released_are_refused(flags, message, released_flags):
+    ReleasedConfig(**released_flags)
+    with pytest.raises(UserError, match=message):
+        ReleasedConfig(**released_flags | flags)
+
+
+def test_released_takes_differences_seed_by_seed():
+    def arm(value: float) -> dict[str, float]:
+        names = ("explained_variance", "frac_alive", "entropy_effective_latents")
+        return dict.fromkeys(names, value)
+
+    arms = released.OURS, released.SAME, released.OWN
+    seeds = [
+        dict(zip(arms, map(arm, values), strict=True))
+        for values in ((1.0, 0.5, 0.0), (3.0, 2.5, 0.0))
+    ]
+    means, differences = released.tables(seeds).values()
+    assert [row["alive"] for row in means] == [
+        "2.0000 ± 1.4142",
+        "1.5000 ± 1.4142",
+        "0.0000 ± 0.0000",
+    ]
+    assert [row["alive"] for row in differences] == [
+        "0.5000 ± 0.0000",
+        "2.0000 ± 1.4142",
+    ]
 
 
 @pytest.mark.parametrize("variant", ["topk", "vsae_topk"])

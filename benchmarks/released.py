@@ -64,7 +64,7 @@ class ReleasedConfig:
     k: int = flag("latents kept per row", 32)
     steps: int = flag("optimizer steps", 2000)
     batch_size: int = flag("rows in a step", 192)
-    seed: int = flag("of the weights and the order of the rows", 0, sweep=True)
+    seed: int = flag("of the weights and the order of the rows", 0, grid=True)
 
     def __post_init__(self):
         check_at_least(self, 1, "d_sae", "k", "batch_size")

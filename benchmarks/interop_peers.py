@@ -20,7 +20,7 @@ FRESH = {"d_sae": 512, "k": 16}
 def saelens(folder: Path | None, d_in: int, kind: str = ""):
     """An SAE's latents and x_hat as functions, and how it saves itself."""
     from sae_lens import SAE
-    from sae_lens.saes import abstopk_sae, standard_sae, topk_sae
+    from sae_lens.saes import abstopk_sae, jumprelu_sae, standard_sae, topk_sae
 
     rescaled = {"d_in": d_in, "rescale_acts_by_decoder_norm": True, **FRESH}
     normalised = {"d_in": d_in, "normalize_activations": "layer_norm", **FRESH}
@@ -34,6 +34,9 @@ def saelens(folder: Path | None, d_in: int, kind: str = ""):
     elif kind == "abstopk":
         config = abstopk_sae.AbsTopKSAEConfig(d_in=d_in, **FRESH)
         sae = shaken(abstopk_sae.AbsTopKSAE(config))
+    elif kind == "jumprelu":
+        config = jumprelu_sae.JumpReLUSAEConfig(**relu)
+        sae = shaken(jumprelu_sae.JumpReLUSAE(config))
     else:
         config = standard_sae.StandardSAEConfig(**relu)
         sae = shaken(standard_sae.StandardSAE(config))
@@ -41,7 +44,8 @@ def saelens(folder: Path | None, d_in: int, kind: str = ""):
 
 
 def dictionary_learning(folder: Path | None, d_in: int, kind: str = ""):
-    from dictionary_learning import AutoEncoder
+    from dictionary_learning import AutoEncoder, JumpReluAutoEncoder
+    from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
     from dictionary_learning.utils import load_dictionary
 
@@ -53,6 +57,12 @@ def dictionary_learning(folder: Path | None, d_in: int, kind: str = ""):
         if kind == "topk":
             sae = AutoEncoderTopK(d_in, FRESH["d_sae"], FRESH["k"])
             trainer |= {"k": FRESH["k"]}
+        elif kind == "batch_topk":
+            sae = BatchTopKSAE(d_in, FRESH["d_sae"], FRESH["k"])
+            sae.threshold.fill_(0.3)
+            trainer |= {"k": FRESH["k"]}
+        elif kind == "jump_relu":
+            sae = JumpReluAutoEncoder(d_in, FRESH["d_sae"])
         sae = shaken(sae)
         trainer |= {"dict_class": type(sae).__name__}
         config = {"trainer": trainer, "buffer": {}}
@@ -114,8 +124,8 @@ def openai(folder: Path | None, d_in: int, kind: str = ""):
 
 
 KINDS = {
-    "saelens": ("topk", "layer_norm", "abstopk", "relu"),
-    "dictionary_learning": ("topk", "relu"),
+    "saelens": ("topk", "layer_norm", "abstopk", "relu", "jumprelu"),
+    "dictionary_learning": ("topk", "relu", "batch_topk", "jump_relu"),
     "sparsify": ("topk",),
     "openai": ("topk", "relu"),
 }

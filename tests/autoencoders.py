@@ -8,7 +8,7 @@ import numpy as np
 from vsae_jax import interop
 from vsae_jax.config import SAEConfig
 from vsae_jax.interop import sidecar
-from vsae_jax.interop.canonical import Autoencoder, with_rule
+from vsae_jax.interop.canonical import THRESHOLDS, Autoencoder, with_rule
 
 DATA = {
     "model": "EleutherAI/pythia-70m-deduped",
@@ -44,7 +44,11 @@ def make(
     shapes = {"w_enc": (d_model, d_sae), "b_enc": (d_sae,)}
     shapes |= {"w_dec": (d_sae, d_model), "b_dec": (d_model,)}
     shapes |= {"w_var": (d_model, d_sae), "b_var": (d_sae,)} if head else {}
+    if rule in THRESHOLDS:
+        shapes |= {THRESHOLDS[rule]: () if rule == "batch_topk" else (d_sae,)}
     params = {n: np.float32(rng.normal(size=shape)) for n, shape in shapes.items()}
+    for name in THRESHOLDS.values() & params.keys():
+        params[name] = np.abs(params[name])
     mean = np.float32(rng.normal(size=d_model)) * centred
     config = SAEConfig(
         d_model=d_model,
@@ -82,7 +86,7 @@ def trip(ae: Autoencoder, format: str, folder: Path) -> Autoencoder:
 
 def z_and_x_hat(ae: Autoencoder, x: np.ndarray, f: np.ndarray):
     """Pre-activations of x, and x_hat of f, both in float64 and in the units of the
-    autoencoder that `ae` was rewritten from; and log sigma^2, or zeros."""
+    autoencoder that `ae` was rewritten from; log sigma^2, or zeros; the thresholds."""
     p = {name: array.astype(np.float64) for name, array in ae.params.items()}
     x_n = float(ae.scale) * (x - ae.mean)
     x_in = x_n - p["b_dec"] if ae.config.subtract_b_dec else x_n
@@ -91,7 +95,8 @@ def z_and_x_hat(ae: Autoencoder, x: np.ndarray, f: np.ndarray):
     log_var = np.zeros(1)
     if "w_var" in p:
         log_var = x_in @ p["w_var"] + p["b_var"] - 2 * np.log(ae.latent_scale)
-    return z, x_hat_n / float(ae.scale) + ae.mean, log_var
+    cut = p.get(THRESHOLDS.get(ae.rule, ""), np.zeros(1)) / ae.latent_scale
+    return z, x_hat_n / float(ae.scale) + ae.mean, log_var, cut
 
 
 def assert_same(a: Autoencoder, b: Autoencoder) -> None:

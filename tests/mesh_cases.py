@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     "lax": {"top_k": "lax"},
     "bfloat16": {"dtype": "bfloat16"},
     "clipped": {"clip_norm": 1e-3},
+    "batch_topk with auxk": DEAD | {"variant": "batch_topk"},
+    "vsae_batch_topk": {"variant": "vsae_batch_topk"},
+    "batch_topk by lax": {"variant": "batch_topk", "top_k": "lax", "auxk": 0.0},
+    "jump_relu": {"variant": "jump_relu", "bandwidth": 2.0},
+    "vsae_jump_relu": {"variant": "vsae_jump_relu", "target_l0": 0.0, "l0": 1.0},
 }
 
 
@@ -81,6 +86,9 @@ def difference(one: Any, many: Any) -> dict[str, float]:
         ),
         "silence": float(np.abs(one.rows_since_fired - many.rows_since_fired).max()),
         "loss": float(abs(one.totals.sums["loss"] / many.totals.sums["loss"] - 1)),
+        "buffers": max(
+            float(np.abs(a - many.norm[name]).max()) for name, a in one.norm.items()
+        ),
         "auxk": float(one.totals.sums.get("auxk", 0)),
         "steps": int(many.totals.steps),
     }
@@ -114,26 +122,29 @@ def top_k(mesh: Any) -> dict[str, int]:
     place = NamedSharding(mesh, PartitionSpec("data", "latents"))
     wrong, seen = 0, 0
     for backend in ("cpu", "gpu"):
-        with (
-            mock.patch.object(jax, "default_backend", lambda way=backend: way),
-            meshes.tracing(mesh),
+        for of, reference in (
+            (sparsity.top_k_count, sparsity.top_k_lax),
+            (sparsity.batch_top_k_count, sparsity.batch_top_k_lax),
         ):
+            with (
+                mock.patch.object(jax, "default_backend", lambda way=backend: way),
+                meshes.tracing(mesh),
+            ):
 
-            def count(z: Any, k: Any) -> Any:
-                return sparsity.top_k_count(z, k)
+                def count(z: Any, k: Any, of: Any = of) -> Any:
+                    return of(z, k)
 
-            # A function of its own, or JAX would reuse the other way's trace.
-            select = jax.jit(count, in_shardings=(place, None))
-            masks = {
-                k: processes.gathered(select(rows, np.int32(k)))
-                for k in (1, 5, 33, 63, 64)
-            }
-        for k, mask in masks.items():
-            expected = np.asarray(
-                sparsity.top_k_lax(jax.numpy.asarray(rows), k, k_max=k)
-            )
-            wrong += int((mask != expected).any(axis=1).sum())
-            seen += len(rows)
+                # A function of its own, or JAX would reuse the other way's trace.
+                select = jax.jit(count, in_shardings=(place, None))
+                masks = {
+                    k: processes.gathered(select(rows, np.int32(k)))
+                    for k in (1, 5, 33, 63, 64)
+                }
+            for k, mask in masks.items():
+                whole = jax.numpy.asarray(rows)
+                expected = np.asarray(reference(whole, k, k_max=k))
+                wrong += int((mask != expected).any(axis=1).sum())
+                seen += len(rows)
     return {"rows": seen, "different": wrong}
 
 

@@ -144,7 +144,7 @@ def said(*arguments: str, config_class=TrainConfig) -> str:
         ("--beta=0,inf", "--beta=inf must be a finite number"),
         ("--lr=fast", "flag --lr=fast: 'fast' is not NUMBER|auto"),
         ("--lr=-inf", "--lr=-inf must be a finite number"),
-        ("--variant=vase", "'vase' is not relu|topk|vsae|vsae_topk"),
+        ("--variant=vase", "'vase' is not relu|topk|vsae|vsae_topk|batch_topk"),
         ("--relu=maybe", "flag --relu=maybe: 'maybe' is not true|false"),
         ("--k=4,4", "a value stands twice in '4,4'"),
         ("--beta=0,0.0", "a value stands twice in '0,0.0'"),

@@ -40,7 +40,7 @@ def test_every_preset_and_variant_resolves_to_a_whole_config(preset, variant):
     unset = {n for n, v in fields.to_json(config).items() if v is None}
     assert unset == PROCESS_FIELDS - {"coordinator"} | {"max_norm_multiple"}
     static = sae_config(config, d_model=D_MODEL, dtype="float32")
-    assert static.sparsity == ("topk" if "topk" in variant else "none")
+    assert static.sparsity == VARIANTS[variant]["sparsity"]
     assert (static.d_model, static.d_sae) == (D_MODEL, config.d_sae)
     # Filling what is filled changes nothing.
     assert resolve_train(config, d_model=D_MODEL) == config

@@ -14,7 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from vsae_jax import interop
 from vsae_jax.autoencoder import sae
-from vsae_jax.interop.canonical import RULES, folded, subtracting
+from vsae_jax.interop.canonical import (
+    RULES,
+    THRESHOLDS,
+    folded,
+    not_subtracting,
+    subtracting,
+)
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.pt_write import write_pt
 from vsae_jax.system.errors import UserError
@@ -29,7 +35,9 @@ def fits(format: str, rule: str, layer_norm: bool) -> bool:
         return False
     if layer_norm and format == "openai" and rule in ("relu", "none"):
         return False
-    return format != "sparsify" or rule not in ("relu", "none")
+    if format == "openai" and rule in THRESHOLDS:
+        return False
+    return format != "sparsify" or rule in ("relu_topk", "topk", "abstopk")
 
 
 def refused(call, *arguments) -> str:
@@ -64,6 +72,8 @@ def test_a_round_trip_is_the_identity(ae, format):
         once = trip(ae, format, Path(folder) / "once")
         unfolded = ae.scale == 1 and not ae.mean.any()
         kept = ae.config.subtract_b_dec or format not in SUBTRACTING
+        if (format, ae.rule) == ("dictionary_learning", "jump_relu"):
+            kept = not ae.config.subtract_b_dec
         if format == "vsae_jax" or (unfolded and kept):
             assert_same(ae, once)
         assert_close(ae, once, 1e-6)
@@ -91,7 +101,7 @@ def assert_close(a, b, tolerance):
     f = rng.uniform(size=(5, a.config.d_sae))
     size = max(1.0, *(float(np.abs(p).max()) for p in a.params.values()))
     size *= a.config.d_model * max(1.0, float(a.scale) * np.abs(a.mean).max() * 10)
-    sizes = size**2, size * a.config.d_sae / float(a.scale), size**2
+    sizes = size**2, size * a.config.d_sae / float(a.scale), size**2, size
     got = zip(z_and_x_hat(a, x, f), z_and_x_hat(b, x, f), sizes, strict=True)
     for ours, theirs, largest in got:
         assert np.abs(ours - theirs).max() <= tolerance * largest
@@ -122,6 +132,16 @@ def test_subtracting_adds_b_dec_through_the_encoder():
     got, p = subtracting(ae), ae.params
     expected = p["b_enc"] + p["b_dec"].astype("f8") @ p["w_enc"]
     np.testing.assert_allclose(got.params["b_enc"], expected, rtol=1e-6)
+
+
+def test_not_subtracting_takes_it_out_again():
+    ae = make()
+    there = not_subtracting(ae)
+    assert not there.config.subtract_b_dec
+    expected = ae.params["b_enc"] - ae.params["b_dec"].astype("f8") @ ae.params["w_enc"]
+    np.testing.assert_allclose(there.params["b_enc"], expected, rtol=1e-6)
+    back = subtracting(there).params["b_enc"]
+    np.testing.assert_allclose(back, ae.params["b_enc"], rtol=1e-5, atol=1e-6)
 
 
 # What the other libraries' files must look like (docs/decisions/formats.md).
@@ -163,6 +183,50 @@ def test_dictionary_learning_names_and_orientation(tmp_path, rule, dict_class, b
     if rule == "relu_topk":
         assert (arrays["k"].dtype, int(arrays["k"])) == (np.int32, 3)
         assert (arrays["threshold"].dtype, float(arrays["threshold"])) == ("f4", -1)
+
+
+def test_files_with_thresholds(tmp_path):
+    batch, jump = (make(d_model=4, d_sae=7, rule=rule) for rule in THRESHOLDS)
+    threshold, theta = batch.params["threshold"], jump.params["theta"]
+    for ae, each in ((batch, np.full(7, threshold)), (jump, theta)):
+        folder = write(ae, "saelens", tmp_path / f"saelens-{ae.rule}")
+        c = json.loads((folder / "cfg.json").read_text())
+        assert c["architecture"] == "jumprelu" and "k" not in c
+        arrays = load_file(folder / "sae_weights.safetensors")
+        np.testing.assert_array_equal(arrays["threshold"], each)
+        (folder / "vsae_jax_export.json").unlink()
+        assert interop.read(folder).rule == "jump_relu"
+    folder = write(batch, "dictionary_learning", tmp_path / "dl-batch")
+    arrays = read_pt(folder / "ae.pt")
+    assert arrays.keys() == {*"encoder.weight encoder.bias decoder.weight".split()} | {
+        *"b_dec k threshold".split()
+    }
+    assert (arrays["threshold"].shape, arrays["threshold"]) == ((), threshold)
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    assert (trainer["dict_class"], trainer["k"]) == ("BatchTopKSAE", 3)
+    folder = write(jump, "dictionary_learning", tmp_path / "dl-jump")
+    arrays = {n: a.shape for n, a in read_pt(folder / "ae.pt").items()}
+    shapes = {"W_enc": (4, 7), "b_enc": (7,), "W_dec": (7, 4), "b_dec": (4,)}
+    assert arrays == shapes | {"threshold": (7,)}
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    assert trainer["dict_class"] == "JumpReluAutoEncoder" and "k" not in trainer
+
+
+def test_a_threshold_that_is_not_set_is_0(tmp_path):
+    ae = make(rule="batch_topk")
+    folder = write(ae, "dictionary_learning", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    arrays = read_pt(folder / "ae.pt") | {"threshold": np.array(-1, np.float32)}
+    write_pt(folder / "ae.pt", arrays)
+    assert interop.read(folder).params["threshold"] == 0
+
+
+@pytest.mark.parametrize("rule", ["relu_topk", "jump_relu"])
+def test_a_note_of_the_other_kind_of_rule_is_refused(tmp_path, rule):
+    folder = write(make(rule=rule, data={}), "saelens", tmp_path / "o")
+    other = {"relu_topk": "batch_topk", "jump_relu": "relu"}[rule]
+    change(folder / "vsae_jax_export.json", selection=other)
+    assert "on the thresholds" in refused(interop.read, folder)
 
 
 def test_sparsify_names_and_orientation(tmp_path):
@@ -260,7 +324,8 @@ def change(path: Path, **values) -> None:
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"architecture": "jumprelu"}, "'jumprelu' is not read; expected standard"),
+        ({"architecture": "gated"}, "'gated' is not read; expected standard"),
+        ({"architecture": "jumprelu"}, "sae_weights.safetensors: threshold is missing"),
         ({"k": "DROP"}, "says TopK but no k"),
         ({"k": 0}, "k is '0', expected a whole number of at least 1"),
         ({"k": 11}, "k=11 must not exceed d_sae=10"),

@@ -54,6 +54,10 @@ def numpy_loss(params, x, eps, numbers, config, dead=None):
     if config.sparsity == "topk":
         kth = np.sort(rank, axis=1)[:, -numbers["k"]][:, None]
         mask = rank >= kth
+    if config.sparsity == "batch_topk":
+        mask = z >= np.sort(z, axis=None)[-numbers["k"] * len(z)]
+    if config.sparsity == "jump_relu":
+        mask = z > p["theta"]
     f = np.where(mask, z, 0)
     x_hat = f @ p["w_dec"] + p["b_dec"]
     loss = np.sum((x - x_hat) ** 2, axis=1)
@@ -64,6 +68,9 @@ def numpy_loss(params, x, eps, numbers, config, dead=None):
         loss = loss + numbers["beta"] * kl.sum(axis=1)
     if config.penalty == "l1":
         loss = loss + numbers["l1"] * np.abs(f).sum(axis=1)
+    if config.l0:
+        l0, target = mask.sum(axis=1), numbers["target_l0"]
+        loss = loss + numbers["l0"] * ((l0.mean() / target - 1) ** 2 if target else l0)
     if config.auxk and dead is not None and dead.any():
         loss = loss + numbers["auxk"] * numpy_auxk(p, x, x_hat, mu, dead, config)
     return loss.mean()
@@ -80,6 +87,7 @@ def numpy_auxk(p, x, x_hat, mu, dead, config):
     return error
 
 
+PLAIN = {"noise": False, "penalty": "none"}
 CASES = {
     "topk": {"relu": True, "noise": False, "penalty": "none"},
     "relu": {"sparsity": "none", "relu": True, "noise": False, "penalty": "l1"},
@@ -92,6 +100,10 @@ CASES = {
     "auxk": {"relu": True, "noise": False, "penalty": "none", "auxk": True},
     "auxk by variance": {"auxk": True, "auxk_units": "variance"},
     "topk by lax": {"top_k": "lax"},
+    "batch_topk": {"sparsity": "batch_topk", "relu": True} | PLAIN,
+    "vsae_batch_topk": {"sparsity": "batch_topk", "variance": "learned"},
+    "jump_relu": {"sparsity": "jump_relu", "l0": True} | PLAIN,
+    "vsae_jump_relu": {"sparsity": "jump_relu", "l0": True, "auxk": True},
 }
 
 
@@ -99,11 +111,14 @@ def make(name, params):
     switches = dict(CASES[name])
     if switches.get("variance") == "learned":
         params = variance_head(params)
+    if switches.get("sparsity") == "jump_relu":
+        params = params | {"theta": jnp.linspace(0.2, 1.5, M)}
     config = SAEConfig(d_model=D, d_sae=M, k=K, k_aux=3, **switches)
     return params, config
 
 
 NUMBERS = {"k": K, "beta": 0.3, "noise_std": 0.7, "l1": 0.2, "auxk": 0.5}
+NUMBERS |= {"l0": 0.4, "target_l0": 3.0, "bandwidth": 0.3}
 DEAD = np.arange(M) % 3 == 0
 
 
@@ -128,6 +143,8 @@ def test_gradient_equals_finite_differences(name, params, x, key):
     eps = np.asarray(noise.normal(key, (B, M)))
     rng = np.random.default_rng(3)
     for array_name, array in params.items():
+        if array_name == "theta":  # straight through: the test below
+            continue
         for _ in range(4):
             place = tuple(rng.integers(0, n) for n in array.shape)
             step = np.zeros(array.shape)
@@ -146,6 +163,28 @@ def test_gradient_equals_finite_differences(name, params, x, key):
             np.testing.assert_allclose(
                 gradient[array_name][place], difference, rtol=2e-4, atol=2e-5
             )
+
+
+@pytest.mark.parametrize("target", [0.0, 3.0])
+def test_a_threshold_has_the_gradient_of_a_rectangle(target, params, x):
+    """Rajamanoharan et al. 2024b, equations 11 and 12, in float64."""
+    params, config = make("jump_relu", params)
+    numbers = NUMBERS | {"target_l0": target}
+    got = jax.grad(lambda p: losses.total_loss(p, x, None, numbers, config=config)[0])(
+        params
+    )
+    p = {name: np.asarray(a, np.float64) for name, a in params.items()}
+    z = (np.asarray(x, np.float64) - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
+    on, width = z > p["theta"], numbers["bandwidth"]
+    near = (np.abs(z - p["theta"]) < width / 2) / width
+    assert 20 < np.count_nonzero(near) < near.size / 2
+    x_hat = np.where(on, z, 0) @ p["w_dec"] + p["b_dec"]
+    of_f = 2 / B * (x_hat - x) @ p["w_dec"].T
+    of_l0 = numbers["l0"] / B
+    if target:
+        of_l0 *= 2 * (on.sum(axis=1).mean() / target - 1) / target
+    expected = -np.sum(near * (p["theta"] * of_f + of_l0), axis=0)
+    np.testing.assert_allclose(got["theta"], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_are_unreduced_and_check_shapes(x):
@@ -279,6 +318,8 @@ def test_the_fast_way_equals_the_plain_one(name, dtype, rtol, key):
     if CASES[name].get("variance") == "learned":
         shapes |= {"w_var": (64, 256), "b_var": 256}
     params = {n: jnp.asarray(rng.normal(size=s) / 8, "f4") for n, s in shapes.items()}
+    if CASES[name].get("sparsity") == "jump_relu":
+        params["theta"] = jnp.full(256, 0.5)
     x = jnp.asarray(rng.normal(size=(128, 64)), jnp.float32)
     dead = jnp.arange(256) % 3 == 0
     gradients = []

@@ -33,6 +33,8 @@ VARIANTS = {
     },
     "learned": {"variance": "learned"},
     "learned, b_dec kept": {"variance": "learned", "subtract_b_dec": False},
+    "batch_topk": {"sparsity": "batch_topk", "relu": True},
+    "jump_relu": {"sparsity": "jump_relu", "subtract_b_dec": False},
 }
 
 
@@ -44,7 +46,10 @@ def trained(c: SAEConfig):
         name: jnp.asarray(rng.normal(size=a.shape), jnp.float32)
         for name, a in variables["params"].items()
     }
-    return {"params": params, "norm": variables["norm"]}
+    norm = variables["norm"]
+    if "threshold" in norm:
+        norm = norm | {"threshold": jnp.float32(2.5)}
+    return {"params": params, "norm": norm}
 
 
 @pytest.fixture
@@ -64,7 +69,11 @@ def test_every_variant_keeps_the_protocol(name, x, key):
         model.apply(variables, x), model.apply(variables, f, method="decode")
     )
     out = sae.forward(
-        variables["params"], x, {"k": K, "noise_std": 1.0}, config=c, key=key
+        variables["params"],
+        x,
+        {"k": K, "noise_std": 1.0, "bandwidth": 0.1},
+        config=c,
+        key=key,
     )
     assert out.x_hat_n.shape == x.shape and out.mu.shape == f.shape
     assert (out.log_var is not None) == (c.variance == "learned")

@@ -56,6 +56,23 @@ def test_selections_are_exact(name, k):
     np.testing.assert_array_equal(count_mask, expected)
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("k", [1, 7, 95, 96])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_selections_of_a_whole_batch_are_exact(name, k, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    z = inputs(name, np.random.default_rng(0))
+    expected = reference(z.reshape(1, -1), k * len(z)).reshape(z.shape)
+    if name != "signed zeros":
+        lax_mask = sparsity.batch_top_k_lax(jnp.asarray(z), k, k_max=96)
+        np.testing.assert_array_equal(lax_mask, expected)
+    count_mask = sparsity.batch_top_k_count(jnp.asarray(z), k)
+    np.testing.assert_array_equal(count_mask, expected)
+    f, mask = sparsity.keep_batch_top_k(jnp.asarray(z), k, k_max=96)
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(f, np.where(expected, z, 0))
+
+
 def test_bfloat16_and_ragged_batches():
     z = jnp.asarray(np.random.default_rng(1).normal(size=(5, 64)), jnp.bfloat16)
     mask = sparsity.top_k_count(z, 9)

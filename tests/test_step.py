@@ -250,6 +250,10 @@ def test_every_interpreter_compiles_the_same_program():
         {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 1},
         {"variant": "vsae_topk", "variance": "learned"},
         {"variant": "vsae_topk", "decoder_norm": "free", "subtract_b_dec": False},
+        {"variant": "batch_topk", "auxk": 0.5, "dead_after_tokens": 1},
+        {"variant": "vsae_batch_topk", "variance": "learned"},
+        {"variant": "jump_relu"},
+        {"variant": "vsae_jump_relu", "target_l0": 0.0},
     ],
 )
 def test_every_shape_trains_in_bfloat16(d_model, d_sae, batch, switches):

@@ -117,12 +117,17 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
             "normalise each row of a TopK; set normalize = False there"
         )
     norms = np.linalg.norm(ae.params["w_dec"], axis=1)
-    if target.NAME == "dictionary_learning" and ae.k is None:
+    if target.NAME == "dictionary_learning" and ae.rule in ("relu", "none"):
         if not np.allclose(norms, 1, atol=1e-5):
             lines.append(
                 "dictionary_learning, loading an AutoEncoder, brings its decoder rows "
                 "to norm 1 and scales the latents to match"
             )
+    if ae.rule == "batch_topk" and target.NAME == "saelens":
+        lines.append(
+            "saelens has no batch_topk outside of training, but a jumprelu, which at "
+            "this one threshold keeps the same latents"
+        )
     if "w_var" in ae.params and target.NAME != "vsae_jax":
         lines.append(
             f"{target.NAME} has the mean path; {sidecar.EXTRA} the variance head"

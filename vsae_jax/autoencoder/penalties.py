@@ -122,6 +122,9 @@ def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
 
 PENALTIES: dict[str, Penalty] = {
     "kl": Penalty("beta", lambda c: c.penalty == "kl", _kl),
+    "l0_loss": Penalty(
+        "l0", lambda c: c.l0 > 0, lambda b, _: b.out.penalties["l0_loss"]
+    ),
     "l1": Penalty("l1", lambda c: c.penalty == "l1", lambda b, _: l1_norm(b.out.f)),
     "auxk": Penalty("auxk", lambda c: c.auxk > 0, _auxk),
 }

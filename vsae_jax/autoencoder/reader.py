@@ -126,7 +126,7 @@ class Reader:
 
     def __repr__(self) -> str:
         c = self.config
-        kept = f", k {c.k}" if c.sparsity == "topk" else ""
+        kept = f", k {c.k}" if c.has_k else ""
         where = "" if self.block is None else f", after block {self.block}"
         return f"Reader({c.d_model} -> {c.d_sae} latents{kept}{where})"
 

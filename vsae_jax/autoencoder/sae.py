@@ -154,16 +154,20 @@ def init(
     mean: Float[Array | np.ndarray, " d_model"] | None = None,
     b_dec: Float[Array, " d_model"] | None = None,
     decoder_init_norm: float = 1.0,
+    threshold_init: float = 1.0,
 ) -> dict[str, dict[str, Array]]:
     """Variables at the start: decoder rows uniform on the sphere of radius
     `decoder_init_norm`, the encoder their transpose, biases 0 unless `b_dec` is given
-    (in normalised units). The key is consumed."""
+    (in normalised units), jump_relu's thresholds at `threshold_init`. The key is
+    consumed."""
     key = jax.random.fold_in(key, _FIRST_PARAMETER)
     params: dict[str, Array] = {}
     for name, spec in arrays(config).items():
         params[name] = spec.start(key, spec.shape(config), params)
     params["w_dec"] = params["w_dec"] * decoder_init_norm
     params["w_enc"] = params["w_enc"] * decoder_init_norm
+    if "theta" in params:
+        params["theta"] = params["theta"] * threshold_init
     if b_dec is not None:
         params["b_dec"] = jnp.array(b_dec, jnp.float32)
     norm: dict[str, Array] = {}

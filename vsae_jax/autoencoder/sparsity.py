@@ -6,6 +6,7 @@ finds the k-th value by counting instead, and keeps exactly the same latents.
 
 import math
 import os
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from vsae_jax.autoencoder.matmul import column_counts
 from vsae_jax.system import mesh
 
 # A block of rows is counted in a core's cache; blocks of several rows waste less time
@@ -64,6 +66,55 @@ def top_k_count(
     return (z > kth[:, None]) | tied
 
 
+def keep_batch_top_k(
+    z: Float[Array, "batch d_sae"],
+    k: int | Int[Array, ""],
+    *,
+    k_max: int,
+    method: Literal["auto", "lax"] = "auto",
+) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
+    """f = z where z is among the batch * k largest of all of z, else 0; and the mask.
+
+    Exactly batch * k stay; of equal values the lowest row, then the lowest index. `k`
+    may be traced, up to the static `k_max`. z is finite and has fewer than 2^31 values.
+    """
+    if method == "lax":
+        mask = batch_top_k_lax(z, k, k_max=k_max)
+    else:
+        mask = batch_top_k_count(lax.stop_gradient(z), k)
+    return jnp.where(mask, z, 0), mask
+
+
+def batch_top_k_lax(
+    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, k_max: int
+) -> Bool[Array, "batch d_sae"]:
+    """The mask of the batch * k largest values by `jax.lax.top_k` of all of them."""
+    kept = jnp.asarray(k) * len(z)
+    return top_k_lax(z.reshape(1, -1), kept, k_max=k_max * len(z)).reshape(z.shape)
+
+
+def batch_top_k_count(
+    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
+) -> Bool[Array, "batch d_sae"]:
+    """The mask of the batch * k largest values: those above the last of them, and of
+    those equal to it the first ones by row and index, up to batch * k in all. No row
+    is moved to another device: only counts are added up."""
+    z = z.astype(jnp.float32)
+    kept = jnp.asarray(k, jnp.int32) * len(z)
+    start = jnp.uint32(0), jnp.int32(z.size)
+    last, count = _bisected(
+        lambda value: jnp.sum(z >= value, dtype=jnp.int32), start, kept
+    )
+    rows, width = z.shape
+    whole, cut, stays = lax.cond(
+        count > kept,
+        lambda: _cut_ties_of_batch(z, last, kept),
+        lambda: (jnp.ones(rows, bool), jnp.zeros(rows, bool), jnp.zeros(width, bool)),
+    )
+    tied = whole[:, None] | (cut[:, None] & stays[None, :])
+    return (z > last) | ((z == last) & tied)
+
+
 def compiler_options() -> dict[str, str] | None:
     """Options of XLA for what is compiled around `keep_top_k`: on a CPU it would store
     each comparison of a counting pass before it adds."""
@@ -104,49 +155,60 @@ def _kth_value(
     z: Float[Array, "rows d_sae"], k: Int[Array, ""]
 ) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
     """The k-th largest value of each row, and the last index that stays among those
-    equal to it: a bisection on the bits of the value, which counts what is not less.
-
-    On a CPU one bit a pass, until every row has found its k; elsewhere four bits from
-    one reading of z, since a GPU's host would wait for the answer.
-    """
+    equal to it."""
     rows, width = z.shape
     start = jnp.zeros(rows, jnp.uint32), jnp.full(rows, width, jnp.int32)
+    value, count = _bisected(
+        lambda value: jnp.sum(z >= value[:, None], axis=1, dtype=jnp.int32), start, k
+    )
+    return value, _cut_ties(z, value, count, k)
+
+
+def _bisected(
+    reach: Callable[[Array], Array], start: tuple[Array, Array], k: Int[Array, ""]
+) -> tuple[Float[Array, "*sets"], Int[Array, "*sets"]]:
+    """The k-th largest value of each set of numbers, and how many are not less: a
+    bisection on the bits of the value. `reach` counts those that are not less than a
+    value; `start` is 0 and the size of each set.
+
+    On a CPU one bit a pass, until every set has found its k; elsewhere four bits from
+    one reading of the numbers, since a GPU's host would wait for the answer.
+    """
     if jax.default_backend() == "cpu":
         _, (kth, count) = lax.while_loop(
             lambda carry: (carry[0] >= 0) & jnp.any(carry[1][1] != k),
-            lambda carry: (carry[0] - 1, _refine(z, k, *carry[1], carry[0], 1)),
+            lambda carry: (carry[0] - 1, _refine(reach, k, *carry[1], carry[0], 1)),
             (jnp.int32(31), start),
         )
     else:
         kth, count = start
         for shift in range(28, -4, -4):
-            kth, count = _refine(z, k, kth, count, jnp.int32(shift), 4)
-    value = _value(kth)
-    return value, _cut_ties(z, value, count, k)
+            kth, count = _refine(reach, k, kth, count, jnp.int32(shift), 4)
+    return _value(kth), count
 
 
 def _refine(
-    z: Float[Array, "rows d_sae"],
+    reach: Callable[[Array], Array],
     k: Int[Array, ""],
-    kth: UInt32[Array, " rows"],
-    count: Int[Array, " rows"],
+    kth: UInt32[Array, "*sets"],
+    count: Int[Array, "*sets"],
     shift: Int[Array, ""],
     bits: int,
-) -> tuple[UInt32[Array, " rows"], Int[Array, " rows"]]:
-    """Sets the `bits` bits of `kth` from `shift` up as high as k values allow; a row
+) -> tuple[UInt32[Array, "*sets"], Int[Array, "*sets"]]:
+    """Sets the `bits` bits of `kth` from `shift` up as high as k values allow; a set
     that has exactly k already is left."""
     found, unit = count == k, jnp.uint32(1) << shift.astype(jnp.uint32)
     base = kth
     for digit in range(1, 2**bits):
         tried = base | (unit * digit)
-        reached = jnp.sum(z >= _value(tried)[:, None], axis=1, dtype=jnp.int32)
+        reached = reach(_value(tried))
         fits = (reached >= k) & ~found
         kth = jnp.where(fits, tried, kth)
         count = jnp.where(fits, reached, count)
     return kth, count
 
 
-def _value(key: UInt32[Array, " rows"]) -> Float[Array, " rows"]:
+def _value(key: UInt32[Array, "*sets"]) -> Float[Array, "*sets"]:
     """The float of a key: unsigned integers in the order of the floats from -inf."""
     key = jnp.maximum(key, jnp.uint32(0x007FFFFF))
     bits = jnp.where(key >> 31 == 1, key & jnp.uint32(2**31 - 1), ~key)
@@ -182,3 +244,18 @@ def _cut_ties(
         return jnp.bool_(False), -negative, jnp.where(count > k, last, none)
 
     return lax.while_loop(lambda c: c[0], cut, (jnp.any(count > k), -kth, none))[2]
+
+
+def _cut_ties_of_batch(
+    z: Float[Array, "rows d_sae"], last: Float[Array, ""], kept: Int[Array, ""]
+) -> tuple[Bool[Array, " rows"], Bool[Array, " rows"], Bool[Array, " d_sae"]]:
+    """Of the values equal to the last that is kept: the rows in which all stay; the
+    one, if any, in which some do; and which latents those are."""
+    left = kept - jnp.sum(z > last, dtype=jnp.int32)
+    tied = z == last
+    count = jnp.sum(tied, axis=1, dtype=jnp.int32)
+    through = jnp.cumsum(count)
+    before = through - count
+    cut = (before < left) & (left < through)
+    place = jnp.cumsum(column_counts(tied & cut[:, None]) > 0, dtype=jnp.int32)
+    return through <= left, cut, place <= left - jnp.sum(jnp.where(cut, before, 0))

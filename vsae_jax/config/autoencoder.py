@@ -19,7 +19,7 @@ class SAEConfig:
 
     d_model: int
     d_sae: int
-    sparsity: Literal["topk", "none"] = "topk"
+    sparsity: Literal["topk", "none", "batch_topk", "jump_relu"] = "topk"
     k: int = 64
     selection: Literal["value", "magnitude"] = "value"
     relu: bool = False
@@ -34,10 +34,16 @@ class SAEConfig:
     subtract_b_dec: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     top_k: Literal["auto", "lax"] = "auto"
+    l0: bool = dataclasses.field(default=False, metadata={"before": False})
 
     def __post_init__(self):
-        if self.sparsity == "topk" and not 1 <= self.k <= self.d_sae:
+        if self.has_k and not 1 <= self.k <= self.d_sae:
             raise UserError(f"k={self.k} must lie between 1 and d_sae={self.d_sae}")
+
+    @property
+    def has_k(self) -> bool:
+        """Whether k latents are kept, of each row or on average."""
+        return self.sparsity in ("topk", "batch_topk")
 
 
 def sae_config(
@@ -45,8 +51,9 @@ def sae_config(
 ) -> SAEConfig:
     """The static part of a resolved training config."""
     sparsity = VARIANTS[config.variant]["sparsity"]
-    if sparsity == "topk" and config.k > config.d_sae:
+    if sparsity in ("topk", "batch_topk") and config.k > config.d_sae:
         raise UserError(f"--k={config.k} must not exceed --d_sae={config.d_sae}")
+    _check_combination(config, sparsity)
     if config.k_aux > config.d_sae:
         raise UserError(f"--k_aux={config.k_aux} must not exceed d_sae={config.d_sae}")
     own, asked = (
@@ -58,6 +65,29 @@ def sae_config(
         "sparsity": sparsity,
         "noise": config.noise_std > 0,
         "auxk": config.auxk > 0,
+        "l0": config.l0 > 0,
         "dtype": dtype,
     }
     return SAEConfig(**settings)
+
+
+def _check_combination(config: TrainConfig, sparsity: str) -> None:
+    """Refuses what cannot be combined."""
+    above = sparsity in ("batch_topk", "jump_relu")
+    if above and config.selection == "magnitude":
+        raise UserError(
+            f"--selection=magnitude cannot be combined with --variant={config.variant},"
+            " which at evaluation keeps what is above a threshold, so no negative "
+            "latent; use --selection=value"
+        )
+    if sparsity == "batch_topk" and config.batch_size * config.d_sae >= 2**31:
+        raise UserError(
+            f"--batch_size={config.batch_size} times --d_sae={config.d_sae} must be "
+            f"below 2^31 with --variant={config.variant}, which counts over the whole "
+            "batch; lower --batch_size"
+        )
+    if sparsity != "jump_relu" and config.l0:
+        raise UserError(
+            f"--l0={config.l0} cannot be combined with --variant={config.variant}, "
+            "which has no thresholds that it could train; use --l0=0, or jump_relu"
+        )

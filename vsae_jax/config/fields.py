@@ -19,16 +19,20 @@ def flag(
     grid: bool = False,
     runtime: bool = False,
     traced: bool = False,
+    before: Any = None,
     default_help: str | None = None,
     group: str = "flags",
 ) -> Any:
     """A config field that is also a command-line flag. `grid`: it takes a comma list;
     `runtime`: it leaves the result of a run as it is; `traced`: it is a number of the
-    compiled step, which changing it does not recompile; `default_help`: what `--help`
+    compiled step, which changing it does not recompile; `before`: its value in files
+    that are older than the field; `default_help`: what `--help`
     says of the default where that is not the field's own; `group`: the heading that it
     stands under there."""
     metadata: dict[str, Any] = {"help": help, "group": group}
     metadata |= {"grid": grid, "runtime": runtime, "traced": traced}
+    if before is not None:
+        metadata["before"] = before
     if default_help is not None:
         metadata["default_help"] = default_help
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,6 +54,13 @@ def traced(config: Any) -> dict[str, int | float]:
     }
 
 
+def with_new_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """A config's JSON object with the fields that are younger than the file."""
+    fields = dataclasses.fields(config_class)
+    younger = {f.name: f.metadata["before"] for f in fields if "before" in f.metadata}
+    return {**younger, **values}
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """A config as a JSON object."""
     return dataclasses.asdict(config)
@@ -67,6 +78,7 @@ def from_json(
     did not have; they get their defaults."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: {config_class.__name__} is no JSON object there")
+    values = with_new_fields(config_class, values)
     hints = typing.get_type_hints(config_class)
     wrong = sorted((hints.keys() ^ values.keys()) - (may_lack - values.keys()))
     wrong += [n for n in values if n in hints and not _fits(values[n], hints[n])]

@@ -1,4 +1,4 @@
-"""The four variants and the three presets, as tables.
+"""The variants and the three presets, as tables.
 
 A field's value is looked up in this order, the last that has it wins: the variant's
 row, the preset, the preset's own row for that variant, the user's flag.
@@ -14,14 +14,30 @@ from typing import Any, Literal
 from vsae_jax.config.fields import as_flag, flag
 
 Preset = Literal["paper", "released", "baseline"]
-Variant = Literal["relu", "topk", "vsae", "vsae_topk"]
+Variant = Literal[
+    "relu",
+    "topk",
+    "vsae",
+    "vsae_topk",
+    "batch_topk",
+    "vsae_batch_topk",
+    "jump_relu",
+    "vsae_jump_relu",
+]
 
-# What makes a variant: relu and topk are Baker and Li 2.1, the others 2.2.
+# What makes a variant: relu and topk are Baker and Li 2.1, vsae and vsae_topk 2.2; a
+# row of another sparsifier (autoencoder/sparsifiers) names its source there.
+_PLAIN = {"relu": True, "noise_std": 0.0, "penalty": "none"}
+_VARIATIONAL = {"relu": False, "noise_std": 1.0, "penalty": "kl"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "relu": {"sparsity": "none", "relu": True, "noise_std": 0.0, "penalty": "l1"},
-    "topk": {"sparsity": "topk", "relu": True, "noise_std": 0.0, "penalty": "none"},
-    "vsae": {"sparsity": "none", "relu": False, "noise_std": 1.0, "penalty": "kl"},
-    "vsae_topk": {"sparsity": "topk", "relu": False, "noise_std": 1.0, "penalty": "kl"},
+    "relu": _PLAIN | {"sparsity": "none", "penalty": "l1"},
+    "topk": _PLAIN | {"sparsity": "topk"},
+    "vsae": _VARIATIONAL | {"sparsity": "none"},
+    "vsae_topk": _VARIATIONAL | {"sparsity": "topk"},
+    "batch_topk": _PLAIN | {"sparsity": "batch_topk"},
+    "vsae_batch_topk": _VARIATIONAL | {"sparsity": "batch_topk"},
+    "jump_relu": _PLAIN | {"sparsity": "jump_relu", "relu": False},
+    "vsae_jump_relu": _VARIATIONAL | {"sparsity": "jump_relu"},
 }
 _AUXK = {"auxk": 1 / 32}
 
@@ -39,6 +55,12 @@ _PAPER: dict[str, Any] = {
     "l1": 0.0,
     "auxk": 0.0,
     "auxk_units": "loss",
+    "threshold_decay": 0.99,
+    "l0": 0.0,
+    "target_l0": 0.0,
+    "bandwidth": 0.001,
+    "threshold_init": 0.001,
+    "adam_b1": 0.9,
     "decoder_norm": "unit",
     "decoder_init_norm": 1.0,
     "subtract_b_dec": True,
@@ -67,19 +89,49 @@ _RELEASED_VSAE = {
 }
 _RELEASED_TOPK = _AUXK | {"dead_after_tokens": 10_000_000, "auxk_units": "variance"}
 _BASELINE = _PAPER | {"input_scale": "unit", "auxk_units": "variance"}
+_BASELINE_BATCH = {"threshold_decay": 0.999}
 # The L1 weight that matters grows with the scale of the input.
 _RELU, _RELU_AT_100 = {"l1": 0.05}, {"l1": 5.0}
+# Rajamanoharan et al. 2024b at unit scale, with the target of dictionary_learning; at
+# 100 the loss has 10,000 times the size and latents 100 times theirs.
+_JUMP = {
+    "l0": 1.0,
+    "target_l0": 20.0,
+    "lr": 7e-5,
+    "adam_b1": 0.0,
+    "subtract_b_dec": False,
+    "b_dec_init": "zeros",
+}
+_JUMP_AT_100 = _JUMP | {"l0": 1e4, "bandwidth": 0.1, "threshold_init": 0.1}
 
 TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "paper": {"": _PAPER, "topk": _AUXK, "relu": _RELU_AT_100},
+    "paper": {
+        "": _PAPER,
+        "topk": _AUXK,
+        "batch_topk": _AUXK,
+        "relu": _RELU_AT_100,
+        "jump_relu": _JUMP_AT_100,
+        "vsae_jump_relu": _JUMP_AT_100,
+    },
     "released": {
         "": _RELEASED,
         "topk": _RELEASED_TOPK,
+        "batch_topk": _RELEASED_TOPK,
+        "jump_relu": _JUMP,
+        "vsae_jump_relu": _JUMP,
         "relu": _RELU,
         "vsae": _RELEASED_VSAE,
         "vsae_topk": _RELEASED_VSAE,
     },
-    "baseline": {"": _BASELINE, "topk": _AUXK, "relu": _RELU},
+    "baseline": {
+        "": _BASELINE,
+        "topk": _AUXK,
+        "batch_topk": _AUXK | _BASELINE_BATCH,
+        "vsae_batch_topk": _BASELINE_BATCH,
+        "jump_relu": _JUMP,
+        "vsae_jump_relu": _JUMP,
+        "relu": _RELU,
+    },
 }
 
 # The released trainer's warm-up is 2 % of the steps, but at least so many.
@@ -119,6 +171,7 @@ def preset_flag(
     table: str = "train",
     group: str = "flags",
     traced: bool = False,
+    before: Any = None,
 ) -> Any:
     """A field whose default comes from the preset and the variant; None until then, so
     its annotation is the resolved type."""
@@ -127,6 +180,7 @@ def preset_flag(
         help,
         grid=table == "train",
         traced=traced,
+        before=before,
         default_help=default,
         group=group,
     )

@@ -102,6 +102,33 @@ class TrainConfig:
         "kl_over", "latents that the KL sums over", group="loss"
     )
     l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss", traced=True)
+    l0: float = preset_flag(
+        "l0",
+        "jump_relu: weight of the L0 penalty",
+        group="loss",
+        traced=True,
+        before=0.0,
+    )
+    target_l0: float = preset_flag(
+        "target_l0",
+        "jump_relu: the penalty is (L0 / target - 1)^2; 0: it is L0",
+        group="loss",
+        traced=True,
+        before=0.0,
+    )
+    bandwidth: float = preset_flag(
+        "bandwidth",
+        "jump_relu: width over which a threshold has a gradient, in latents' units",
+        group="loss",
+        traced=True,
+        before=0.001,
+    )
+    threshold_init: float = preset_flag(
+        "threshold_init",
+        "jump_relu: where the thresholds start",
+        group="autoencoder",
+        before=0.001,
+    )
     auxk: float = preset_flag(
         "auxk",
         "weight of AuxK, which revives latents",
@@ -119,6 +146,13 @@ class TrainConfig:
         "auxk_units",
         "AuxK in the loss's units, or divided by the residual's variance",
         group="loss",
+    )
+    threshold_decay: float = preset_flag(
+        "threshold_decay",
+        "batch_topk: what stays of its running threshold in a step",
+        group="autoencoder",
+        traced=True,
+        before=0.99,
     )
     decoder_norm: Literal["unit", "free"] = preset_flag(
         "decoder_norm", "decoder rows kept at norm 1, or free", group="autoencoder"
@@ -157,7 +191,7 @@ class TrainConfig:
     )
     kl_warmup_steps: int = preset_flag(
         "kl_warmup_steps",
-        "steps over which beta rises linearly from 0",
+        "steps over which beta and l0 rise linearly from 0",
         group="loss",
         traced=True,
     )
@@ -167,8 +201,8 @@ class TrainConfig:
         group="optimisation",
         traced=True,
     )
-    adam_b1: float = flag(
-        "decay of Adam's first moment", 0.9, group="optimisation", traced=True
+    adam_b1: float = preset_flag(
+        "adam_b1", "decay of Adam's first moment", group="optimisation", traced=True
     )
     adam_b2: float = flag(
         "decay of Adam's second moment", 0.999, group="optimisation", traced=True
@@ -267,10 +301,12 @@ class TrainConfig:
         check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
         check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
+        check_at_least(self, 0, "threshold_decay", "l0", "target_l0")
         check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
         check_above_zero(self, "decoder_init_norm", "giant", "max_norm_multiple")
-        check_below(self, 1, "adam_b1", "adam_b2", "held_out")
+        check_above_zero(self, "bandwidth", "threshold_init")
+        check_below(self, 1, "adam_b1", "adam_b2", "threshold_decay", "held_out")
         # They are int32 on the device.
         check_below(self, 2**31, "k", "steps", "dead_after_tokens")
         check_below(self, 2**31, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")

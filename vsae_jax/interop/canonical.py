@@ -20,21 +20,29 @@ from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
 # relu_topk: the k largest of relu(z). topk: the k largest z, negative ones included.
-# abstopk: the k largest |z|, with their sign. relu: relu(z). none: z.
-Rule = Literal["relu_topk", "topk", "abstopk", "relu", "none"]
+# abstopk: the k largest |z|, with their sign. relu: relu(z). none: z. batch_topk:
+# relu(z) above one threshold. jump_relu: relu(z) above a threshold of each latent.
+Rule = Literal[
+    "relu_topk", "topk", "abstopk", "relu", "none", "batch_topk", "jump_relu"
+]
 _SWITCHES: dict[str, dict[str, Any]] = {
     "relu_topk": {"sparsity": "topk", "relu": True},
     "topk": {"sparsity": "topk", "relu": False, "selection": "value"},
     "abstopk": {"sparsity": "topk", "relu": False, "selection": "magnitude"},
     "relu": {"sparsity": "none", "relu": True},
     "none": {"sparsity": "none", "relu": False},
+    "batch_topk": {"sparsity": "batch_topk", "relu": True},
+    "jump_relu": {"sparsity": "jump_relu", "relu": False},
 }
 RULES = tuple(_SWITCHES)
+# Rules by a threshold, and the array that holds it.
+THRESHOLDS = {"batch_topk": "threshold", "jump_relu": "theta"}
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """An autoencoder and what is known of it.
+    """An autoencoder and what is known of it; `params` are all of its arrays but scale
+    and mean.
 
     layer_norm: each row is first brought to mean 0 and standard deviation 1, and
       x_hat back (OpenAI): x' = (x - m) / (std + 1e-5), with std unbiased.
@@ -60,19 +68,23 @@ class Autoencoder:
         """The selection rule of the config."""
         if self.config.sparsity == "none":
             return "relu" if self.config.relu else "none"
+        if self.config.sparsity != "topk":
+            return self.config.sparsity
         if self.config.relu:
             return "relu_topk"
         return "topk" if self.config.selection == "value" else "abstopk"
 
     @property
     def k(self) -> int | None:
-        """Latents kept per row; None where the rule keeps no number of them."""
+        """Latents kept of each row; None where that is no fixed number."""
         return self.config.k if self.config.sparsity == "topk" else None
 
     @property
     def variables(self) -> dict[str, dict[str, Any]]:
         """The arrays, as `sae.encode` takes them."""
-        return {"params": self.params, "norm": {"scale": self.scale, "mean": self.mean}}
+        held = {**self.params, "scale": self.scale, "mean": self.mean}
+        kinds = {"params": sae.arrays(self.config), "norm": sae.buffers(self.config)}
+        return {kind: {n: held[n] for n in names} for kind, names in kinds.items()}
 
 
 def foreign(
@@ -106,22 +118,42 @@ def foreign(
 
 
 def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
-    """The same weights under another selection rule."""
+    """The same weights under another selection rule; of two by a threshold, one for
+    all latents and one of each, which then are equal."""
     if rule == ae.rule:
         return ae
+    params = dict(ae.params)
+    if ae.rule == "jump_relu" and rule == "batch_topk":
+        theta = params.pop("theta")
+        if (theta != theta[0]).any():
+            raise UserError("the latents' thresholds differ: this is no batch_topk")
+        params["threshold"] = theta[0]
     config = dataclasses.replace(ae.config, **_SWITCHES[rule])
-    return dataclasses.replace(ae, config=config)
+    return dataclasses.replace(ae, config=config, params=params)
+
+
+def thresholds(ae: Autoencoder) -> np.ndarray:
+    """The threshold of each latent, `[d_sae]`, of a rule by thresholds."""
+    own = ae.params[THRESHOLDS[ae.rule]]
+    return np.full(ae.config.d_sae, own, np.float32)
 
 
 def subtracting(ae: Autoencoder) -> Autoencoder:
     """The same with b_dec subtracted from the input: b_enc += b_dec @ w_enc."""
-    if ae.config.subtract_b_dec:
-        return ae
+    return ae if ae.config.subtract_b_dec else _moved_b_dec(ae, 1)
+
+
+def not_subtracting(ae: Autoencoder) -> Autoencoder:
+    """The same with b_dec not subtracted: b_enc -= b_dec @ w_enc."""
+    return _moved_b_dec(ae, -1) if ae.config.subtract_b_dec else ae
+
+
+def _moved_b_dec(ae: Autoencoder, sign: int) -> Autoencoder:
     params = dict(ae.params)
     b_dec = params["b_dec"].astype(np.float64)
     for bias, weight in _heads(ae):
-        params[bias] = _float32(params[bias] + b_dec @ params[weight])
-    config = dataclasses.replace(ae.config, subtract_b_dec=True)
+        params[bias] = _float32(params[bias] + sign * b_dec @ params[weight])
+    config = dataclasses.replace(ae.config, subtract_b_dec=sign > 0)
     return dataclasses.replace(ae, config=config, params=params)
 
 
@@ -130,10 +162,11 @@ def folded(ae: Autoencoder, *, units: Literal["scaled", "raw"]) -> Autoencoder:
     if ae.scale == 1 and not ae.mean.any():
         return ae
     variables, config = sae.fold(ae.variables, ae.config, units=units)
+    arrays = variables["params"] | variables["norm"]
     return dataclasses.replace(
         ae,
         config=config,
-        params={name: _float32(array) for name, array in variables["params"].items()},
+        params={name: _float32(arrays[name]) for name in ae.params},
         scale=np.float32(1),
         mean=np.zeros_like(ae.mean),
         latent_scale=ae.latent_scale / (float(ae.scale) if units == "raw" else 1),
@@ -146,7 +179,16 @@ def _heads(ae: Autoencoder) -> list[tuple[str, str]]:
 
 
 def _float32(array: Any) -> np.ndarray:
-    return np.ascontiguousarray(array, np.float32)
+    return np.array(array, np.float32, order="C")
+
+
+def refuse_thresholds(ae: Autoencoder, name: str) -> None:
+    """Stops a format that has no thresholds."""
+    if ae.rule in THRESHOLDS:
+        raise UserError(
+            f"{name} cannot say the thresholds of a {ae.rule} autoencoder; write it "
+            "with --to=saelens, dictionary_learning or vsae_jax"
+        )
 
 
 def refuse_layer_norm(ae: Autoencoder, name: str) -> None:

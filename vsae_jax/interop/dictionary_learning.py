@@ -2,10 +2,13 @@
 
     AutoEncoder       relu(W (x - bias) + b);  f @ decoder + bias
     AutoEncoderTopK   the k largest of relu(W (x - b_dec) + b)
+    BatchTopKSAE      the same, where it is above threshold []
+    JumpReluAutoEncoder   relu(x W_enc + b_enc) above threshold [d_sae]; f W_dec + b_dec
     VSAETopK          the paper's authors' fork: relu(mu), then the k largest; a bias
                       is subtracted from x, a decoder.bias (April mode) is not
 
-with encoder.weight [d_sae, d_in] and decoder.weight [d_in, d_sae]. VSAETopK is read and
+with encoder.weight [d_sae, d_in] and decoder.weight [d_in, d_sae], W_enc and W_dec as
+here. VSAETopK is read and
 written as AutoEncoderTopK, which the package itself knows. The input's scale is folded
 into the biases: the decoder keeps its norms, latents get the units of x.
 """
@@ -22,6 +25,7 @@ from vsae_jax.interop.canonical import (
     check_k,
     folded,
     foreign,
+    not_subtracting,
     refuse_layer_norm,
     shown,
     subtracting,
@@ -41,7 +45,15 @@ NAME = "dictionary_learning"
 # The rule that its files say, where it is not the autoencoder's own.
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-_CLASSES = ("AutoEncoder", "AutoEncoderTopK", "VSAETopK")
+_CLASSES = {
+    "AutoEncoder": "relu",
+    "AutoEncoderTopK": "relu_topk",
+    "VSAETopK": "relu_topk",
+    "BatchTopKSAE": "batch_topk",
+    "JumpReluAutoEncoder": "jump_relu",
+}
+_JUMP_NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
+_JUMP_NAMES |= {"theta": "threshold"}
 
 
 def weights(folder: Path) -> Path | None:
@@ -64,10 +76,13 @@ def read(folder: Path) -> Autoencoder:
             f"{', '.join(_CLASSES)}"
         )
     arrays = read_arrays(path)
-    k = None if kind == "AutoEncoder" else _pop_k(arrays, trainer, path, where)
+    rule = _CLASSES[kind]
+    has_k = rule not in ("relu", "jump_relu")
+    k = _pop_k(arrays, trainer, path, where) if has_k else None
     threshold = arrays.pop("threshold", None) if kind == "AutoEncoderTopK" else None
     bias = _bias(kind, arrays)
-    m = size_of(arrays, "encoder.bias", where=path)
+    jump = rule == "jump_relu"
+    m = size_of(arrays, "b_enc" if jump else "encoder.bias", where=path)
     d = size_of(arrays, bias, where=path)
     if (trainer.get("activation_dim", d), trainer.get("dict_size", m)) != (d, m):
         raise UserError(
@@ -75,13 +90,13 @@ def read(folder: Path) -> Autoencoder:
             f"dict_size={shown(trainer.get('dict_size'))}, but {WEIGHTS} has {d}, {m}"
         )
     has_head = "var_encoder.bias" in arrays and kind == "VSAETopK"
-    layout = _layout(d, m, has_head=has_head) | {bias: (d,)}
+    layout = _layout(d, m, rule, has_head=has_head) | {bias: (d,)}
     check_layout(arrays, layout, where=path)
     return foreign(
-        _params(as_float32(arrays, where=path), bias),
-        rule="relu" if kind == "AutoEncoder" else "relu_topk",
-        k=None if kind == "AutoEncoder" else check_k(k, d_sae=m, where=where),
-        subtract_b_dec=bias != "decoder.bias",
+        _params(as_float32(arrays, where=path), bias, rule),
+        rule=rule,
+        k=check_k(k, d_sae=m, where=where) if has_k else None,
+        subtract_b_dec=bias != "decoder.bias" and not jump,
         data=_data(trainer, config.get("buffer")),
         source={
             "format": NAME,
@@ -93,10 +108,14 @@ def read(folder: Path) -> Autoencoder:
     )
 
 
-def _layout(d: int, m: int, *, has_head: bool) -> dict[str, tuple[int, ...]]:
+def _layout(d: int, m: int, rule: str, *, has_head: bool) -> dict[str, tuple[int, ...]]:
+    if rule == "jump_relu":
+        biases = {"b_enc": (m,), "threshold": (m,)}
+        return {"W_enc": (d, m), "W_dec": (m, d)} | biases
     weights = {"encoder.weight": (m, d), "encoder.bias": (m,), "decoder.weight": (d, m)}
     head = {"var_encoder.weight": (m, d), "var_encoder.bias": (m,)}
-    return weights | head if has_head else weights
+    threshold = {"threshold": ()} if rule == "batch_topk" else {}
+    return weights | threshold | (head if has_head else {})
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -122,13 +141,17 @@ def _pop_k(arrays: dict, trainer: dict[str, Any], path: Path, where: Path) -> An
 
 
 def _bias(kind: str, arrays: dict[str, np.ndarray]) -> str:
-    if kind == "AutoEncoderTopK":
+    if kind in ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder"):
         return "b_dec"
     april = kind == "VSAETopK" and "decoder.bias" in arrays
     return "decoder.bias" if april else "bias"
 
 
-def _params(floats: dict[str, np.ndarray], bias: str) -> dict[str, np.ndarray]:
+def _params(
+    floats: dict[str, np.ndarray], bias: str, rule: str
+) -> dict[str, np.ndarray]:
+    if rule == "jump_relu":
+        return {ours: floats[theirs] for ours, theirs in _JUMP_NAMES.items()}
     params = {
         "w_enc": floats["encoder.weight"].T.copy(),
         "b_enc": floats["encoder.bias"],
@@ -138,6 +161,8 @@ def _params(floats: dict[str, np.ndarray], bias: str) -> dict[str, np.ndarray]:
     if "var_encoder.weight" in floats:
         params["w_var"] = floats["var_encoder.weight"].T.copy()
         params["b_var"] = floats["var_encoder.bias"]
+    if rule == "batch_topk":  # theirs is -1 until it is set
+        params["threshold"] = np.maximum(floats["threshold"], np.float32(0))
     return params
 
 
@@ -168,35 +193,46 @@ def _notes(kind: str, threshold: np.ndarray | None) -> tuple[str, ...]:
 
 
 def rewritten(ae: Autoencoder) -> Autoencoder:
-    """What `write` writes: b_dec subtracted, latents in the units of x."""
+    """What `write` writes: b_dec subtracted (not of a jump_relu), latents in the units
+    of x."""
     refuse_layer_norm(ae, NAME)
+    if ae.rule == "jump_relu":
+        return folded(not_subtracting(ae), units="raw")
     return folded(subtracting(ae), units="raw")
 
 
 def write(ae: Autoencoder, folder: Path) -> Path:
     """The two files of a rewritten autoencoder; returns that of the weights."""
+    write_pt(folder / WEIGHTS, _arrays(ae))
+    runs.write_json(folder / CONFIG, _config(ae))
+    return folder / WEIGHTS
+
+
+def _arrays(ae: Autoencoder) -> dict[str, Any]:
     p = ae.params
+    if ae.rule == "jump_relu":
+        return {theirs: p[ours] for ours, theirs in _JUMP_NAMES.items()}
     arrays: dict[str, Any] = {
         "encoder.weight": np.ascontiguousarray(p["w_enc"].T),
         "encoder.bias": p["b_enc"],
         "decoder.weight": np.ascontiguousarray(p["w_dec"].T),
     }
-    if ae.k is None:
-        arrays["bias"] = p["b_dec"]
-    else:
-        arrays["b_dec"] = p["b_dec"]
-        arrays["k"] = np.array(ae.k, np.int32)
-        arrays["threshold"] = np.array(-1, np.float32)
-    write_pt(folder / WEIGHTS, arrays)
-    runs.write_json(folder / CONFIG, _config(ae))
-    return folder / WEIGHTS
+    if not ae.config.has_k:
+        return arrays | {"bias": p["b_dec"]}
+    return arrays | {
+        "b_dec": p["b_dec"],
+        "k": np.array(ae.config.k, np.int32),
+        "threshold": p.get("threshold", np.array(-1, np.float32)),
+    }
 
 
 def _config(ae: Autoencoder) -> dict[str, Any]:
     train, data, c = ae.train or {}, ae.data, ae.config
-    topk = {"trainer_class": "TopKTrainer", "dict_class": "AutoEncoderTopK", "k": ae.k}
-    relu = {"trainer_class": "StandardTrainer", "dict_class": "AutoEncoder"}
-    trainer = (relu if ae.k is None else topk) | {
+    kind = {"relu": "Standard AutoEncoder", "none": "Standard AutoEncoder"}
+    kind |= {"batch_topk": "BatchTopK BatchTopKSAE"}
+    kind |= {"jump_relu": "JumpRelu JumpReluAutoEncoder"}
+    name, dict_class = kind.get(ae.rule, "TopK AutoEncoderTopK").split()
+    trainer = {"trainer_class": f"{name}Trainer", "dict_class": dict_class} | {
         "lr": train.get("lr"),
         "steps": train.get("steps"),
         "auxk_alpha": train.get("auxk"),
@@ -213,5 +249,6 @@ def _config(ae: Autoencoder) -> dict[str, Any]:
         "wandb_name": ae.source.get("name"),
         "submodule_name": None,
     }
+    trainer |= {"k": c.k} if c.has_k else {}
     buffer = {"d_submodule": c.d_model, "ctx_len": data.get("context_length")}
     return {"trainer": trainer, "buffer": buffer}

@@ -19,6 +19,7 @@ from vsae_jax.interop.canonical import (
     check_k,
     folded,
     foreign,
+    refuse_thresholds,
     shown,
     subtracting,
 )
@@ -111,6 +112,7 @@ def _rule(
 
 def rewritten(ae: Autoencoder) -> Autoencoder:
     """What `write` writes: pre_bias subtracted, latents in the units of x."""
+    refuse_thresholds(ae, NAME)
     if ae.layer_norm and ae.k is None:
         raise UserError("openai knows the per-row LayerNorm only of a TopK")
     return folded(subtracting(ae), units="raw")

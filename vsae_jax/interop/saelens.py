@@ -1,7 +1,9 @@
-"""SAELens 6: `cfg.json` and `sae_weights.safetensors` (standard, topk, abstopk).
+"""SAELens 6: `cfg.json` and `sae_weights.safetensors` (standard, topk, abstopk,
+jumprelu).
 
     W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec
     pre = (x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc;  TopK(pre), then relu
+    jumprelu: relu(pre) where pre > threshold [d_sae]; a batch_topk is saved as one
 
 The input's scale and mean are folded into the weights; latents keep their values.
 """
@@ -14,7 +16,15 @@ from safetensors.numpy import save
 
 from vsae_jax import runs
 from vsae_jax.interop import provenance
-from vsae_jax.interop.canonical import Autoencoder, check_k, folded, foreign, shown
+from vsae_jax.interop.canonical import (
+    THRESHOLDS,
+    Autoencoder,
+    check_k,
+    folded,
+    foreign,
+    shown,
+    thresholds,
+)
 from vsae_jax.interop.tensors import (
     as_float32,
     check_keys,
@@ -37,12 +47,14 @@ _ARCHITECTURES = {
     "standard": "relu",
     "topk": "relu_topk",
     "abstopk": "abstopk",
+    "jumprelu": "jump_relu",
 }
 _KEYS = (
     "architecture d_in d_sae k dtype device apply_b_dec_to_input normalize_activations "
     "reshape_activations rescale_acts_by_decoder_norm metadata"
 )
 _WRITTEN = {"relu_topk": "topk", "topk": "topk", "abstopk": "abstopk"}
+_WRITTEN |= dict.fromkeys(THRESHOLDS, "jumprelu")
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
 
 
@@ -64,17 +76,21 @@ def read(folder: Path) -> Autoencoder:
             f"{where} says d_in={shown(c.get('d_in'))}, d_sae={shown(c.get('d_sae'))}, "
             f"but {WEIGHTS} has {d} and {m}"
         )
+    rule = _ARCHITECTURES[c["architecture"]]
     layout = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
+    layout |= {"threshold": (m,)} if rule == "jump_relu" else {}
     check_layout(arrays, layout, where=folder / WEIGHTS)
     floats = as_float32(arrays, where=folder / WEIGHTS)
     params = {ours: floats[theirs] for ours, theirs in _NAMES.items()}
+    if rule == "jump_relu":
+        params["theta"] = floats["threshold"]
     if c.get("rescale_acts_by_decoder_norm"):
         params = _with_unit_rows(params)
-    rule = _ARCHITECTURES[c["architecture"]]
+    has_k = rule not in ("relu", "jump_relu")
     return foreign(
         params,
         rule=rule,
-        k=None if rule == "relu" else check_k(c.get("k"), d_sae=m, where=where),
+        k=check_k(c.get("k"), d_sae=m, where=where) if has_k else None,
         subtract_b_dec=c["apply_b_dec_to_input"],
         layer_norm=c["normalize_activations"] == "layer_norm",
         data=_data(c["metadata"]),
@@ -120,6 +136,8 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
         "b_enc": params["b_enc"] * norm,
         "w_dec": params["w_dec"] / norm[:, None],
     }
+    if "theta" in params:
+        new["theta"] = params["theta"] * norm
     return params | {n: np.ascontiguousarray(a, np.float32) for n, a in new.items()}
 
 
@@ -144,6 +162,8 @@ def write(ae: Autoencoder, folder: Path) -> Path:
     """The two files of a rewritten autoencoder; returns that of the weights."""
     architecture = _WRITTEN.get(ae.rule, "standard")
     arrays = {theirs: ae.params[ours] for ours, theirs in _NAMES.items()}
+    if ae.rule in THRESHOLDS:
+        arrays["threshold"] = thresholds(ae)
     config = {
         "d_in": ae.config.d_model,
         "d_sae": ae.config.d_sae,
@@ -155,7 +175,7 @@ def write(ae: Autoencoder, folder: Path) -> Path:
         "metadata": _metadata(ae),
         "architecture": architecture,
     }
-    if architecture != "standard":
+    if ae.k is not None:
         config |= {"k": ae.k, "rescale_acts_by_decoder_norm": False}
     replace_file(folder / WEIGHTS, save(arrays))
     runs.write_json(folder / CONFIG, config)

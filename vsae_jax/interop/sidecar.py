@@ -15,7 +15,14 @@ from vsae_jax import runs
 from vsae_jax.autoencoder import posterior
 from vsae_jax.config import SAEConfig
 from vsae_jax.config.fields import from_json
-from vsae_jax.interop.canonical import RULES, Autoencoder, shown, with_rule
+from vsae_jax.interop.canonical import (
+    RULES,
+    THRESHOLDS,
+    Autoencoder,
+    check_k,
+    shown,
+    with_rule,
+)
 from vsae_jax.interop.tensors import (
     as_float32,
     check_layout,
@@ -64,7 +71,7 @@ def write(
         "vsae_jax": runs.versions()["vsae_jax"],
         "source": ae.source,
         "selection": ae.rule,
-        "k": ae.k,
+        "k": ae.config.k if ae.config.has_k else None,
         "subtract_b_dec": ae.config.subtract_b_dec,
         "input_norm": _INPUT_NORMS[ae.layer_norm],
         "latent_scale": ae.latent_scale,
@@ -91,13 +98,23 @@ def apply(ae: Autoencoder, folder: Path, *, weights: Path) -> Autoencoder:
             f"{path} does not belong to {weights.name}: its checksum is another; "
             f"delete {NOTE} to read the weights as they are"
         )
-    if note["k"] != ae.k or note["subtract_b_dec"] != ae.config.subtract_b_dec:
+    if (
+        note["k"] != ae.k
+        and ae.rule not in THRESHOLDS
+        or (note["subtract_b_dec"] != ae.config.subtract_b_dec)
+    ):
         raise UserError(f"{path} contradicts the files beside it on k or b_dec")
+    if (note["selection"] in THRESHOLDS) != (ae.rule in THRESHOLDS):
+        raise UserError(f"{path} contradicts the files beside it on the thresholds")
     if (folder / EXTRA).is_file():
         ae = dataclasses.replace(ae, params=ae.params | _head(ae, folder / EXTRA))
         config = dataclasses.replace(ae.config, variance="learned")
         ae = dataclasses.replace(ae, config=config)
     ae = with_rule(ae, note["selection"])
+    if ae.rule == "batch_topk":
+        k = check_k(note["k"], d_sae=ae.config.d_sae, where=path)
+        config = dataclasses.replace(ae.config, k=k)
+        ae = dataclasses.replace(ae, config=config)
     ae = dataclasses.replace(
         ae,
         source=note["source"],

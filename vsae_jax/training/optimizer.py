@@ -68,6 +68,12 @@ def beta_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
     return kl_weight(step, beta=numbers["beta"], warmup=numbers["kl_warmup_steps"])
 
 
+def warmed(step: Scalar, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers at `step`: beta and l0 rise over the same steps."""
+    l0 = kl_weight(step, beta=numbers["l0"], warmup=numbers["kl_warmup_steps"])
+    return {**numbers, "beta": beta_of_step(step, numbers), "l0": l0}
+
+
 def of_step(
     step: Scalar, numbers: Mapping[str, Any], config: SAEConfig
 ) -> optax.GradientTransformation:

@@ -25,7 +25,7 @@ from vsae_jax.config import (
     resolve_train,
     sae_config,
 )
-from vsae_jax.config.fields import difference, to_json
+from vsae_jax.config.fields import difference, to_json, with_new_fields
 from vsae_jax.system import mesh as meshes
 from vsae_jax.system.errors import UserError
 from vsae_jax.training.step import TrainState, init_state
@@ -145,7 +145,7 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
 def explain(planned: PlannedRun) -> None:
     """What is trained, and what a flag does not do here."""
     c, rows = planned.train, planned.train.steps * planned.train.batch_size
-    k = f"k {c.k}, " if planned.sae.sparsity == "topk" else ""
+    k = f"k {c.k}, " if planned.sae.has_k else ""
     print(
         f"{c.variant} (preset {c.preset}): d_model {planned.sae.d_model}, "
         f"d_sae {c.d_sae}, {k}{c.steps} steps of {c.batch_size} rows "
@@ -199,6 +199,10 @@ def open_folder(planned: PlannedRun) -> bool:
         _write_config(planned, stated)
         return True
     stored = runs.read_json(path)
+    younger = {"train": TrainConfig, "sae": SAEConfig}
+    for part, kind in younger.items():
+        if isinstance(stored.get(part), dict):
+            stored[part] = with_new_fields(kind, stored[part])
     changed = "; ".join(
         text
         for part in stated
@@ -256,6 +260,7 @@ def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
         mean=mean,
         b_dec=b_dec,
         decoder_init_norm=planned.train.decoder_init_norm,
+        threshold_init=planned.train.threshold_init,
     )
     return init_state(variables, noise_key, planned.sae)
 

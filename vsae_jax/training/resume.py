@@ -106,7 +106,7 @@ def _forkable(source: Path, job: PlannedRun) -> SAEConfig:
         changed = difference(old, new)
         raise UserError(
             f"--fork_from={source} has arrays of other shapes ({changed}); give the "
-            "same --d_sae and --variance"
+            "same --d_sae, --variance and sparsity"
         )
     return stored
 

@@ -115,7 +115,7 @@ def train_step(
         held,
         x_n,
         jax.random.fold_in(state.key, state.step),
-        {**numbers, "beta": optimizer.beta_of_step(state.step, numbers)},
+        optimizer.warmed(state.step, numbers),
         dead=dead,
         any_dead=any_dead,
         buffers=state.norm,

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder.arrays import ArraySpec
-from vsae_jax.autoencoder.sparsifiers import none, topk
+from vsae_jax.autoencoder.sparsifiers import batch_topk, jump_relu, none, topk
 from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
@@ -59,7 +59,12 @@ class Sparsifier(Protocol):
         ...
 
 
-SPARSIFIERS: dict[str, Sparsifier] = {"none": none, "topk": topk}
+SPARSIFIERS: dict[str, Sparsifier] = {
+    "none": none,
+    "topk": topk,
+    "batch_topk": batch_topk,
+    "jump_relu": jump_relu,
+}
 
 
 def sparsifier_of(config: SAEConfig) -> Sparsifier:

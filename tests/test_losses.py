@@ -118,7 +118,7 @@ def make(name, params):
 
 
 NUMBERS = {"k": K, "beta": 0.3, "noise_std": 0.7, "l1": 0.2, "auxk": 0.5}
-NUMBERS |= {"l0": 0.4, "target_l0": 3.0, "bandwidth": 0.3}
+NUMBERS |= {"l0": 0.4, "target_l0": 3.0, "bandwidth": 0.8}
 DEAD = np.arange(M) % 3 == 0
 
 
@@ -179,7 +179,7 @@ def test_a_threshold_has_the_gradient_of_a_rectangle(target, params, x):
     near = (np.abs(z - p["theta"]) < width / 2) / width
     assert 20 < np.count_nonzero(near) < near.size / 2
     x_hat = np.where(on, z, 0) @ p["w_dec"] + p["b_dec"]
-    of_f = 2 / B * (x_hat - x) @ p["w_dec"].T
+    of_f = 2 / B * (x_hat - np.asarray(x, np.float64)) @ p["w_dec"].T
     of_l0 = numbers["l0"] / B
     if target:
         of_l0 *= 2 * (on.sum(axis=1).mean() / target - 1) / target

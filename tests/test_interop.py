@@ -325,7 +325,7 @@ def change(path: Path, **values) -> None:
     "values, said",
     [
         ({"architecture": "gated"}, "'gated' is not read; expected standard"),
-        ({"architecture": "jumprelu"}, "sae_weights.safetensors: threshold is missing"),
+        ({"architecture": "jumprelu"}, "sae_weights.safetensors lacks threshold"),
         ({"k": "DROP"}, "says TopK but no k"),
         ({"k": 0}, "k is '0', expected a whole number of at least 1"),
         ({"k": 11}, "k=11 must not exceed d_sae=10"),
@@ -368,7 +368,10 @@ def test_saelens_tensors_that_are_refused(tmp_path, edit, said):
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"dict_class": "BatchTopKSAE"}, "'BatchTopKSAE' is not read; expected AutoE"),
+        (
+            {"dict_class": "GatedAutoEncoder"},
+            "'GatedAutoEncoder' is not read; expected",
+        ),
         ({"k": 4}, "says k='4' but ae.pt has k=3"),
         ({"dict_size": 5}, "dict_size='5', but ae.pt has 6, 10"),
     ],

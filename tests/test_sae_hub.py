@@ -12,6 +12,7 @@ from threading import Thread
 import numpy as np
 import pytest
 from autoencoders import make, write
+from test_gemma_scope import arrays as gemma_arrays
 
 from vsae_jax import interop
 from vsae_jax.interop import hub as sae_hub
@@ -23,8 +24,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class FakeHub(BaseHTTPRequestHandler):
-    """A repository me/sae with the files of `self.server.folder`, at main and v1, and
-    me/new, to which one can push; what was pushed is in `self.server.pushed`."""
+    """A repository `self.server.repository` with the files of `self.server.folder`, at
+    main and v1, and me/new, to which one can push; what was pushed is in
+    `self.server.pushed`."""
 
     def do_HEAD(self):
         self.answer(self.get())
@@ -49,10 +51,11 @@ class FakeHub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         folder = self.server.folder
         names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-        api = "/api/models/me/sae"
+        repository = self.server.repository
+        api = f"/api/models/{repository}"
         if path in (api, f"{api}/revision/main", f"{api}/revision/v1"):
             siblings = [{"rfilename": name} for name in names]
-            return said({"id": "me/sae", "sha": COMMIT, "siblings": siblings})
+            return said({"id": repository, "sha": COMMIT, "siblings": siblings})
         if path == f"{api}/tree/{COMMIT}":
             return said(
                 [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
@@ -61,7 +64,7 @@ class FakeHub(BaseHTTPRequestHandler):
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         if path == "/api/models/me/new":
             return said({"id": "me/new", "sha": COMMIT, "siblings": []})
-        prefix = f"/me/sae/resolve/{COMMIT}/"
+        prefix = f"/{repository}/resolve/{COMMIT}/"
         if not path.startswith(prefix):
             return 401, {"X-Error-Code": "RepoNotFound"}, b""
         self.server.fetched.append(path.removeprefix(prefix))
@@ -115,7 +118,7 @@ def folder(tmp_path) -> Path:
 @pytest.fixture
 def hub(folder):
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    server.folder, server.pushed = folder, {}
+    server.folder, server.pushed, server.repository = folder, {}, "me/sae"
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     server.created, server.fetched = [], []
     Thread(target=server.serve_forever, daemon=True).start()
@@ -172,6 +175,56 @@ def test_load_from_the_hub(hub, tmp_path):
     assert names <= {*EXPORTED, "sae.safetensors"}
 
 
+GEMMA = "gemma-scope-2b-pt-res-canonical/layer_20/width_16k/canonical"
+PLACE = "google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71"
+
+
+@pytest.fixture
+def gemma_scope(hub, tmp_path):
+    """The hub with one folder of Gemma Scope's repository."""
+    hub.folder, hub.repository = tmp_path / "gemma", "/".join(PLACE.split("/")[:2])
+    inside = hub.folder.joinpath(*PLACE.split("/")[2:])
+    inside.mkdir(parents=True)
+    np.savez(inside / "params.npz", **gemma_arrays())
+    return hub
+
+
+def test_saelens_names_lead_to_their_files(gemma_scope, tmp_path):
+    asked = [
+        GEMMA,
+        PLACE,
+        f"{PLACE}/params.npz",
+        GEMMA.replace("_20", "_99"),
+        GEMMA.replace("canonical/", "canonicl/"),
+        "gemma-scope-2b-pt-res-canonicl",
+        "gemma-scope-2b-pt-transcoders/layer_0/width_16k/average_l0_76",
+    ]
+    asked = json.dumps([(name, None) for name in asked])
+    done = in_a_process(["-c", SCRIPT, asked], gemma_scope, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    got = [json.loads(line) for line in done.stdout.splitlines()]
+    first = float(gemma_arrays()["W_enc"][0, 0])
+    assert got[:3] == [[first, len(gemma_arrays()["b_enc"])]] * 3
+    assert "'layer_99/width_16k/canonical' is not one of them; nearest: gemma" in got[3]
+    assert f"; did you mean {GEMMA} or " in got[4]
+    assert "no folder here; did you mean gemma-scope-2b-pt-res-canonical/" in got[5]
+    assert "format gemma_2_transcoder, which is not read; read are sae_lens, " in got[6]
+    assert {Path(name).name for name in gemma_scope.fetched} == {"params.npz"}
+
+
+def test_a_name_is_converted_and_the_card_says_where_from(gemma_scope, tmp_path):
+    out = tmp_path / "out"
+    command = ["-m", "vsae_jax.convert", f"--input={GEMMA}", f"--out={out}"]
+    done = in_a_process(command, gemma_scope, tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    source = json.loads((out / "vsae_jax_export.json").read_text())["source"]
+    assert source["repository"] == PLACE and source["revision"] == COMMIT
+    assert source["release"] == GEMMA and source["format"] == "gemma_scope"
+    card = (out / "README.md").read_text()
+    assert f"| from | gemma_scope, {PLACE}/params.npz |" in card
+    assert 'base_model: "google/gemma-2-2b"' in card
+
+
 def test_push_to_the_hub(hub, tmp_path):
     source, out = write(make(), "vsae_jax", tmp_path / "in"), tmp_path / "out"
     flags = [f"--input={source}", "--to=saelens", f"--out={out}", "--private"]
@@ -207,8 +260,8 @@ def test_a_path_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in ("runs/topc", "./me/sae", "sae", str(tmp_path / "a" / "b")):
-        assert sae_hub.local(name) == Path(name)
+        assert sae_hub.find(name) == (Path(name), {}, {})
         with pytest.raises(UserError, match="needs a hub id"):
-            sae_hub.local(name, revision="v1")
+            sae_hub.find(name, revision="v1")
     with pytest.raises(UserError, match="is no folder here and no hub id"):
-        sae_hub.local("me/sae/../x")
+        sae_hub.find("me/sae/../x")

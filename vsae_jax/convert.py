@@ -15,7 +15,7 @@ import numpy as np
 
 from vsae_jax import interop
 from vsae_jax.config import ConvertConfig, cli
-from vsae_jax.interop import Autoencoder, Format, card, check, hub, sidecar
+from vsae_jax.interop import Autoencoder, Format, card, check, hub, loading, sidecar
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import TEMPORARY
 
@@ -30,8 +30,7 @@ def run(c: ConvertConfig) -> Path:
     out = Path(c.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is there already; name a new folder")
-    folder = hub.local(c.input, revision=c.revision or None)
-    ae = interop.read(folder)
+    folder, ae = loading.read(c.input, revision=c.revision or None)
     if c.model_name:
         ae = dataclasses.replace(ae, data=ae.data | {"model": c.model_name})
     target = interop.FORMATS[c.to]

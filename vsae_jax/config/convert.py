@@ -16,7 +16,8 @@ class ConvertConfig:
     """
 
     input: str = flag(
-        "run folder, folder of another library (recognised by its files), or hub id",
+        "run folder, folder of another library (recognised by its files), hub id, or "
+        "SAELens' name, release/id",
         "",
         default_help=REQUIRED,
     )

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from vsae_jax.interop import (
     dictionary_learning,
+    gemma_scope,
     openai,
     run_folder,
     saelens,
@@ -16,19 +17,24 @@ from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.system.errors import UserError
 
 
-class Format(Protocol):
-    """What a format's module has.
+class Readable(Protocol):
+    """What the module of a format that is read has."""
+
+    @property
+    def NAME(self) -> str: ...
+    def weights(self, folder: Path) -> Path | None: ...
+    def read(self, folder: Path) -> Autoencoder: ...
+
+
+class Format(Readable, Protocol):
+    """What the module of a format that is also written has.
 
     SAYS: the selection rule that its files say for one that it does not know; they are
       equal where no kept value is negative.
     """
 
     @property
-    def NAME(self) -> str: ...
-    @property
     def SAYS(self) -> Mapping[str, str]: ...
-    def weights(self, folder: Path) -> Path | None: ...
-    def read(self, folder: Path) -> Autoencoder: ...
     def rewritten(self, ae: Autoencoder) -> Autoencoder: ...
     def write(self, ae: Autoencoder, folder: Path) -> Path: ...
 
@@ -40,18 +46,20 @@ FORMATS: dict[str, Format] = {
     "sparsify": sparsify,
     "openai": openai,
 }
+READ: dict[str, Readable] = {**FORMATS, "gemma_scope": gemma_scope}
 _EXPECTED = (
     "config.json with sae.safetensors (vsae_jax), cfg.json with "
     "sae_weights.safetensors (saelens) or sae.safetensors (sparsify), config.json with "
-    "ae.pt (dictionary_learning), or one .pt file alone (openai)"
+    "ae.pt (dictionary_learning), params.npz or params.safetensors (gemma_scope), or "
+    "one .pt file alone (openai)"
 )
 
 
-def recognised(folder: Path) -> Format:
+def recognised(folder: Path) -> Readable:
     """The format of a folder, by its files."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected {_EXPECTED}")
-    found = [f for f in FORMATS.values() if f.weights(folder)]
+    found = [f for f in READ.values() if f.weights(folder)]
     if len(found) == 1:
         return found[0]
     if found:
@@ -64,7 +72,7 @@ def recognised(folder: Path) -> Format:
 
 
 def _holds_one(folder: Path) -> bool:
-    return any(f.weights(folder) for f in FORMATS.values())
+    return any(f.weights(folder) for f in READ.values())
 
 
 def read(folder: str | Path) -> Autoencoder:
@@ -78,4 +86,4 @@ def read(folder: str | Path) -> Autoencoder:
     return sidecar.apply(ae, folder, weights=weights)
 
 
-__all__ = ["FORMATS", "Autoencoder", "Format", "read", "recognised"]
+__all__ = ["FORMATS", "READ", "Autoencoder", "Format", "Readable", "read", "recognised"]

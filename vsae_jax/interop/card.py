@@ -78,6 +78,7 @@ def _front(ae: Autoencoder, to: str) -> str:
 def _facts(ae: Autoencoder) -> dict[str, Any]:
     train, data = ae.train or {}, ae.data
     return {
+        "from": _origin(ae.source),
         "language model": provenance.model_name(ae),
         "hook": data.get("hook_name"),
         "text": provenance.public(data.get("dataset")),
@@ -93,6 +94,16 @@ def _facts(ae: Autoencoder) -> dict[str, Any]:
         "steps": train.get("steps"),
         "seed": train.get("seed"),
     }
+
+
+def _origin(source: dict[str, Any]) -> str | None:
+    """What another library wrote: its format, and the repository or the file."""
+    source = source.get("origin", source)
+    if source.get("format") in (None, "vsae_jax"):
+        return None
+    place = source.get("repository") or source.get("name") or ""
+    file = f"/{source['file']}" if "file" in source else ""
+    return f"{source['format']}, {place}{file}"
 
 
 def _measured(evals: dict[str, Any], check: dict[str, Any]) -> dict[str, Any]:

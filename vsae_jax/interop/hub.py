@@ -3,9 +3,9 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vsae_jax.interop import sidecar
+from vsae_jax.interop import releases, sidecar
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
 from vsae_jax.system.errors import UserError, one_line
 
@@ -17,6 +17,8 @@ _FILES = (
     "sae.safetensors",
     "sae_weights.safetensors",
     "ae.pt",
+    "params.npz",
+    "params.safetensors",
     "autoencoder.pt",
     "[0-9].pt",
     "[0-9][0-9].pt",
@@ -26,21 +28,46 @@ _FILES = (
 )
 
 
-def local(path_or_hub_id: str | Path, *, revision: str | None = None) -> Path:
-    """The folder itself, or the snapshot of a hub id (`owner/name`, or
-    `owner/name/folder` of a repository with many) at a branch, tag or commit."""
-    folder, name = Path(path_or_hub_id).expanduser(), str(path_or_hub_id)
+class Found(NamedTuple):
+    """A folder, and what its name says: `source`, where it is from, and `data`, of the
+    language model."""
+
+    folder: Path
+    source: dict[str, str]
+    data: dict[str, Any]
+
+
+def find(name: str | Path, *, revision: str | None = None) -> Found:
+    """The folder itself; or the snapshot of a hub id (`owner/name`, or
+    `owner/name/folder` of a repository with many) at a branch, tag or commit, or of
+    one of SAELens' names (`release/id`). Of a file of it, its folder."""
+    folder, name = Path(name).expanduser(), str(name)
+    if folder.name in _FILES and not folder.is_dir():
+        folder, name = folder.parent, name.rpartition("/")[0] or "."
     # `runs/topc` beside a folder `runs` is a slip, no hub id.
     local = folder.is_absolute() or Path(folder.parts[0] if name else ".").exists()
+    published = None if local else releases.find(name)
     if local or name.startswith(".") or "/" not in name:
         if revision:
             raise UserError(f"revision={revision} needs a hub id, not {name}")
-        return folder
-    owner, repository, *below = name.rstrip("/").split("/")
+        if near := "" if local else releases.nearest(name):
+            raise UserError(f"{name} is no folder here{near}")
+        return Found(folder, {}, {})
+    place = f"{published.repository}/{published.path}" if published else name
+    owner, repository, *below = place.rstrip("/").split("/")
     if ".." in below:
         raise UserError(f"{name} is no folder here and no hub id")
     repo, inside = f"{owner}/{repository}", "/".join(below)
-    return _fetched(repo, inside, revision=revision) / inside
+    snapshot = _fetched(repo, inside, revision=revision)
+    source = {"repository": place.rstrip("/"), "revision": snapshot.name}
+    if published is None:
+        return Found(snapshot / inside, source, {})
+    center = {"center_residual": True} if published.center else {}
+    return Found(
+        snapshot / inside,
+        source | {"release": published.name},
+        {"model": published.model} | center,
+    )
 
 
 def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
@@ -66,11 +93,12 @@ def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         raise UserError(
             f"{repo} is no folder here, and no repository that the hub shows you (a "
-            "private one needs `hf auth login`)"
+            f"private one needs `hf auth login`){releases.nearest(f'{repo}/{inside}')}"
         ) from None
     except connection_errors() as error:
         raise UserError(
             f"{repo} is no folder here and cannot be fetched ({one_line(error)})"
+            f"{releases.nearest(f'{repo}/{inside}')}"
         ) from None
     return Path(path)
 

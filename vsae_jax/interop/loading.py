@@ -18,20 +18,29 @@ _ROWS = 64
 
 def load(path_or_hub_id: str | Path, *, revision: str | None = None) -> TrainedSAE:
     """The autoencoder of a run folder or of SAELens', dictionary_learning's, sparsify's
-    or OpenAI's files, in float32: a local folder, or `owner/name[/folder]` on the hub
-    at `revision`. Nothing that the files say is run."""
-    folder = Path(hub.local(path_or_hub_id, revision=revision))
-    ae = interop.read(folder)
+    or OpenAI's files or Gemma Scope's, in float32: a local folder, a hub id
+    (`owner/name[/folder]`) at `revision`, or one of SAELens' names (`release/id`).
+    Nothing that the files say is run."""
+    folder, ae = read(path_or_hub_id, revision=revision)
     trained = _trained(folder, ae)
     return dataclasses.replace(
         trained, sae=dataclasses.replace(ae.config, dtype="float32")
     )
 
 
+def read(name: str | Path, *, revision: str | None = None) -> tuple[Path, Autoencoder]:
+    """The folder that a name leads to, and its autoencoder, with what is known of it
+    by the name alone."""
+    found = hub.find(name, revision=revision)
+    ae = interop.read(found.folder)
+    source, data = ae.source | found.source, found.data | ae.data
+    return found.folder, dataclasses.replace(ae, source=source, data=data)
+
+
 def open_any(folder: Path) -> TrainedSAE:
     """A run, or an autoencoder of any format, whose `train` is None where it was not
     trained here."""
-    found = [f for f in interop.FORMATS.values() if f.weights(folder)]
+    found = [f for f in interop.READ.values() if f.weights(folder)]
     if len(found) != 1 or found[0] is run_folder and not _imported(folder):
         return runs.open_run(folder)
     ae = interop.read(folder)

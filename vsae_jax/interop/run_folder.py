@@ -49,7 +49,11 @@ def read(folder: Path) -> Autoencoder:
         raise UserError(f"{path}: scale is {scale}, expected above 0")
     imported = stored.get("imported")
     imported = imported if isinstance(imported, dict) else {}
-    source = {"format": NAME, "name": folder.resolve().name, "dtype": "float32"}
+    name = folder.resolve().name
+    source: dict[str, Any] = {"format": NAME, "name": name, "dtype": "float32"}
+    origin = imported.get("source")
+    if isinstance(origin, dict) and origin.get("format") != NAME:
+        source["origin"] = origin
     notes, times = imported.get("notes", []), imported.get("latent_scale", 1.0)
     if not isinstance(notes, list) or type(times) is not float or not times > 0:
         raise UserError(f"{where}: notes or latent_scale of imported is not ours")

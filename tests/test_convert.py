@@ -1,5 +1,6 @@
 """`python -m vsae_jax.convert`, `vsae_jax.load`, and evaluation of any format."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import vsae_jax
 from vsae_jax import evaluate, interop, runs
 from vsae_jax.autoencoder import sae
 from vsae_jax.config import EvalConfig
+from vsae_jax.interop import check
 from vsae_jax.system.errors import UserError
 
 FOREIGN = [name for name in interop.FORMATS if name != "vsae_jax"]
@@ -41,8 +43,8 @@ def test_a_run_there_and_back(tiny_run, tmp_path, to, capfd):
     assert f"vsae_jax relu_topk, k 4, 16 -> 32 -> {to}" in said
     assert "self-check on 1,024 rows (rows): L0 4.0 of k 4" in said
     note = json.loads((there / NOTE).read_text())
-    check, variance = note["self_check"], note["self_check"]["explained_variance"]
-    assert check["rows"] == 1024 and check["max_abs_difference"] < 1e-5
+    found, variance = note["self_check"], note["self_check"]["explained_variance"]
+    assert found["rows"] == 1024 and found["max_abs_difference"] < 1e-5
     assert note["source"]["step"] == TRAINING["steps"] and note["k"] == 4
     back = converted(there, "vsae_jax", tmp_path / "back")
     run, again = runs.open_run(tiny_run), runs.open_run(back)
@@ -106,8 +108,45 @@ def test_a_kept_negative_value_is_refused(tiny_rows, tmp_path, capfd):
     said = said_by(capfd, input=folder, to="saelens", out=out)
     assert "saelens has no topk, and relu_topk would drop the negative latents" in said
     assert "1024 of 1024 rows keep; write it with --to=openai" in said
+    assert "--lossy=true" in said
     back = converted(converted(folder, "openai", out), "vsae_jax", tmp_path / "back")
     assert runs.open_run(back).sae.relu is False
+
+
+@pytest.mark.parametrize("rule, to", [("topk", "saelens"), ("abstopk", "sparsify")])
+def test_a_lossy_export_says_what_it_costs(tmp_path, rule, to, capfd):
+    made = make(rule=rule, d_sae=7)
+    shifted = made.params | {"b_enc": made.params["b_enc"] - 3}
+    ae = dataclasses.replace(made, params=shifted)
+    folder, out = write(ae, "vsae_jax", tmp_path / "in"), tmp_path / "out"
+    converted(folder, to, out, lossy=True)
+    x = check.generated_rows(ae, count=1024)
+    p = {n: np.float64(a) for n, a in ae.params.items()}
+    z = (x - p["b_dec"]) @ p["w_enc"] + p["b_enc"]
+    order, positive = np.abs(z) if rule == "abstopk" else z, np.maximum(z, 0)
+    kept = np.where(order >= np.sort(order)[:, -3, None], z, 0) @ p["w_dec"]
+    left = np.where(positive >= np.sort(positive)[:, -3, None], positive, 0)
+    x_hats = [kept + p["b_dec"], left @ p["w_dec"] + p["b_dec"]]
+    share = (
+        np.abs(x_hats[0] - x_hats[1]).max(1) > 1e-4 * np.abs(x_hats[0]).max()
+    ).mean()
+    total = np.square(x - x.mean(axis=0)).sum()
+    before, after = (1 - np.square(x - x_hat).sum() / total for x_hat in x_hats)
+    assert 0 < share <= 1
+    note = (
+        f"lossy: {to} has relu_topk for {rule} and drops negative latents; x_hat of "
+        f"{100 * share:.1f} % of 1024 rows (generated) changes, explained variance "
+        f"{before:.4f} before, {after:.4f} after"
+    )
+    assert json.loads((out / NOTE).read_text())["carried"] == [note]
+    assert note in capfd.readouterr().out and note in (out / "README.md").read_text()
+    loaded = vsae_jax.load(out)
+    np.testing.assert_allclose(loaded.encode(x), left, rtol=1e-4, atol=1e-4)
+
+
+def test_lossy_changes_nothing_where_nothing_is_lost(tiny_run, tmp_path):
+    out = converted(tiny_run, "saelens", tmp_path / "out", lossy=True)
+    assert json.loads((out / NOTE).read_text())["carried"] == []
 
 
 def test_abstopk_goes_to_saelens_only(tmp_path, capfd):

@@ -348,3 +348,22 @@ def test_wandb_offline(config, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     train.run(replace(config, wandb=True, steps=20))
     assert list((Path(config.out) / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "variant, relu, keeps",
+    [
+        ("vsae_topk", None, True),
+        ("vsae_topk", True, False),
+        ("vsae", None, True),
+        ("topk", None, False),
+        ("jump_relu", None, False),
+    ],
+)
+def test_a_run_that_keeps_negative_latents_says_so(
+    activations, tmp_path, variant, relu, keeps, capsys
+):
+    config = replace(settings(activations, tmp_path), variant=variant, relu=relu)
+    plan.explain(plan.plan(config))
+    said = "note: it keeps negative latents" in capsys.readouterr().out
+    assert said == keeps

@@ -16,6 +16,7 @@ import numpy as np
 from vsae_jax import interop
 from vsae_jax.config import ConvertConfig, cli
 from vsae_jax.interop import Autoencoder, Format, card, check, hub, loading, sidecar
+from vsae_jax.interop.canonical import with_rule
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import TEMPORARY
 
@@ -37,6 +38,8 @@ def run(c: ConvertConfig) -> Path:
     print(f"{folder}: {_described(ae)} -> {target.NAME}")
     activations = Path(c.activations) if c.activations else _of_run(ae, folder)
     rows, rows_from = check.given_rows(ae, activations, count=c.rows)
+    if c.lossy:
+        ae = _as_the_format_says(ae, target, rows, rows_from=rows_from)
     temporary = out.with_name(out.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -66,6 +69,27 @@ def _of_run(ae: Autoencoder, folder: Path) -> Path | None:
     if interop.recognised(folder).NAME != "vsae_jax" or not isinstance(own, str):
         return None
     return Path(own) if own and (Path(own) / "manifest.json").is_file() else None
+
+
+def _as_the_format_says(
+    ae: Autoencoder, target: Format, rows: Any, *, rows_from: str
+) -> Autoencoder:
+    """The autoencoder under the format's own selection rule, with a note on what that
+    costs; as it is, where that changes nothing."""
+    said = with_rule(ae, target.SAYS.get(ae.rule, ae.rule))
+    cost = check.cost(ae, said, rows)
+    if not cost.rows_changed:
+        return ae
+    before, after = (
+        "none" if value is None else f"{value:.4f}"
+        for value in (cost.variance_before, cost.variance_after)
+    )
+    note = (
+        f"lossy: {target.NAME} has {said.rule} for {ae.rule} and drops negative "
+        f"latents; x_hat of {100 * cost.rows_changed:.1f} % of {len(rows)} rows "
+        f"({rows_from}) changes, explained variance {before} before, {after} after"
+    )
+    return dataclasses.replace(said, notes=(*ae.notes, note))
 
 
 def _write(

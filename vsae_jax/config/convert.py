@@ -40,6 +40,11 @@ class ConvertConfig:
         "",
     )
     rows: int = flag("rows of the self-check", 1024)
+    lossy: bool = flag(
+        "write it also where the format drops its negative latents; what that costs is "
+        "printed, and in the card",
+        False,
+    )
     push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")
     private: bool = flag("make the hub repository a private one", False)
 

@@ -129,6 +129,23 @@ def compare(
     )
 
 
+class Cost(NamedTuple):
+    """What another selection rule does to the same rows: the share of them whose x_hat
+    changes by over 1e-4 of the largest, and the explained variance of both."""
+
+    rows_changed: float
+    variance_before: float | None
+    variance_after: float | None
+
+
+def cost(ours: Autoencoder, other: Autoencoder, rows: Any) -> Cost:
+    """What `other` loses against `ours`."""
+    a, b = run_rows(ours, rows).x_hat, run_rows(other, rows).x_hat
+    changed = np.abs(a - b).max(axis=1) > _TOLERANCE * max(np.abs(a).max(), 1e-30)
+    before, after = (_explained_variance(rows, x_hat) for x_hat in (a, b))
+    return Cost(float(changed.mean()), before, after)
+
+
 def _explained_variance(x: Any, x_hat: Any) -> float | None:
     x = x.astype(np.float64)
     total = np.square(x - x.mean(axis=0)).sum()
@@ -143,7 +160,7 @@ def refuse_negative(ae: Autoencoder, rows: Any, *, format: str, says: str) -> No
         raise UserError(
             f"{format} has no {ae.rule}, and {says} would drop the negative latents "
             f"that {negative} of {len(rows)} rows keep; write it with --to={way} or "
-            "--to=vsae_jax"
+            "--to=vsae_jax, or drop them, with the cost said, with --lossy=true"
         )
 
 

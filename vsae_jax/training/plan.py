@@ -152,6 +152,11 @@ def explain(planned: PlannedRun) -> None:
         f"({rows / planned.data['train_rows']:.2f} epochs), {planned.sae.dtype}, "
         f"{_devices(planned.mesh)}, to {planned.folder}"
     )
+    if not planned.sae.relu and planned.sae.sparsity in ("none", "topk"):
+        print(
+            "note: it keeps negative latents, which SAELens, dictionary_learning and "
+            "sparsify cannot hold; to export it there, train with --relu=true"
+        )
     if planned.left_out:
         print(
             f"note: {len(planned.left_out.rows)} of {planned.activations.n_rows} rows "

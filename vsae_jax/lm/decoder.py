@@ -11,11 +11,13 @@ activations and the residual stream stay in float32.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
@@ -33,7 +35,7 @@ ACTIVATIONS = {
 }
 # Positions that a block runs at once: on a CPU, what they are in between stays in the
 # cache, which makes the MLP twice as fast; elsewhere it bounds the memory.
-_POSITIONS = {"cpu": 256}
+POSITIONS = {"cpu": 256}
 _MOST_POSITIONS = 2**15
 # Logits that stand in memory at once where only their losses are asked for.
 _LOGIT_BYTES = 2**26
@@ -148,17 +150,22 @@ def _norm(
     return x + p[f"{name}_bias"][over_rows] if spec.norm == "layer" else x
 
 
+def _rotations(
+    frequencies: Float[Array, " half"], time: int, *, scale: float
+) -> tuple[Float[Array, "time half"], Float[Array, "time half"]]:
+    """Cosine and sine of each position's angles, times `scale`."""
+    angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    return scale * jnp.cos(angles), scale * jnp.sin(angles)
+
+
 def _rotate(
-    x: Float[Array, "batch time heads d_head"],
-    frequencies: Float[Array, " half"],
-    *,
-    scale: float,
-) -> Float[Array, "batch time heads d_head"]:
+    x: Float[Array, "batch heads time d_head"],
+    cos: Float[Array, "time half"],
+    sin: Float[Array, "time half"],
+) -> Float[Array, "batch heads time d_head"]:
     """Rotary positions: dimension i turns with i + half, all beyond them stay."""
-    time = jnp.arange(x.shape[1], dtype=jnp.float32)
-    angles = time[:, None] * frequencies[None, :]
-    cos, sin = (scale * f(angles)[None, :, None] for f in (jnp.cos, jnp.sin))
-    half = frequencies.shape[0]
+    half = cos.shape[1]
+    cos, sin = cos[None, None], sin[None, None]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
     return jnp.concatenate(turned, axis=-1)
@@ -181,23 +188,21 @@ def _attention(
     batch, time, _ = x.shape
     n_kv, d, dtype = spec.n_kv_heads, spec.d_head, p["w_qkv"].dtype
     group = spec.n_heads // n_kv
-    heads = _linear(p, "qkv", x).reshape(batch, time, -1, d)
-    q, k, v = jnp.split(heads, [spec.n_heads, spec.n_heads + n_kv], axis=2)
+    heads = _linear(p, "qkv", x).reshape(batch, time, -1, d).transpose(0, 2, 1, 3)
+    q, k, v = jnp.split(heads, [spec.n_heads, spec.n_heads + n_kv], axis=1)
     if spec.qk_norm:
         q, k = _norm(p, "q_norm", q, spec=spec), _norm(p, "k_norm", k, spec=spec)
-    if "frequencies" in p:
-        turn = functools.partial(_rotate, scale=spec.rotary_scale)
-        q, k = turn(q, p["frequencies"]), turn(k, p["frequencies"])
+    if "cos" in p:
+        q, k = (_rotate(a, p["cos"], p["sin"]) for a in (q, k))
     # The queries that share a key are rows of one matrix, stored by rows.
-    q = q.reshape(batch, time, n_kv, group, d).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, n_kv, group * time, d)
-    scores = _product(q, k.transpose(0, 2, 3, 1), dtype) * spec.attention_scale
+    scores = _product(q, k.transpose(0, 1, 3, 2), dtype) * spec.attention_scale
     scores = _capped(scores, spec.attention_cap)
     scores = scores.reshape(batch, n_kv, group, time, time)
     visible = _visible(p, time)[None, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     weights = weights.reshape(batch, n_kv, group * time, time)
-    mixed = _product(weights, v.transpose(0, 2, 1, 3), dtype)
+    mixed = _product(weights, v, dtype)
     mixed = mixed.reshape(batch, n_kv, group, time, d).transpose(0, 3, 1, 2, 4)
     return _linear(p, "out", mixed.reshape(batch, time, -1))
 
@@ -249,16 +254,34 @@ def run_blocks(
     at_once = _contexts_at_once(*shape[:2])
 
     def step(x: Array, i: Array) -> tuple[Array, None]:
-        p = jax.tree.map(lambda stacked: stacked[i], params["blocks"])
+        p = jax.tree.map(functools.partial(_of_block, i=i), params["blocks"])
+        if "frequencies" in p:
+            turn = _rotations(p["frequencies"], shape[1], scale=spec.rotary_scale)
+            p["cos"], p["sin"] = turn
         return jax.lax.map(functools.partial(_block, p, spec=spec), x), None
 
     x = x.reshape(-1, at_once, *shape[1:])
     return jax.lax.scan(step, x, jnp.arange(start, stop))[0].reshape(shape)
 
 
+def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    """An array of each block on a leading axis; bfloat16 as bits. XLA on a CPU moves
+    the conversion of a block's part in front of the loop, and all blocks' matrices
+    would be turned into float32 with every call."""
+    stacked = np.stack(blocks)
+    return stacked.view(np.uint16) if stacked.dtype == jnp.bfloat16 else stacked
+
+
+def _of_block(stacked: Array, i: Int[Array, ""]) -> Array:
+    """Block i's part of what `stack` made."""
+    part = stacked[i]
+    bits = part.dtype == jnp.uint16
+    return jax.lax.bitcast_convert_type(part, jnp.bfloat16) if bits else part
+
+
 def _contexts_at_once(batch: int, time: int) -> int:
     """The largest part of a batch, in equal parts, of at most so many positions."""
-    most = _POSITIONS.get(jax.default_backend(), _MOST_POSITIONS)
+    most = POSITIONS.get(jax.default_backend(), _MOST_POSITIONS)
     most = max(min(most // time, batch), 1)
     return next(n for n in range(most, 0, -1) if batch % n == 0)
 

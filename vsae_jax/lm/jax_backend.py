@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from vsae_jax.lm import decoder
@@ -47,8 +52,12 @@ class Decoder(ModelFacts):
         self, tokens: Tokens, layer: int
     ) -> Float[Array, "batch time d_model"]:
         """The residual stream after block `layer`."""
-        x = decoder.embed(self.params, jnp.asarray(tokens), spec=self.spec)
-        return self.residual_from(x, layer)
+
+        def of_part(tokens: Tokens) -> Array:
+            x = decoder.embed(self.params, jnp.asarray(tokens), spec=self.spec)
+            return self.residual_from(x, layer)
+
+        return _over_cores(of_part, tokens)
 
     def residual_from(
         self, x: Residual, layer: int
@@ -118,16 +127,38 @@ class Decoder(ModelFacts):
     ) -> Losses:
         """The losses of each stream after block `layer`, and KL from the first."""
         start = check_layer(layer, n_layers=self.n_layers) + 1
-        streams = jnp.stack([jnp.asarray(x, jnp.float32) for x in residuals])
-        ce, kl = decoder.losses(
-            self.params,
-            streams,
-            jnp.asarray(tokens),
-            spec=self.spec,
-            start=start,
-            underflow=underflow,
-        )
-        return Losses(ce, kl)
+
+        def of_part(streams: Array, tokens: Tokens) -> tuple[Array, Array]:
+            return decoder.losses(
+                self.params,
+                streams.swapaxes(0, 1),
+                jnp.asarray(tokens),
+                spec=self.spec,
+                start=start,
+                underflow=underflow,
+            )
+
+        streams = jnp.stack([jnp.asarray(x, jnp.float32) for x in residuals], axis=1)
+        return Losses(*_over_cores(of_part, streams, tokens, axis=1))
+
+
+def _over_cores(
+    run: Callable[..., Any], *batches: Residual | Tokens, axis: int = 0
+) -> Any:
+    """`run(*batches)`; on a CPU each core has its part of the contexts, since XLA keeps
+    only products on several. `axis`: that of the contexts in what `run` returns."""
+    batch, time = batches[0].shape[0], batches[-1].shape[1]
+    traced = any(isinstance(a, Tracer) for a in batches)
+    if traced or jax.default_backend() != "cpu":
+        return run(*batches)
+    most = min(os.cpu_count() or 1, batch * time // decoder.POSITIONS["cpu"])
+    cores = next(n for n in range(max(most, 1), 0, -1) if batch % n == 0)
+    if cores == 1:
+        return run(*batches)
+    parts = zip(*(np.split(a, cores) for a in batches), strict=True)
+    with ThreadPoolExecutor(cores) as threads:
+        done = list(threads.map(lambda part: jax.block_until_ready(run(*part)), parts))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=axis), *done)
 
 
 def load_decoder(files: ModelFiles, *, dtype: str) -> Decoder:

@@ -7,7 +7,7 @@ import jax  # noqa: F401
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from vsae_jax.lm.decoder import Params, Spec, block_arrays, outer_arrays
+from vsae_jax.lm.decoder import Params, Spec, block_arrays, outer_arrays, stack
 from vsae_jax.lm.families import USE_TRANSFORMERS, Family, Read
 from vsae_jax.lm.files import ModelFiles, weight_files
 from vsae_jax.system.errors import UserError, one_line
@@ -39,7 +39,7 @@ def _names(family: Family, name: str) -> tuple[str, ...]:
 
 def read_params(files: ModelFiles, family: Family, read: Read, *, dtype: str) -> Params:
     """The parameters as NumPy arrays, matrices in `dtype` and all others in float32;
-    `blocks` are stacked on a leading axis."""
+    `blocks` as `decoder.stack` puts them together."""
     spec = read.spec
     outer, block = tensor_names(family, spec)
     layers = [family.layers.format(i) for i in range(spec.n_layers)]
@@ -55,7 +55,7 @@ def read_params(files: ModelFiles, family: Family, read: Read, *, dtype: str) ->
     if spec.tied:
         params["unembed"] = np.ascontiguousarray(params["embed"].T)
     params["blocks"] = read.per_layer | {
-        name: np.stack(
+        name: stack(
             [tensors.read(name, [layer + p for p in parts]) for layer in layers]
         )
         for name, parts in block.items()

@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check faults format format-check layers lint types test slow study
+.PHONY: check faults format format-check layers lint types test slow study wheel
 
 check: format-check layers lint types test
 
@@ -25,6 +25,11 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -m slow
+
+# Built into dist/, and tried where nothing but it and its dependencies is installed.
+wheel:
+	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+	$(PYTHON) -m pytest -m slow -n 0 tests/test_release.py
 
 study:
 	$(PYTHON) -m pytest -m study -n 0

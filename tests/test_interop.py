@@ -304,6 +304,79 @@ def test_saelens_rescaling_by_the_decoders_norm_is_folded(tmp_path):
     np.testing.assert_allclose(ones, 1, rtol=1e-6)
 
 
+OLD = {"model_name": "gpt2-small", "hook_point": "blocks.3.hook_resid_post"}
+OLD |= {"context_size": 128, "l1_coefficient": 5, "use_ghost_grads": False}
+
+
+def of_before_6(tmp_path, rule: str = "relu_topk", **values) -> Path:
+    """What SAELens 6 writes, with a config of before it."""
+    folder = write(make(rule=rule, data={}), "saelens", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    (folder / "cfg.json").write_text(
+        json.dumps(OLD | {"d_in": 6, "d_sae": 10} | values)
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "rule, values",
+    [
+        ("relu", {}),
+        ("relu", {"activation_fn_str": "relu", "normalize_activations": False}),
+        ("jump_relu", {"architecture": "jumprelu", "apply_b_dec_to_input": False}),
+        ("relu_topk", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}}),
+        ("relu_topk", {"architecture": "topk", "k": 3, "normalize_activations": None}),
+    ],
+)
+def test_saelens_before_6(tmp_path, rule, values):
+    folder = of_before_6(tmp_path, rule, **values)
+    path = folder / "sae_weights.safetensors"
+    save_file(load_file(path) | {"scaling_factor": np.ones(10, "f4")}, path)
+    ae = interop.read(folder)
+    subtracts = values.get("apply_b_dec_to_input", True)
+    assert (ae.rule, ae.config.subtract_b_dec) == (rule, subtracts)
+    assert ae.k == (3 if rule == "relu_topk" else None)
+    np.testing.assert_array_equal(ae.params["w_dec"], make(rule=rule).params["w_dec"])
+    assert ae.data == {
+        "model": "gpt2-small",
+        "hook_name": "blocks.3.hook_resid_post",
+        "layer": 3,
+        "context_length": 128,
+        "bos": "keep",
+    }
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"activation_fn": "tanh-relu"}, "activation_fn 'tanh-relu' of a 'standard'"),
+        ({"activation_fn": "topk"}, "is not read; expected relu, or topk with its k"),
+        ({"normalize_activations": True}, "'expected_average_only_in' is not read"),
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor='True'"),
+        ({"is_transcoder": True}, "is_transcoder='True' is not read"),
+        ({"hook_point": "blocks.3.attn.hook_z"}, "reshape_activations is not read"),
+        ({"architecture": "temporal"}, "'temporal' is not read"),
+        ({"architecture": []}, "a list is not read"),
+        ({"activation_fn_kwargs": {"k": 3}}, "with a dict is not read"),
+    ],
+)
+def test_configs_of_before_6_that_are_refused(tmp_path, values, said):
+    assert said in refused(interop.read, of_before_6(tmp_path, "relu", **values))
+
+
+def test_a_scaling_factor_of_before_6_is_refused(tmp_path):
+    folder = of_before_6(tmp_path, "relu")
+    path = folder / "sae_weights.safetensors"
+    save_file(load_file(path) | {"scaling_factor": np.full(10, 2, "f4")}, path)
+    assert "are not known: scaling_factor" in refused(interop.read, folder)
+
+
+def test_saelens_says_that_rows_are_centred(tmp_path):
+    kwargs = {"center_writing_weights": True}
+    folder = of_before_6(tmp_path, "relu", model_from_pretrained_kwargs=kwargs)
+    assert interop.read(folder).data["center_residual"] is True
+
+
 def test_a_threshold_is_named_as_lost(tmp_path):
     folder = write(make(), "dictionary_learning", tmp_path / "o")
     (folder / "vsae_jax_export.json").unlink()
@@ -333,8 +406,6 @@ def change(path: Path, **values) -> None:
         ({"d_sae": 11}, "says d_in='6', d_sae='11', but sae_weights"),
         ({"normalize_activations": "expected_average_only_in"}, "fold it"),
         ({"reshape_activations": "hook_z"}, "expected none"),
-        ({"metadata": {"sae_lens_version": "5.9"}}, "SAELens before 6"),
-        ({"metadata": "DROP"}, "SAELens before 6"),
         ({"apply_b_dec_to_input": "DROP"}, "no true/false"),
         ({"hook_fn": 1, "jump": 2}, "not known: hook_fn, jump; expected architecture,"),
     ],

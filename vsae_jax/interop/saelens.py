@@ -25,6 +25,7 @@ from vsae_jax.interop.canonical import (
     shown,
     thresholds,
 )
+from vsae_jax.interop.saelens_before_6 import as_of_6
 from vsae_jax.interop.tensors import (
     as_float32,
     check_keys,
@@ -67,8 +68,12 @@ def weights(folder: Path) -> Path | None:
 def read(folder: Path) -> Autoencoder:
     """The autoencoder of a folder that SAELens' `save_model` wrote."""
     where, c = folder / CONFIG, read_json(folder / CONFIG)
+    c = c if _is_6(c.get("metadata")) else as_of_6(c, where)
     _check_config(c, where)
     arrays = read_safetensors(folder / WEIGHTS)
+    # Of before 6, which wrote it where it was not used, too.
+    if (arrays.get("scaling_factor", np.zeros(1)) == 1).all():
+        del arrays["scaling_factor"]
     d = size_of(arrays, "b_dec", where=folder / WEIGHTS)
     m = size_of(arrays, "b_enc", where=folder / WEIGHTS)
     if (c.get("d_in"), c.get("d_sae")) != (d, m):
@@ -100,12 +105,7 @@ def read(folder: Path) -> Autoencoder:
 
 def _check_config(c: dict[str, Any], where: Path) -> None:
     check_keys(c, _KEYS, where=where)
-    if not isinstance(c.get("metadata"), dict) or not _is_6(c["metadata"]):
-        raise UserError(
-            f"{where} is of SAELens before 6 (no metadata.sae_lens_version of 6 or "
-            "later); load it with SAELens 6 and save it again"
-        )
-    if c.get("architecture") not in _ARCHITECTURES:
+    if str(c.get("architecture")) not in _ARCHITECTURES:
         raise UserError(
             f"{where}: architecture {shown(c.get('architecture'))} is not read; "
             f"expected {', '.join(_ARCHITECTURES)}"
@@ -121,7 +121,9 @@ def _check_config(c: dict[str, Any], where: Path) -> None:
         raise UserError(f"{where}: apply_b_dec_to_input is missing or no true/false")
 
 
-def _is_6(metadata: dict[str, Any]) -> bool:
+def _is_6(metadata: Any) -> bool:
+    if not isinstance(metadata, dict):
+        return False
     major = str(metadata.get("sae_lens_version", "")).partition(".")[0]
     return major.isdecimal() and len(major) < 4 and int(major) >= 6
 
@@ -144,7 +146,9 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
 def _data(metadata: dict[str, Any]) -> dict[str, Any]:
     """What SAELens knows of the language model, in a run's words."""
     bos = {"True": "keep", "False": "none"}.get(str(metadata.get("prepend_bos")))
-    return provenance.data(
+    kwargs = metadata.get("model_from_pretrained_kwargs")
+    centred = isinstance(kwargs, dict) and kwargs.get("center_writing_weights") is True
+    return ({"center_residual": True} if centred else {}) | provenance.data(
         model=metadata.get("model_name"),
         hook_name=metadata.get("hook_name"),
         context_length=metadata.get("context_size"),

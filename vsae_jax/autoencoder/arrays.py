@@ -1,8 +1,8 @@
-"""What an array of an autoencoder is: its axes, and how it starts.
+"""What an array of an autoencoder is: its axes, how it starts, how it scales.
 
 Each part (encoder, posterior, sparsifier, decoder) lists its arrays once, as a table
-of `ArraySpec` by name. Files, meshes, memory, forks and other formats read those
-tables, through `sae.arrays` and `sae.buffers`.
+of `ArraySpec` by name. Files, meshes, memory, forks, folding and other formats read
+those tables, through `sae.arrays` and `sae.buffers`.
 """
 
 from collections.abc import Mapping
@@ -49,10 +49,18 @@ def transpose_of(name: str) -> Start:
 
 
 class ArraySpec(NamedTuple):
-    """The axes of an array, and how it starts."""
+    """The axes of an array, how it starts, and what follows from its meaning.
+
+    times: the flag of `train` by which the start is multiplied.
+    in_latents: it has the units of the latents, so it grows with them.
+    log: training holds its logarithm (training/layout.py), so that it stays above 0.
+    """
 
     axes: tuple[Literal["d_model", "d_sae"], ...]
     start: Start = zeros
+    times: str | None = None
+    in_latents: bool = False
+    log: bool = False
 
     def shape(self, config: SAEConfig) -> tuple[int, ...]:
         """The lengths of the axes."""

@@ -8,7 +8,9 @@ from vsae_jax.autoencoder.matmul import affine, plain_affine
 from vsae_jax.config import SAEConfig
 
 ARRAYS = {
-    "w_dec": ArraySpec(("d_sae", "d_model"), start=unit_rows),
+    "w_dec": ArraySpec(
+        ("d_sae", "d_model"), start=unit_rows, times="decoder_init_norm"
+    ),
     "b_dec": ArraySpec(("d_model",)),
 }
 

@@ -18,7 +18,7 @@ Params = Mapping[str, Array]
 
 ARRAYS = {
     "w_enc": ArraySpec(("d_model", "d_sae"), start=transpose_of("w_dec")),
-    "b_enc": ArraySpec(("d_sae",)),
+    "b_enc": ArraySpec(("d_sae",), in_latents=True),
 }
 
 

@@ -153,21 +153,21 @@ def init(
     scale: float = 1.0,
     mean: Float[Array | np.ndarray, " d_model"] | None = None,
     b_dec: Float[Array, " d_model"] | None = None,
-    decoder_init_norm: float = 1.0,
-    threshold_init: float = 1.0,
+    **starts: float,
 ) -> dict[str, dict[str, Array]]:
-    """Variables at the start: decoder rows uniform on the sphere of radius
-    `decoder_init_norm`, the encoder their transpose, biases 0 unless `b_dec` is given
-    (in normalised units), jump_relu's thresholds at `threshold_init`. The key is
-    consumed."""
+    """Variables at the start: decoder rows uniform on the sphere of radius 1, the
+    encoder their transpose, biases 0 unless `b_dec` is given (in normalised units).
+    `starts`: by the flags that the arrays name (`ArraySpec.times`, as
+    decoder_init_norm and threshold_init), what their starts are multiplied by. The key
+    is consumed."""
+    unknown = starts.keys() - {spec.times for spec in every_array().values()}
+    if unknown:
+        raise TypeError(f"no array starts by {sorted(unknown)}")
     key = jax.random.fold_in(key, _FIRST_PARAMETER)
     params: dict[str, Array] = {}
     for name, spec in arrays(config).items():
-        params[name] = spec.start(key, spec.shape(config), params)
-    params["w_dec"] = params["w_dec"] * decoder_init_norm
-    params["w_enc"] = params["w_enc"] * decoder_init_norm
-    if "theta" in params:
-        params["theta"] = params["theta"] * threshold_init
+        start = spec.start(key, spec.shape(config), params)
+        params[name] = start * starts.get(spec.times or "", 1.0)
     if b_dec is not None:
         params["b_dec"] = jnp.array(b_dec, jnp.float32)
     norm: dict[str, Array] = {}
@@ -188,7 +188,7 @@ def fold(
 
     With s = scale, and latents multiplied by g:
 
-        w_enc *= s g;  b_enc *= g;  w_dec /= s g;  b_dec = b_dec / s + mean
+        w_enc *= s g;  b_enc, thresholds *= g;  w_dec /= s g;  b_dec = b_dec / s + mean
         where b_dec is not subtracted: b_enc -= mean @ w_enc (the new one)
         w_var *= s;  b_var += 2 log g, and -= mean @ w_var as above
 
@@ -203,9 +203,10 @@ def fold(
     weight = 1.0 if units == "raw" else s  # s g, without rounding
     held = {**variables["params"], **variables["norm"]}
     p = {n: np.asarray(a, np.float64) for n, a in held.items()}
-    p |= sparsifier_of(config).rescaled(p, g)
+    every = {**arrays(config), **buffers(config)}
+    p |= {n: p[n] * g for n, spec in every.items() if spec.in_latents}
     p["w_enc"], p["w_dec"] = p["w_enc"] * weight, p["w_dec"] / weight
-    p["b_enc"], p["b_dec"] = p["b_enc"] * g, p["b_dec"] / s + mean
+    p["b_dec"] = p["b_dec"] / s + mean
     heads = [("w_enc", "b_enc")]
     if config.variance == "learned":
         p["w_var"], p["b_var"] = p["w_var"] * s, p["b_var"] + 2 * math.log(g)
@@ -215,8 +216,8 @@ def fold(
             p[bias] = p[bias] - mean @ p[weights]
     p |= {"scale": np.ones(()), "mean": np.zeros_like(mean)}
     folded = {
-        kind: {name: jnp.asarray(p[name], jnp.float32) for name in arrays}
-        for kind, arrays in variables.items()
+        kind: {name: jnp.asarray(p[name], jnp.float32) for name in names}
+        for kind, names in variables.items()
     }
     decoder_norm = config.decoder_norm if units == "raw" else "free"
     return folded, dataclasses.replace(config, decoder_norm=decoder_norm)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.sparsifiers import SPARSIFIERS
 from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError
 
@@ -36,7 +37,7 @@ _SWITCHES: dict[str, dict[str, Any]] = {
 }
 RULES = tuple(_SWITCHES)
 # Rules by a threshold, and the array that holds it.
-THRESHOLDS = {"batch_topk": "threshold", "jump_relu": "theta"}
+THRESHOLDS = {n: s.THRESHOLD for n, s in SPARSIFIERS.items() if s.THRESHOLD}
 
 
 @dataclass(frozen=True)
@@ -123,11 +124,13 @@ def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
     if rule == ae.rule:
         return ae
     params = dict(ae.params)
-    if ae.rule == "jump_relu" and rule == "batch_topk":
-        theta = params.pop("theta")
-        if (theta != theta[0]).any():
-            raise UserError("the latents' thresholds differ: this is no batch_topk")
-        params["threshold"] = theta[0]
+    if ae.rule in THRESHOLDS and rule in THRESHOLDS:
+        each = thresholds(ae)
+        del params[THRESHOLDS[ae.rule]]
+        one = not sae.every_array()[THRESHOLDS[rule]].axes
+        if one and (each != each[0]).any():
+            raise UserError(f"the latents' thresholds differ: this is no {rule}")
+        params[THRESHOLDS[rule]] = each[0] if one else each
     config = dataclasses.replace(ae.config, **_SWITCHES[rule])
     return dataclasses.replace(ae, config=config, params=params)
 

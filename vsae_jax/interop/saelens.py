@@ -15,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from vsae_jax import runs
+from vsae_jax.autoencoder import sae
 from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
     THRESHOLDS,
@@ -88,7 +89,7 @@ def read(folder: Path) -> Autoencoder:
     floats = as_float32(arrays, where=folder / WEIGHTS)
     params = {ours: floats[theirs] for ours, theirs in _NAMES.items()}
     if rule == "jump_relu":
-        params["theta"] = floats["threshold"]
+        params[THRESHOLDS[rule]] = floats["threshold"]
     if c.get("rescale_acts_by_decoder_norm"):
         params = _with_unit_rows(params)
     has_k = rule not in ("relu", "jump_relu")
@@ -133,13 +134,9 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
     norm = np.linalg.norm(params["w_dec"].astype(np.float64), axis=1)
     if not norm.all():
         raise UserError("a decoder row of norm 0 cannot be rescaled")
-    new = {
-        "w_enc": params["w_enc"] * norm,
-        "b_enc": params["b_enc"] * norm,
-        "w_dec": params["w_dec"] / norm[:, None],
-    }
-    if "theta" in params:
-        new["theta"] = params["theta"] * norm
+    every = sae.every_array()
+    new = {n: a * norm for n, a in params.items() if every[n].in_latents}
+    new |= {"w_enc": params["w_enc"] * norm, "w_dec": params["w_dec"] / norm[:, None]}
     return params | {n: np.ascontiguousarray(a, np.float32) for n, a in new.items()}
 
 

@@ -6,8 +6,8 @@
 
 Training holds the decoder as `w_dec_t [d_model, d_sae]`, so that every matrix product
 of a step is of rows by rows (autoencoder/matmul.py), and before its columns are brought
-to norm 1, which the next step does first. It holds the logarithm of jump_relu's theta,
-which so stays above 0.
+to norm 1, which the next step does first. Of an array that stays above 0
+(`ArraySpec.log`) it holds the logarithm, as `log_NAME`.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,11 @@ from jaxtyping import Array
 from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
 
-DECODER, _LOG_THETA = "w_dec_t", "log_theta"
+DECODER = "w_dec_t"
+_LOGS = {n: f"log_{n}" for n, spec in sae.every_array().items() if spec.log}
 # Which axis of an array, counted from the last, is d_sae.
-_LATENT_AXES = {"rows_since_fired": -1, DECODER: -1, _LOG_THETA: -1} | {
-    name: spec.axes.index("d_sae") - len(spec.axes)
+_LATENT_AXES = {"rows_since_fired": -1, DECODER: -1} | {
+    _LOGS.get(name, name): spec.axes.index("d_sae") - len(spec.axes)
     for name, spec in sae.every_array().items()
     if "d_sae" in spec.axes
 }
@@ -34,8 +35,8 @@ def to_training(params: sae.Params) -> dict[str, Array]:
     """The parameters as training holds them."""
     held = dict(params)
     held[DECODER] = jnp.array(held.pop("w_dec").T)
-    if "theta" in held:
-        held[_LOG_THETA] = jnp.log(held.pop("theta"))
+    for name in _LOGS.keys() & held.keys():
+        held[_LOGS[name]] = jnp.log(held.pop(name))
     return held
 
 
@@ -43,8 +44,9 @@ def to_public(held: dict[str, Array]) -> dict[str, Array]:
     """The parameters as everybody else takes them."""
     params = dict(held)
     params["w_dec"] = params.pop(DECODER).T
-    if _LOG_THETA in params:
-        params["theta"] = jnp.exp(params.pop(_LOG_THETA))
+    for name, log in _LOGS.items():
+        if log in params:
+            params[name] = jnp.exp(params.pop(log))
     return params
 
 

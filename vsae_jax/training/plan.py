@@ -258,14 +258,14 @@ def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
     """The state before the first step, by the run's seed."""
     scale, mean = _input_norm(planned)
     weights_key, noise_key = jax.random.split(jax.random.key(planned.train.seed))
+    specs = sae.arrays(planned.sae).values()
     variables = sae.init(
         weights_key,
         planned.sae,
         scale=scale,
         mean=mean,
         b_dec=b_dec,
-        decoder_init_norm=planned.train.decoder_init_norm,
-        threshold_init=planned.train.threshold_init,
+        **{s.times: getattr(planned.train, s.times) for s in specs if s.times},
     )
     return init_state(variables, noise_key, planned.sae)
 

@@ -5,7 +5,7 @@ flags in `config`, and its variants in `config.presets`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from jaxtyping import Array, Float
 
@@ -21,14 +21,17 @@ class Sparsifier(Protocol):
     """The names that a sparsifier's module has.
 
     ARRAYS: what it trains. BUFFERS: what it carries and does not train, saved beside
-    `scale` and `mean`. WHOLE_BATCH: it looks across the rows of a batch, which then is
-    not cut into parts.
+    `scale` and `mean`. THRESHOLD: which of them is what a latent has to be above, at
+    evaluation. WHOLE_BATCH: it looks across the rows of a batch, which then is not cut
+    into parts.
     """
 
     @property
     def ARRAYS(self) -> Mapping[str, ArraySpec]: ...
     @property
     def BUFFERS(self) -> Mapping[str, ArraySpec]: ...
+    @property
+    def THRESHOLD(self) -> str | None: ...
     @property
     def WHOLE_BATCH(self) -> bool: ...
 
@@ -52,10 +55,6 @@ class Sparsifier(Protocol):
         config: SAEConfig,
     ) -> Float[Array, "batch d_sae"]:
         """f at evaluation, a function of each row alone."""
-        ...
-
-    def rescaled(self, arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
-        """Its ARRAYS and BUFFERS once every latent is multiplied by `times`."""
         ...
 
 

@@ -9,7 +9,6 @@ steps at 1 % nothing is left of it.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -22,7 +21,8 @@ from vsae_jax.config import SAEConfig
 
 ARRAYS: dict[str, ArraySpec] = {}
 # 0 until a batch has kept a value above 0; never below.
-BUFFERS = {"threshold": ArraySpec(())}
+BUFFERS = {"threshold": ArraySpec((), in_latents=True)}
+THRESHOLD = "threshold"
 WHOLE_BATCH = True
 
 
@@ -60,8 +60,3 @@ def encode(
 ) -> Float[Array, "batch d_sae"]:
     """f = z where z > threshold; as many as that are in a row."""
     return jnp.where(z > arrays["threshold"], z, 0)
-
-
-def rescaled(arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
-    """The threshold in the units of the latents."""
-    return {"threshold": arrays["threshold"] * times}

@@ -5,12 +5,11 @@ The step at theta has no gradient: theta gets that of a step which rises over a 
 are on is a penalty, weighed by --l0: itself, or with --target_l0 the square of
 L0 / target - 1, L0 the batch's mean.
 
-Files hold theta, as those of other libraries do; training its logarithm
-(training/layout.py), as the paper and SAELens do: theta stays above 0.
+Files hold theta, as those of other libraries do; training its logarithm, as the paper
+does: theta stays above 0.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,8 +19,13 @@ from vsae_jax.autoencoder.arrays import ArraySpec, ones
 from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
-ARRAYS = {"theta": ArraySpec(("d_sae",), start=ones)}
+ARRAYS = {
+    "theta": ArraySpec(
+        ("d_sae",), start=ones, times="threshold_init", in_latents=True, log=True
+    )
+}
 BUFFERS: dict[str, ArraySpec] = {}
+THRESHOLD = "theta"
 # For the batch's mean L0.
 WHOLE_BATCH = True
 
@@ -53,8 +57,3 @@ def encode(
 ) -> Float[Array, "batch d_sae"]:
     """f = z where z > theta; never below 0, whatever theta another library trained."""
     return jnp.where(z > jnp.maximum(arrays["theta"], 0)[None, :], z, 0)
-
-
-def rescaled(arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
-    """theta in the units of the latents."""
-    return {"theta": arrays["theta"] * times}

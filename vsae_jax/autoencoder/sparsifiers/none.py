@@ -1,7 +1,6 @@
 """Every latent stays: f = z (paper 2.1 with the relu, 2.2 without)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -12,6 +11,7 @@ from vsae_jax.config import SAEConfig
 
 ARRAYS: dict[str, ArraySpec] = {}
 BUFFERS: dict[str, ArraySpec] = {}
+THRESHOLD = None
 WHOLE_BATCH = False
 
 
@@ -31,8 +31,3 @@ def encode(
 ) -> Float[Array, "batch d_sae"]:
     """f = z."""
     return z
-
-
-def rescaled(arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
-    """No arrays."""
-    return {}

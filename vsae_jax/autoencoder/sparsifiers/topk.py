@@ -1,7 +1,6 @@
 """f = z where z is among its row's k largest (Gao et al. 2024; paper 2.1, 2.2)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -12,6 +11,7 @@ from vsae_jax.config import SAEConfig
 
 ARRAYS: dict[str, ArraySpec] = {}
 BUFFERS: dict[str, ArraySpec] = {}
+THRESHOLD = None
 WHOLE_BATCH = False
 
 
@@ -35,8 +35,3 @@ def encode(
 ) -> Float[Array, "batch d_sae"]:
     """Exactly config.k latents of each row."""
     return apply(z, arrays, {"k": config.k}, config=config).f
-
-
-def rescaled(arrays: Mapping[str, Any], times: float) -> dict[str, Any]:
-    """No arrays."""
-    return {}

@@ -43,7 +43,10 @@ def make(
     rng = np.random.default_rng(seed)
     shapes = {"w_enc": (d_model, d_sae), "b_enc": (d_sae,)}
     shapes |= {"w_dec": (d_sae, d_model), "b_dec": (d_model,)}
+    head = head or rule == "vaease"
     shapes |= {"w_var": (d_model, d_sae), "b_var": (d_sae,)} if head else {}
+    if rule in ("gated", "gated_linear"):
+        shapes |= {"r_mag": (d_sae,), "b_mag": (d_sae,)}
     if rule in THRESHOLDS:
         shapes |= {THRESHOLDS[rule]: () if rule == "batch_topk" else (d_sae,)}
     params = {n: np.float32(rng.normal(size=shape)) for n, shape in shapes.items()}
@@ -54,6 +57,7 @@ def make(
         d_model=d_model,
         d_sae=d_sae,
         k=k,
+        sparsity="none" if rule == "vaease" else "topk",
         variance="learned" if head else "fixed",
         subtract_b_dec=subtract_b_dec,
     )
@@ -85,12 +89,16 @@ def trip(ae: Autoencoder, format: str, folder: Path) -> Autoencoder:
 
 
 def z_and_x_hat(ae: Autoencoder, x: np.ndarray, f: np.ndarray):
-    """Pre-activations of x, and x_hat of f, both in float64 and in the units of the
-    autoencoder that `ae` was rewritten from; log sigma^2, or zeros; the thresholds."""
+    """Pre-activations of x (of both paths, where a gate has one), and x_hat of f, both
+    in float64 and in the units of the autoencoder that `ae` was rewritten from; log
+    sigma^2, or zeros; the thresholds."""
     p = {name: array.astype(np.float64) for name, array in ae.params.items()}
     x_n = float(ae.scale) * (x - ae.mean)
     x_in = x_n - p["b_dec"] if ae.config.subtract_b_dec else x_n
     z = (x_in @ p["w_enc"] + p["b_enc"]) / ae.latent_scale
+    if "r_mag" in p:
+        magnitude = np.exp(p["r_mag"]) * (x_in @ p["w_enc"]) + p["b_mag"]
+        z = np.hstack([z, magnitude / ae.latent_scale])
     x_hat_n = (f * ae.latent_scale) @ p["w_dec"] + p["b_dec"]
     log_var = np.zeros(1)
     if "w_var" in p:

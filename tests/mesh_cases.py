@@ -48,6 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
     "vsae_batch_topk": {"variant": "vsae_batch_topk"},
     "batch_topk by lax": BATCH | {"top_k": "lax", "auxk": 0.0},
     "jump_relu": {"variant": "jump_relu", "bandwidth": 2.0},
+    "gated": {"variant": "gated"},
+    "matryoshka": BATCH | {"variant": "vsae_matryoshka", "prefixes": "7:16:40"},
+    "vaease": {"variant": "vaease"},
     "vsae_jump_relu": {"variant": "vsae_jump_relu", "target_l0": 0.0, "l0": 1.0},
 }
 

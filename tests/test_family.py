@@ -23,12 +23,19 @@ REFUSED = {
     "batch_topk": {"sparsify": "no batch_topk", "openai": "thresholds of a batch_topk"},
     "jump_relu": {"sparsify": "no jump_relu", "openai": "thresholds of a jump_relu"},
 }
+REFUSED["matryoshka"] = REFUSED["batch_topk"]
+REFUSED["gated"] = {"sparsify": "no gated", "openai": "gate of a gated"}
 REFUSED |= {f"vsae_{name}": formats for name, formats in REFUSED.items()}
+_BY_SIGMA = "gate of a vaease autoencoder, 1 - sigma"
+REFUSED["vaease"] = {"saelens": _BY_SIGMA, "dictionary_learning": _BY_SIGMA}
+REFUSED["vaease"] |= {"openai": _BY_SIGMA, "sparsify": "no vaease"}
 
 
 def traced_number(variant: str) -> tuple[str, tuple[float, float]]:
     """A number of the variant that two arms of one compiled step differ in."""
-    sparsity = VARIANTS[variant]["sparsity"]
+    sparsity, gate = VARIANTS[variant]["sparsity"], VARIANTS[variant]["gate"]
+    if gate != "none":
+        return ("gate_l1", (1.0, 30.0)) if gate == "path" else ("beta", (0.1, 1.0))
     if "topk" in sparsity:
         return "k", (3, 4)
     if sparsity == "jump_relu":
@@ -94,7 +101,15 @@ def expected_latents(run, rows: np.ndarray) -> np.ndarray:
     x = norm["scale"] * (rows.astype(np.float64) - norm["mean"])
     x = x - p["b_dec"] if run.config.subtract_b_dec else x
     z = x @ p["w_enc"] + p["b_enc"]
+    gate = z > 0
+    if run.config.gate == "path":
+        z = np.exp(p["r_mag"]) * (x @ p["w_enc"]) + p["b_mag"]
     z = np.maximum(z, 0) if run.config.relu else z
+    if run.config.gate == "path":
+        return np.where(gate, z, 0)
+    if run.config.gate == "sigma":
+        gate = 1 - np.exp(0.5 * (x @ p["w_var"] + p["b_var"]))
+        return np.where(gate > run.config.closed_below, gate * z, 0)
     sparsity = run.config.sparsity
     if sparsity == "topk":
         return np.where(z >= np.sort(z, axis=1)[:, [-run.config.k]], z, 0)
@@ -140,7 +155,8 @@ def test_a_run_there_and_back(grid, rows, to, tmp_path, capfd):
         assert (said or ("negative" if "vsae" in variant else "only TopK")) in line
         return
     there, own = vsae_jax.load(out), vsae_jax.load(arm(grid))
-    assert there.config.sparsity == own.config.sparsity
+    for name in ("sparsity", "gate", "prefixes"):
+        assert getattr(there.config, name) == getattr(own.config, name)
     assert there.config.k == own.config.k or not own.config.has_k
     size = np.abs(own(rows)).max()
     difference = np.abs(np.asarray(there(rows)) - np.asarray(own(rows))).max(axis=1)
@@ -160,6 +176,20 @@ def test_a_run_there_and_back(grid, rows, to, tmp_path, capfd):
         ({"variant": "batch_topk", "threshold_decay": 1.0}, "must be below 1"),
         ({"variant": "jump_relu", "bandwidth": 0.0}, "--bandwidth=0.0 must be above 0"),
         ({"variant": "batch_topk", "k": 33}, "--k=33 must not exceed --d_sae=32"),
+        ({"variant": "matryoshka", "k": 33}, "--k=33 must not exceed --d_sae=32"),
+        (
+            {"variant": "vaease", "variance": "fixed"},
+            "gate=sigma needs variance=learne",
+        ),
+        ({"variant": "topk", "gate": "path"}, "the gate chooses the latents"),
+        (
+            {"variant": "gated", "auxk": 0.1},
+            "AuxK trains the sizes of latents and open",
+        ),
+        ({"variant": "matryoshka", "d_sae": 8}, "must be rising shares or numbers"),
+        ({"variant": "matryoshka", "prefixes": "1/2:1/0"}, "must be rising shares"),
+        ({"variant": "matryoshka", "prefixes": "16:32"}, "and fewer than all"),
+        ({"variant": "vaease", "closed_below": 1.0}, "must be below 1"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(flags, said, tiny_rows, tmp_path, capsys):

@@ -35,8 +35,10 @@ def fits(format: str, rule: str, layer_norm: bool) -> bool:
         return False
     if layer_norm and format == "openai" and rule in ("relu", "none"):
         return False
-    if format == "openai" and rule in THRESHOLDS:
+    if format == "openai" and (rule in THRESHOLDS or rule.startswith("gated")):
         return False
+    if rule == "vaease":
+        return format == "vsae_jax"
     return format != "sparsify" or rule in ("relu_topk", "topk", "abstopk")
 
 
@@ -212,6 +214,67 @@ def test_files_with_thresholds(tmp_path):
     assert trainer["dict_class"] == "JumpReluAutoEncoder" and "k" not in trainer
 
 
+def test_files_with_a_gate(tmp_path):
+    ae = make(d_model=4, d_sae=7, rule="gated")
+    folder = write(ae, "saelens", tmp_path / "saelens")
+    c = json.loads((folder / "cfg.json").read_text())
+    assert c["architecture"] == "gated" and "k" not in c
+    arrays = {n: a.shape for n, a in load_file(folder / c_weights(folder)).items()}
+    shapes = {"W_enc": (4, 7), "W_dec": (7, 4), "b_dec": (4,)}
+    assert arrays == shapes | dict.fromkeys(("b_gate", "r_mag", "b_mag"), (7,))
+    folder = write(ae, "dictionary_learning", tmp_path / "dl")
+    arrays = {n: a.shape for n, a in read_pt(folder / "ae.pt").items()}
+    shapes = {"encoder.weight": (7, 4), "decoder.weight": (4, 7), "decoder_bias": (4,)}
+    assert arrays == shapes | dict.fromkeys(("gate_bias", "r_mag", "mag_bias"), (7,))
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    assert trainer["dict_class"] == "GatedAutoEncoder" and "k" not in trainer
+
+
+def c_weights(folder: Path) -> str:
+    (name,) = (path.name for path in folder.glob("sae_weights*"))
+    return name
+
+
+def test_a_nested_decoder_is_a_matryoshka(tmp_path):
+    ae = make(d_model=4, d_sae=7, rule="batch_topk")
+    config = dataclasses.replace(ae.config, prefixes="2:3")
+    ae = dataclasses.replace(ae, config=config, data={})
+    folder = write(ae, "dictionary_learning", tmp_path / "dl")
+    arrays = read_pt(folder / "ae.pt")
+    np.testing.assert_array_equal(arrays["group_sizes"], [2, 1, 4])
+    assert arrays["W_enc"].shape == (4, 7) and arrays["group_sizes"].dtype == np.int64
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    assert trainer["dict_class"] == "MatryoshkaBatchTopKSAE"
+    (folder / "vsae_jax_export.json").unlink()
+    assert interop.read(folder).config.prefixes == "2:3"
+    wrong = np.array([2, 1, 5])
+    write_pt(folder / "ae.pt", arrays | {"group_sizes": wrong})
+    assert "do not add up" in refused(interop.read, folder)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_batchtopk_in_training_is_read(tmp_path, rescale):
+    """As SAELens' `save_model` writes a MatryoshkaBatchTopKTrainingSAE: its threshold
+    is that of unit decoder rows where they are rescaled."""
+    ae = make(d_model=4, d_sae=7, rule="batch_topk")
+    folder = write(ae, "saelens", tmp_path / "o")
+    (folder / "vsae_jax_export.json").unlink()
+    weights = folder / c_weights(folder)
+    arrays = load_file(weights)
+    one = np.float64(arrays.pop("threshold")[0])
+    save_file(arrays | {"topk_threshold": np.array(one)}, weights)
+    known = {"architecture": "matryoshka_batchtopk", "k": 2.6, "topk_threshold_lr": 0.1}
+    known |= {"matryoshka_widths": [2, 3, 7], "rescale_acts_by_decoder_norm": rescale}
+    change(folder / "cfg.json", **known)
+    got = interop.read(folder)
+    assert (got.rule, got.config.k, got.config.prefixes) == ("batch_topk", 3, "2:3")
+    assert got.params["threshold"] == np.float32(one)
+    norm = np.linalg.norm(ae.params["w_dec"], axis=1) if rescale else np.ones(7)
+    np.testing.assert_allclose(got.params["b_enc"], ae.params["b_enc"] * norm, 1e-6)
+    change(folder / "cfg.json", matryoshka_widths="2, 3")
+    assert "matryoshka_widths is no list" in refused(interop.read, folder)
+
+
 def test_a_threshold_that_is_not_set_is_0(tmp_path):
     ae = make(rule="batch_topk")
     folder = write(ae, "dictionary_learning", tmp_path / "o")
@@ -221,10 +284,11 @@ def test_a_threshold_that_is_not_set_is_0(tmp_path):
     assert interop.read(folder).params["threshold"] == 0
 
 
-@pytest.mark.parametrize("rule", ["relu_topk", "jump_relu"])
+@pytest.mark.parametrize("rule", ["relu_topk", "jump_relu", "gated"])
 def test_a_note_of_the_other_kind_of_rule_is_refused(tmp_path, rule):
     folder = write(make(rule=rule, data={}), "saelens", tmp_path / "o")
-    other = {"relu_topk": "batch_topk", "jump_relu": "relu"}[rule]
+    others = {"relu_topk": "batch_topk", "jump_relu": "relu", "gated": "relu"}
+    other = others[rule]
     change(folder / "vsae_jax_export.json", selection=other)
     assert "on the thresholds" in refused(interop.read, folder)
 

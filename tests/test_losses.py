@@ -1,5 +1,6 @@
 """Each loss against a float64 NumPy reference, and its gradient against differences."""
 
+import dataclasses
 import inspect
 from functools import partial
 
@@ -40,15 +41,21 @@ def variance_head(params):
     }
 
 
-def numpy_loss(params, x, eps, numbers, config, dead=None):
-    """The formulas of the module's docstring, in float64."""
+def numpy_loss(params, x, eps, numbers, config, dead=None, *, held=None):
+    """The formulas of the module's docstring, in float64. `held`: the parameters of
+    what has no gradient, where they are others."""
     p = {name: np.asarray(a, np.float64) for name, a in params.items()}
+    held = params if held is None else held
     x, eps = np.asarray(x, np.float64), np.asarray(eps, np.float64)
     x_in = x - p["b_dec"] if config.subtract_b_dec else x
     mu = x_in @ p["w_enc"] + p["b_enc"]
+    gate = mu
+    if config.gate == "path":
+        mu = np.exp(p["r_mag"]) * (x_in @ p["w_enc"]) + p["b_mag"]
     mu = np.maximum(mu, 0) if config.relu else mu
     s = np.exp(0.5 * (x_in @ p["w_var"] + p["b_var"])) if "w_var" in p else 1.0
     z = mu + (numbers["noise_std"] * s * eps if config.noise else 0)
+    z = z * {"none": 1, "path": gate > 0, "sigma": 1 - s}[config.gate]
     rank = np.abs(z) if config.selection == "magnitude" else z
     mask = np.ones(z.shape, bool)
     if config.sparsity == "topk":
@@ -61,9 +68,24 @@ def numpy_loss(params, x, eps, numbers, config, dead=None):
     f = np.where(mask, z, 0)
     x_hat = f @ p["w_dec"] + p["b_dec"]
     loss = np.sum((x - x_hat) ** 2, axis=1)
+    error = loss.mean()
+    for width in config.widths:
+        inner = f[:, :width] @ p["w_dec"][:width] + p["b_dec"]
+        loss = loss + numbers["nested"] * np.sum((x - inner) ** 2, axis=1)
+    if config.gate == "path":
+        positive = np.maximum(gate, 0)
+        w, b = (np.asarray(held[name], np.float64) for name in ("w_dec", "b_dec"))
+        of_gate = np.sum((x - positive @ w - b) ** 2, axis=1)
+        loss = loss + numbers["gate_error"] * of_gate
+        loss = loss + numbers["gate_l1"] * positive.sum(axis=1)
     kl = 0.5 * (mu**2 + s**2 - 1 - np.log(s**2))
     if config.kl_over == "selected":
         kl = np.where(mask, kl, 0)
+    if config.kl_units == "error":
+        if held is not params:
+            plain = dataclasses.replace(config, penalty="none")
+            error = numpy_loss(held, x, eps, numbers, plain)
+        kl = kl * 2 * error / D
     if config.penalty == "kl":
         loss = loss + numbers["beta"] * kl.sum(axis=1)
     if config.penalty == "l1":
@@ -104,6 +126,11 @@ CASES = {
     "vsae_batch_topk": {"sparsity": "batch_topk", "variance": "learned"},
     "jump_relu": {"sparsity": "jump_relu", "l0": True} | PLAIN,
     "vsae_jump_relu": {"sparsity": "jump_relu", "l0": True, "auxk": True},
+    "gated": {"sparsity": "none", "gate": "path", "relu": True} | PLAIN,
+    "vsae_gated": {"sparsity": "none", "gate": "path", "subtract_b_dec": False},
+    "matryoshka": {"sparsity": "batch_topk", "relu": True, "prefixes": "3:8"} | PLAIN,
+    "vaease": {"sparsity": "none", "gate": "sigma", "variance": "learned"}
+    | {"kl_units": "error"},
 }
 
 
@@ -113,12 +140,15 @@ def make(name, params):
         params = variance_head(params)
     if switches.get("sparsity") == "jump_relu":
         params = params | {"theta": jnp.linspace(0.2, 1.5, M)}
+    if switches.get("gate") == "path":
+        params = params | {"r_mag": jnp.linspace(-0.5, 0.5, M), "b_mag": jnp.ones(M)}
     config = SAEConfig(d_model=D, d_sae=M, k=K, k_aux=3, **switches)
     return params, config
 
 
 NUMBERS = {"k": K, "beta": 0.3, "noise_std": 0.7, "l1": 0.2, "auxk": 0.5}
 NUMBERS |= {"l0": 0.4, "target_l0": 3.0, "bandwidth": 0.8}
+NUMBERS |= {"gate_l1": 0.3, "gate_error": 0.8, "nested": 0.6}
 DEAD = np.arange(M) % 3 == 0
 
 
@@ -156,6 +186,7 @@ def test_gradient_equals_finite_differences(name, params, x, key):
                     eps,
                     NUMBERS,
                     config,
+                    held=params,
                 )
                 for sign in (1, -1)
             )
@@ -317,6 +348,8 @@ def test_the_fast_way_equals_the_plain_one(name, dtype, rtol, key):
     shapes = {"w_enc": (64, 256), "b_enc": 256, "w_dec": (256, 64), "b_dec": 64}
     if CASES[name].get("variance") == "learned":
         shapes |= {"w_var": (64, 256), "b_var": 256}
+    if CASES[name].get("gate") == "path":
+        shapes |= {"r_mag": 256, "b_mag": 256}
     params = {n: jnp.asarray(rng.normal(size=s) / 8, "f4") for n, s in shapes.items()}
     if CASES[name].get("sparsity") == "jump_relu":
         params["theta"] = jnp.full(256, 0.5)

@@ -35,6 +35,14 @@ VARIANTS = {
     "learned, b_dec kept": {"variance": "learned", "subtract_b_dec": False},
     "batch_topk": {"sparsity": "batch_topk", "relu": True},
     "jump_relu": {"sparsity": "jump_relu", "subtract_b_dec": False},
+    "nested": {"sparsity": "batch_topk", "relu": True, "prefixes": "2:3:12"},
+    "gated": {"sparsity": "none", "relu": True, "gate": "path"},
+    "gated, b_dec kept": {
+        "sparsity": "none",
+        "gate": "path",
+        "subtract_b_dec": False,
+    },
+    "vaease": {"sparsity": "none", "gate": "sigma", "variance": "learned"},
 }
 
 
@@ -144,6 +152,10 @@ def test_init_depends_on_the_key_alone():
 def test_fold_is_the_same_autoencoder_on_raw_activations(name, x):
     c = config(**VARIANTS[name])
     variables = trained(c)
+    if c.gate == "sigma":  # some open, some closed
+        b_var = jnp.linspace(-4, 0, M)
+        params = variables["params"] | {"w_var": jnp.zeros((D, M)), "b_var": b_var}
+        variables = {**variables, "params": params}
     folded, folded_config = sae.fold(variables, c)
     assert folded["norm"]["scale"] == 1 and (folded["norm"]["mean"] == 0).all()
     before, after = SAE(c), SAE(folded_config)

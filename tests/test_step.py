@@ -254,6 +254,9 @@ def test_every_interpreter_compiles_the_same_program():
         {"variant": "vsae_batch_topk", "variance": "learned"},
         {"variant": "jump_relu"},
         {"variant": "vsae_jump_relu", "target_l0": 0.0},
+        {"variant": "gated"},
+        {"variant": "matryoshka", "prefixes": "1:5:9"},
+        {"variant": "vaease"},
     ],
 )
 def test_every_shape_trains_in_bfloat16(d_model, d_sae, batch, switches):

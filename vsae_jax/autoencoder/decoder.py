@@ -1,5 +1,10 @@
-"""The decoder: x_hat_n = f @ w_dec + b_dec."""
+"""The decoder: x_hat_n = f @ w_dec + b_dec.
 
+A nested one (Bussmann et al. 2025) is trained to reconstruct x from its first latents
+alone, too: the sum of those errors is a penalty. At evaluation it is like any other.
+"""
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder.arrays import ArraySpec, unit_rows
@@ -19,5 +24,25 @@ def reconstruct(
     params: Params, f: Float[Array, "batch d_sae"], *, config: SAEConfig
 ) -> Float[Array, "batch d_model"]:
     """x_hat_n `[batch, d_model]`, in normalised units."""
+    return prefixes(params, f, (config.d_sae,), config=config)[0]
+
+
+def prefixes(
+    params: Params,
+    f: Float[Array, "batch d_sae"],
+    widths: tuple[int, ...],
+    *,
+    config: SAEConfig,
+) -> list[Float[Array, "batch d_model"]]:
+    """x_hat_n of the first `width` latents, for each of the rising widths: each adds
+    the latents that it has besides to the one before."""
     product = plain_affine if config.top_k == "lax" else affine
-    return product(f, params["w_dec"], params["b_dec"], config.dtype)
+    start, bias, so_far = 0, params["b_dec"], None
+    found = []
+    for width in widths:
+        part = slice(start, width)
+        more = product(f[:, part], params["w_dec"][part], bias, config.dtype)
+        so_far = more if so_far is None else so_far + more
+        found.append(so_far)
+        start, bias = width, jnp.zeros_like(bias)
+    return found

@@ -1,15 +1,18 @@
 """The encoder: mu = (x_n - b_dec where subtract_b_dec) @ w_enc + b_enc, then relu.
 
-`head` is any affine map of the encoder's input; a learned variance is another one.
+`head` is any affine map of the encoder's input; a learned variance is another one. With
+a gate path (gate.py) this map is the gate's, and mu a second one by the same weights.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from vsae_jax.autoencoder import gate
 from vsae_jax.autoencoder.arrays import ArraySpec, transpose_of
 from vsae_jax.autoencoder.matmul import affine, plain_affine
 from vsae_jax.config import SAEConfig
@@ -22,12 +25,21 @@ ARRAYS = {
 }
 
 
-def mean(
+class Encoded(NamedTuple):
+    """mu, after the relu where there is one, and g of a gate path, else None."""
+
+    mu: Float[Array, "batch d_sae"]
+    g: Float[Array, "batch d_sae"] | None
+
+
+def encoded(
     params: Params, x_n: Float[Array, "batch d_model"], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"]:
-    """mu `[batch, d_sae]` of normalised rows, after the relu where there is one."""
-    mu = head(params, x_n, weight="w_enc", bias="b_enc", config=config)
-    return jax.nn.relu(mu) if config.relu else mu
+) -> Encoded:
+    """mu and g of normalised rows."""
+    mu, g = head(params, x_n, weight="w_enc", bias="b_enc", config=config), None
+    if config.gate == "path":
+        mu, g = gate.magnitude(params, mu), mu
+    return Encoded(jax.nn.relu(mu) if config.relu else mu, g)
 
 
 def head(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from vsae_jax.autoencoder import gate
 from vsae_jax.autoencoder.encoder import Params
 from vsae_jax.autoencoder.matmul import affine
 from vsae_jax.autoencoder.sae import Forward
@@ -31,11 +32,13 @@ class Batch(NamedTuple):
 
 class Penalty(NamedTuple):
     """weight: the flag that weighs it. on: whether a config has it. of: its value for
-    each row, None where it does not act on this batch."""
+    each row, None where it does not act on this batch. warms: its weight rises over
+    `--kl_warmup_steps`."""
 
     weight: str
     on: Callable[[SAEConfig | TrainConfig], bool]
     of: Callable[[Batch, SAEConfig], Float[Array, " batch"] | None]
+    warms: bool = False
 
 
 def squared_error(
@@ -99,7 +102,13 @@ def auxk_error(
 
 def _kl(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
     where = batch.out.selected if config.kl_over == "selected" else None
-    return gaussian_kl(batch.out.mu, batch.out.log_var, where=where)
+    kl = gaussian_kl(batch.out.mu, batch.out.log_var, where=where)
+    if config.kl_units == "loss":
+        return kl
+    # With a decoder of variance v, -log p(x | z) is error / 2 v + d / 2 log v: times
+    # 2 v, at the v that is best for this batch, that is the error and 2 v KL.
+    error = jnp.mean(squared_error(batch.x_n, batch.out.x_hat_n))
+    return kl * 2 * lax.stop_gradient(error / batch.x_n.shape[1])
 
 
 def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
@@ -120,13 +129,33 @@ def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
     return error / jnp.maximum(lax.stop_gradient(row_variance(residual)), 1e-12)
 
 
+def _gate_error(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+    assert batch.out.g is not None  # a gate path has it
+    x_hat = gate.reconstruction(batch.params, batch.out.g, config=config)
+    return squared_error(batch.x_n, x_hat)
+
+
+def _nested(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+    errors = [squared_error(batch.x_n, x_hat) for x_hat in batch.out.inner]
+    return jnp.sum(jnp.stack(errors), axis=0)
+
+
+def _has_path(config: SAEConfig | TrainConfig) -> bool:
+    return config.gate == "path"
+
+
 PENALTIES: dict[str, Penalty] = {
-    "kl": Penalty("beta", lambda c: c.penalty == "kl", _kl),
+    "kl": Penalty("beta", lambda c: c.penalty == "kl", _kl, warms=True),
     "l0_loss": Penalty(
-        "l0", lambda c: c.l0 > 0, lambda b, _: b.out.penalties["l0_loss"]
+        "l0", lambda c: c.l0 > 0, lambda b, _: b.out.penalties["l0_loss"], warms=True
     ),
     "l1": Penalty("l1", lambda c: c.penalty == "l1", lambda b, _: l1_norm(b.out.f)),
     "auxk": Penalty("auxk", lambda c: c.auxk > 0, _auxk),
+    "gate_l1": Penalty(
+        "gate_l1", _has_path, lambda b, _: gate.l1_norm(b.out.g), warms=True
+    ),
+    "gate_error": Penalty("gate_error", _has_path, _gate_error),
+    "nested": Penalty("nested", lambda c: c.prefixes != "none", _nested),
 }
 
 

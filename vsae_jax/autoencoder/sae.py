@@ -3,14 +3,15 @@
     x_n     = scale * (x - mean)
     mu      = (x_n - b_dec) @ w_enc + b_enc         encoder; b_dec where subtract_b_dec
     z       = mu + noise_std * s * eps              posterior; training only
+    z       = z, or gate * z                        gate
     f       = top_k(z), or z                        sparsifier
     x_hat_n = f @ w_dec + b_dec                     decoder
     x_hat   = x_hat_n / scale + mean
 
 Variables are a dict: `params` (w_enc [d_model, d_sae], b_enc, w_dec [d_sae, d_model],
-b_dec [d_model], w_var and b_var of a learned variance, and the sparsifier's) and `norm`
-(scale [], mean [d_model], and the sparsifier's buffers), which is saved with them and
-never trained.
+b_dec [d_model], w_var and b_var of a learned variance, the gate's and the sparsifier's)
+and `norm` (scale [], mean [d_model], and the sparsifier's buffers), which is saved with
+them and never trained.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vsae_jax.autoencoder import decoder, encoder, posterior
+from vsae_jax.autoencoder import decoder, encoder, gate, posterior
 from vsae_jax.autoencoder.arrays import ArraySpec, ones
 from vsae_jax.autoencoder.sparsifiers import SPARSIFIERS, Numbers, sparsifier_of
 from vsae_jax.config import SAEConfig
@@ -41,7 +42,7 @@ _FIRST_PARAMETER = np.uint32(0xBF8B4530)
 def arrays(config: SAEConfig) -> dict[str, ArraySpec]:
     """The arrays that are trained, by name, in the order in which they are made."""
     learned = posterior.ARRAYS if config.variance == "learned" else {}
-    own = sparsifier_of(config).ARRAYS
+    own = {**gate.ARRAYS[config.gate], **sparsifier_of(config).ARRAYS}
     return {**decoder.ARRAYS, **encoder.ARRAYS, **learned, **own}
 
 
@@ -52,7 +53,8 @@ def buffers(config: SAEConfig) -> dict[str, ArraySpec]:
 
 def every_array() -> dict[str, ArraySpec]:
     """The arrays of all autoencoders there can be, by name."""
-    parts = [decoder.ARRAYS, encoder.ARRAYS, posterior.ARRAYS, _NORM]
+    parts = [decoder.ARRAYS, encoder.ARRAYS, posterior.ARRAYS, *gate.ARRAYS.values()]
+    parts.append(_NORM)
     for sparsifier in SPARSIFIERS.values():
         parts += [sparsifier.ARRAYS, sparsifier.BUFFERS]
     return {name: spec for part in parts for name, spec in part.items()}
@@ -66,13 +68,16 @@ def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
 
 class Forward(NamedTuple):
     """One training pass over normalised rows. Without a learned variance `log_var` is
-    None; `penalties` and `buffers` are the sparsifier's."""
+    None, without a gate path `g`; `inner` are a nested decoder's reconstructions from
+    its prefixes; `penalties` and `buffers` are the sparsifier's."""
 
     mu: Float[Array, "batch d_sae"]
     log_var: Float[Array, "batch d_sae"] | None
+    g: Float[Array, "batch d_sae"] | None
     f: Float[Array, "batch d_sae"]
     selected: Bool[Array, "batch d_sae"]
     x_hat_n: Float[Array, "batch d_model"]
+    inner: list[Float[Array, "batch d_model"]]
     penalties: dict[str, Float[Array, " batch"]]
     buffers: dict[str, Array]
 
@@ -87,29 +92,33 @@ def forward(
     first_row: int | Int[Array, ""] = 0,
     buffers: Params | None = None,
 ) -> Forward:
-    """Posterior, sample (with a key, which is consumed), selection, x_hat.
+    """Posterior, sample (with a key, which is consumed), gate, selection, x_hat.
 
     `numbers` holds k and noise_std, where they are needed. Where x_n is a part of a
     batch, `first_row` is its place, for its share of the noise. `buffers` are the
     sparsifier's before this step.
     """
-    mu = encoder.mean(params, x_n, config=config)
+    mu, g = encoder.encoded(params, x_n, config=config)
     log_var = posterior.log_variance(params, x_n, config=config)
     z = mu
     if key is not None:
         noise_std = numbers["noise_std"]
         z = posterior.sample(key, mu, log_var, noise_std=noise_std, first_row=first_row)
+    z = gate.gated(z, g, log_var, config=config, training=True)
     own = {**params, **(buffers or {})}
     sparse = sparsifier_of(config).apply(z, own, numbers, config=config)
-    x_hat_n = decoder.reconstruct(params, sparse.f, config=config)
+    widths = (*config.widths, config.d_sae)
+    *inner, x_hat_n = decoder.prefixes(params, sparse.f, widths, config=config)
     return Forward(
-        mu,
-        log_var,
-        sparse.f,
-        sparse.selected,
-        x_hat_n,
-        sparse.penalties,
-        sparse.buffers,
+        mu=mu,
+        log_var=log_var,
+        g=g,
+        f=sparse.f,
+        selected=sparse.selected if g is None else sparse.selected & (g > 0),
+        x_hat_n=x_hat_n,
+        inner=inner,
+        penalties=sparse.penalties,
+        buffers=sparse.buffers,
     )
 
 
@@ -124,17 +133,22 @@ def normalise(
 def pre_activations(
     variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
 ) -> Float[Array, "batch d_sae"]:
-    """What `encode` selects from: mu of raw rows, after the optional relu."""
+    """mu of raw rows, after the optional relu and before the optional gate."""
     x_n = normalise(variables, x)
-    return encoder.mean(variables["params"], x_n, config=config)
+    return encoder.encoded(variables["params"], x_n, config=config).mu
 
 
 def encode(
     variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
 ) -> Float[Array, "batch d_sae"]:
     """Latents of raw activations, at the mean: no noise (docs/paper_and_code.md)."""
-    own = {**variables["params"], **variables["norm"]}
-    z = pre_activations(variables, x, config=config)
+    params, x_n = variables["params"], normalise(variables, x)
+    mu, g = encoder.encoded(params, x_n, config=config)
+    log_var = None
+    if config.gate == "sigma":
+        log_var = posterior.log_variance(params, x_n, config=config)
+    z = gate.gated(mu, g, log_var, config=config, training=False)
+    own = {**params, **variables["norm"]}
     return sparsifier_of(config).encode(z, own, config=config)
 
 
@@ -192,6 +206,8 @@ def fold(
         where b_dec is not subtracted: b_enc -= mean @ w_enc (the new one)
         w_var *= s;  b_var += 2 log g, and -= mean @ w_var as above
 
+    A gate by sigma has no units: there b_var gets no 2 log g.
+
     `scaled` is SAELens' convention, g = 1: latents stay those of the scaled input. The
     decoder's rows then have norm 1 / s, so the config says `free`. `raw` is
     dictionary_learning's, g = 1 / s: the weights stay, so that unit decoder rows do,
@@ -207,13 +223,11 @@ def fold(
     p |= {n: p[n] * g for n, spec in every.items() if spec.in_latents}
     p["w_enc"], p["w_dec"] = p["w_enc"] * weight, p["w_dec"] / weight
     p["b_dec"] = p["b_dec"] / s + mean
-    heads = [("w_enc", "b_enc")]
     if config.variance == "learned":
-        p["w_var"], p["b_var"] = p["w_var"] * s, p["b_var"] + 2 * math.log(g)
-        heads.append(("w_var", "b_var"))
+        units_of_latents = 0 if config.gate == "sigma" else 2 * math.log(g)
+        p["w_var"], p["b_var"] = p["w_var"] * s, p["b_var"] + units_of_latents
     if not config.subtract_b_dec:
-        for weights, bias in heads:
-            p[bias] = p[bias] - mean @ p[weights]
+        p |= moved_input(p, -mean)
     p |= {"scale": np.ones(()), "mean": np.zeros_like(mean)}
     folded = {
         kind: {name: jnp.asarray(p[name], jnp.float32) for name in names}
@@ -221,6 +235,21 @@ def fold(
     }
     decoder_norm = config.decoder_norm if units == "raw" else "free"
     return folded, dataclasses.replace(config, decoder_norm=decoder_norm)
+
+
+def moved_input(
+    arrays: Mapping[str, np.ndarray], by: Float[np.ndarray, " d_model"]
+) -> dict[str, np.ndarray]:
+    """The biases with which an encoder whose input lacks `by` does the same."""
+    moved = {
+        bias: arrays[bias] + by @ arrays[weights]
+        for bias, weights in (("b_enc", "w_enc"), ("b_var", "w_var"))
+        if bias in arrays
+    }
+    if "b_mag" in arrays:
+        by_weights = np.exp(arrays["r_mag"]) * (by @ arrays["w_enc"])
+        moved["b_mag"] = arrays["b_mag"] + by_weights
+    return moved
 
 
 def geometric_median(

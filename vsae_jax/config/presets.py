@@ -23,12 +23,21 @@ Variant = Literal[
     "vsae_batch_topk",
     "jump_relu",
     "vsae_jump_relu",
+    "gated",
+    "vsae_gated",
+    "matryoshka",
+    "vsae_matryoshka",
+    "vaease",
 ]
 
-# What makes a variant: relu and topk are Baker and Li 2.1, vsae and vsae_topk 2.2; a
-# row of another sparsifier (autoencoder/sparsifiers) names its source there.
-_PLAIN = {"relu": True, "noise_std": 0.0, "penalty": "none"}
-_VARIATIONAL = {"relu": False, "noise_std": 1.0, "penalty": "kl"}
+# What makes a variant: relu and topk are Baker and Li 2.1, vsae and vsae_topk 2.2; the
+# sources of the others are named in autoencoder/, in sparsifiers, gate and decoder.
+_SIMPLE = {"variance": "fixed", "gate": "none", "prefixes": "none", "kl_units": "loss"}
+_PLAIN = _SIMPLE | {"relu": True, "noise_std": 0.0, "penalty": "none"}
+_VARIATIONAL = _SIMPLE | {"relu": False, "noise_std": 1.0, "penalty": "kl"}
+_GATED = {"sparsity": "none", "gate": "path"}
+_NESTED = {"sparsity": "batch_topk", "prefixes": "1/16:1/8:1/4:1/2"}
+_BY_SIGMA = {"gate": "sigma", "variance": "learned", "kl_units": "error"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "relu": _PLAIN | {"sparsity": "none", "penalty": "l1"},
     "topk": _PLAIN | {"sparsity": "topk"},
@@ -38,6 +47,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vsae_batch_topk": _VARIATIONAL | {"sparsity": "batch_topk"},
     "jump_relu": _PLAIN | {"sparsity": "jump_relu", "relu": False},
     "vsae_jump_relu": _VARIATIONAL | {"sparsity": "jump_relu"},
+    "gated": _PLAIN | _GATED,
+    "vsae_gated": _VARIATIONAL | _GATED,
+    "matryoshka": _PLAIN | _NESTED,
+    "vsae_matryoshka": _VARIATIONAL | _NESTED,
+    "vaease": _VARIATIONAL | _BY_SIGMA | {"sparsity": "none"},
 }
 _AUXK = {"auxk": 1 / 32}
 
@@ -49,7 +63,6 @@ _PAPER: dict[str, Any] = {
     "steps": 20_000,
     "batch_size": 1024,
     "lr": "auto",
-    "variance": "fixed",
     "selection": "value",
     "kl_over": "all",
     "l1": 0.0,
@@ -57,6 +70,9 @@ _PAPER: dict[str, Any] = {
     "auxk_units": "loss",
     "threshold_decay": 0.99,
     "l0": 0.0,
+    "gate_l1": 0.0,
+    "gate_error": 1.0,
+    "nested": 1.0,
     "target_l0": 0.0,
     "bandwidth": 0.001,
     "threshold_init": 0.001,
@@ -104,21 +120,35 @@ _JUMP = {
 }
 _JUMP_AT_100 = _JUMP | {"l0": 1e4, "bandwidth": 0.1, "threshold_init": 0.1}
 
+# Rajamanoharan et al. 2024a; the L1 weight, which they vary, is dictionary_learning's.
+_GATE = {"gate_l1": 0.1, "lr": 3e-4, "adam_b1": 0.0}
+_GATE_AT_100 = _GATE | {"gate_l1": 10.0}
+# The evidence's own weight; a coordinate of x and of the prior have the same size.
+_VAEASE = {"beta": 1.0, "decoder_norm": "free", "input_scale": "sqrt_d"}
+
 TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "": _PAPER,
         "topk": _AUXK,
         "batch_topk": _AUXK,
+        "matryoshka": _AUXK,
         "relu": _RELU_AT_100,
         "jump_relu": _JUMP_AT_100,
         "vsae_jump_relu": _JUMP_AT_100,
+        "gated": _GATE_AT_100,
+        "vsae_gated": _GATE_AT_100,
+        "vaease": _VAEASE,
     },
     "released": {
         "": _RELEASED,
         "topk": _RELEASED_TOPK,
         "batch_topk": _RELEASED_TOPK,
+        "matryoshka": _RELEASED_TOPK,
         "jump_relu": _JUMP,
         "vsae_jump_relu": _JUMP,
+        "gated": _GATE,
+        "vsae_gated": _GATE,
+        "vaease": _VAEASE,
         "relu": _RELU,
         "vsae": _RELEASED_VSAE,
         "vsae_topk": _RELEASED_VSAE,
@@ -128,8 +158,13 @@ TRAIN_PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "topk": _AUXK,
         "batch_topk": _AUXK | _BASELINE_BATCH,
         "vsae_batch_topk": _BASELINE_BATCH,
+        "matryoshka": _AUXK | _BASELINE_BATCH,
+        "vsae_matryoshka": _BASELINE_BATCH,
         "jump_relu": _JUMP,
         "vsae_jump_relu": _JUMP,
+        "gated": _GATE,
+        "vsae_gated": _GATE,
+        "vaease": _VAEASE,
         "relu": _RELU,
     },
 }

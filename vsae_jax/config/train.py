@@ -18,6 +18,7 @@ from vsae_jax.config.fields import (
 )
 from vsae_jax.config.presets import (
     LEAST_LR_WARMUP_STEPS,
+    VARIANTS,
     Preset,
     Variant,
     preset_flag,
@@ -90,6 +91,27 @@ class TrainConfig:
         "of the posterior; learned adds a second encoder head",
         group="autoencoder",
     )
+    gate: Literal["none", "path", "sigma"] = preset_flag(
+        "gate",
+        "what opens a latent: path, a second path of the encoder (gated); sigma, the "
+        "1 - sigma of a learned variance (vaease)",
+        group="autoencoder",
+        before="none",
+    )
+    closed_below: float = flag(
+        "gate sigma: at evaluation a latent whose gate is not above this is 0",
+        0.05,
+        grid=True,
+        group="autoencoder",
+        before=0.05,
+    )
+    prefixes: str = preset_flag(
+        "prefixes",
+        "nested decoder: how many of the first latents reconstruct x alone, too, as "
+        "shares or numbers of d_sae between colons; or none",
+        group="autoencoder",
+        before="none",
+    )
     selection: Literal["value", "magnitude"] = preset_flag(
         "selection",
         "top-k keeps the largest values or the largest magnitudes",
@@ -101,6 +123,13 @@ class TrainConfig:
     kl_over: Literal["all", "selected"] = preset_flag(
         "kl_over", "latents that the KL sums over", group="loss"
     )
+    kl_units: Literal["loss", "error"] = preset_flag(
+        "kl_units",
+        "the KL as it is, or times twice the error of a dimension, as with a learned "
+        "variance of the decoder",
+        group="loss",
+        before="loss",
+    )
     l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss", traced=True)
     l0: float = preset_flag(
         "l0",
@@ -108,6 +137,27 @@ class TrainConfig:
         group="loss",
         traced=True,
         before=0.0,
+    )
+    gate_l1: float = preset_flag(
+        "gate_l1",
+        "gate path: weight of the L1 penalty on relu of the gate",
+        group="loss",
+        traced=True,
+        before=0.0,
+    )
+    gate_error: float = preset_flag(
+        "gate_error",
+        "gate path: weight of the error of decoding relu of the gate",
+        group="loss",
+        traced=True,
+        before=1.0,
+    )
+    nested: float = preset_flag(
+        "nested",
+        "weight of the summed errors of the prefixes",
+        group="loss",
+        traced=True,
+        before=1.0,
     )
     target_l0: float = preset_flag(
         "target_l0",
@@ -191,7 +241,7 @@ class TrainConfig:
     )
     kl_warmup_steps: int = preset_flag(
         "kl_warmup_steps",
-        "steps over which beta and l0 rise linearly from 0",
+        "steps over which beta, l0 and gate_l1 rise linearly from 0",
         group="loss",
         traced=True,
     )
@@ -301,19 +351,22 @@ class TrainConfig:
         check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
         check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
-        check_at_least(self, 0, "threshold_decay", "l0", "target_l0")
+        check_at_least(self, 0, "threshold_decay", "l0", "target_l0", "closed_below")
+        check_at_least(self, 0, "gate_l1", "gate_error", "nested")
         check_at_least(self, 0, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         check_above_zero(self, "lr", "clip_norm", "adam_eps", "input_scale")
         check_above_zero(self, "decoder_init_norm", "giant", "max_norm_multiple")
         check_above_zero(self, "bandwidth", "threshold_init")
         check_below(self, 1, "adam_b1", "adam_b2", "threshold_decay", "held_out")
+        check_below(self, 1, "closed_below")
         # They are int32 on the device.
         check_below(self, 2**31, "k", "steps", "dead_after_tokens")
         check_below(self, 2**31, "lr_warmup_steps", "lr_decay_start", "kl_warmup_steps")
         if self.held_out <= 0:
             raise UserError(f"--held_out={self.held_out} must lie between 0 and 1")
         both = self.k is not None and self.d_sae is not None
-        if self.variant.endswith("topk") and both and self.k > self.d_sae:
+        has_k = "topk" in VARIANTS[self.variant]["sparsity"]
+        if has_k and both and self.k > self.d_sae:
             raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
         check_processes(self)
         for name in ("seed", "data_seed"):

@@ -23,8 +23,19 @@ from vsae_jax.system.errors import UserError
 # relu_topk: the k largest of relu(z). topk: the k largest z, negative ones included.
 # abstopk: the k largest |z|, with their sign. relu: relu(z). none: z. batch_topk:
 # relu(z) above one threshold. jump_relu: relu(z) above a threshold of each latent.
+# gated: relu(z) where the gate's path is above 0; gated_linear: z there. vaease: (1 -
+# sigma) z where 1 - sigma is not small.
 Rule = Literal[
-    "relu_topk", "topk", "abstopk", "relu", "none", "batch_topk", "jump_relu"
+    "relu_topk",
+    "topk",
+    "abstopk",
+    "relu",
+    "none",
+    "batch_topk",
+    "jump_relu",
+    "gated",
+    "gated_linear",
+    "vaease",
 ]
 _SWITCHES: dict[str, dict[str, Any]] = {
     "relu_topk": {"sparsity": "topk", "relu": True},
@@ -34,6 +45,9 @@ _SWITCHES: dict[str, dict[str, Any]] = {
     "none": {"sparsity": "none", "relu": False},
     "batch_topk": {"sparsity": "batch_topk", "relu": True},
     "jump_relu": {"sparsity": "jump_relu", "relu": False},
+    "gated": {"sparsity": "none", "relu": True, "gate": "path"},
+    "gated_linear": {"sparsity": "none", "relu": False, "gate": "path"},
+    "vaease": {"sparsity": "none", "relu": False, "gate": "sigma"},
 }
 RULES = tuple(_SWITCHES)
 # Rules by a threshold, and the array that holds it.
@@ -67,6 +81,10 @@ class Autoencoder:
     @property
     def rule(self) -> Rule:
         """The selection rule of the config."""
+        if self.config.gate == "sigma":
+            return "vaease"
+        if self.config.gate == "path":
+            return "gated" if self.config.relu else "gated_linear"
         if self.config.sparsity == "none":
             return "relu" if self.config.relu else "none"
         if self.config.sparsity != "topk":
@@ -94,6 +112,7 @@ def foreign(
     rule: str,
     k: int | None = None,
     subtract_b_dec: bool = True,
+    prefixes: str = "none",
     **known: Any,
 ) -> Autoencoder:
     """An autoencoder from another library: no scale, no mean, decoder norms free."""
@@ -107,6 +126,7 @@ def foreign(
         penalty="none",
         decoder_norm="free",
         subtract_b_dec=subtract_b_dec,
+        prefixes=prefixes,
         **_SWITCHES[rule],
     )
     return Autoencoder(
@@ -135,6 +155,13 @@ def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
     return dataclasses.replace(ae, config=config, params=params)
 
 
+def same_kind(rule: str, other: str) -> bool:
+    """Whether autoencoders of both rules have the same kind of arrays: thresholds, a
+    gate of the same sort, or neither."""
+    gates = [_SWITCHES[name].get("gate") for name in (rule, other)]
+    return gates[0] == gates[1] and (rule in THRESHOLDS) == (other in THRESHOLDS)
+
+
 def thresholds(ae: Autoencoder) -> np.ndarray:
     """The threshold of each latent, `[d_sae]`, of a rule by thresholds."""
     own = ae.params[THRESHOLDS[ae.rule]]
@@ -152,10 +179,9 @@ def not_subtracting(ae: Autoencoder) -> Autoencoder:
 
 
 def _moved_b_dec(ae: Autoencoder, sign: int) -> Autoencoder:
-    params = dict(ae.params)
-    b_dec = params["b_dec"].astype(np.float64)
-    for bias, weight in _heads(ae):
-        params[bias] = _float32(params[bias] + sign * b_dec @ params[weight])
+    b_dec = sign * ae.params["b_dec"].astype(np.float64)
+    moved = sae.moved_input(ae.params, b_dec)
+    params = ae.params | {name: _float32(bias) for name, bias in moved.items()}
     config = dataclasses.replace(ae.config, subtract_b_dec=sign > 0)
     return dataclasses.replace(ae, config=config, params=params)
 
@@ -176,21 +202,27 @@ def folded(ae: Autoencoder, *, units: Literal["scaled", "raw"]) -> Autoencoder:
     )
 
 
-def _heads(ae: Autoencoder) -> list[tuple[str, str]]:
-    heads = [("b_enc", "w_enc"), ("b_var", "w_var")]
-    return [head for head in heads if head[0] in ae.params]
-
-
 def _float32(array: Any) -> np.ndarray:
     return np.array(array, np.float32, order="C")
 
 
 def refuse_thresholds(ae: Autoencoder, name: str) -> None:
-    """Stops a format that has no thresholds."""
-    if ae.rule in THRESHOLDS:
+    """Stops a format that has neither thresholds nor a gate."""
+    refuse_gate_by_sigma(ae, name)
+    if ae.rule in THRESHOLDS or ae.config.gate != "none":
+        what = "thresholds" if ae.rule in THRESHOLDS else "gate"
         raise UserError(
-            f"{name} cannot say the thresholds of a {ae.rule} autoencoder; write it "
+            f"{name} cannot say the {what} of a {ae.rule} autoencoder; write it "
             "with --to=saelens, dictionary_learning or vsae_jax"
+        )
+
+
+def refuse_gate_by_sigma(ae: Autoencoder, name: str) -> None:
+    """Stops a format other than ours: none has a gate by sigma."""
+    if ae.config.gate == "sigma":
+        raise UserError(
+            f"{name} cannot say the gate of a {ae.rule} autoencoder, 1 - sigma of each "
+            "row; write it with --to=vsae_jax"
         )
 
 

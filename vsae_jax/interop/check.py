@@ -156,11 +156,12 @@ def refuse_negative(ae: Autoencoder, rows: Any, *, format: str, says: str) -> No
     """Stops a format whose files say another rule, where that would change a row."""
     negative = int((run_rows(ae, rows).f < 0).any(axis=1).sum())
     if negative:
-        way = "saelens" if ae.rule == "abstopk" else "openai"
+        others = {"abstopk": "--to=saelens or ", "gated_linear": ""}
         raise UserError(
             f"{format} has no {ae.rule}, and {says} would drop the negative latents "
-            f"that {negative} of {len(rows)} rows keep; write it with --to={way} or "
-            "--to=vsae_jax, or drop them, with the cost said, with --lossy=true"
+            f"that {negative} of {len(rows)} rows keep; write it with "
+            f"{others.get(ae.rule, '--to=openai or ')}--to=vsae_jax, or drop them, "
+            "with the cost said, with --lossy=true"
         )
 
 

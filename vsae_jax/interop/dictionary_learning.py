@@ -3,7 +3,10 @@
     AutoEncoder       relu(W (x - bias) + b);  f @ decoder + bias
     AutoEncoderTopK   the k largest of relu(W (x - b_dec) + b)
     BatchTopKSAE      the same, where it is above threshold []
+    MatryoshkaBatchTopKSAE   the same with W_enc and W_dec; group_sizes [groups]
     JumpReluAutoEncoder   relu(x W_enc + b_enc) above threshold [d_sae]; f W_dec + b_dec
+    GatedAutoEncoder  relu(exp(r_mag) W (x - decoder_bias) + mag_bias), where
+                      W (x - decoder_bias) + gate_bias is above 0
     VSAETopK          the paper's authors' fork: relu(mu), then the k largest; a bias
                       is subtracted from x, a decoder.bias (April mode) is not
 
@@ -19,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from vsae_jax import runs
+from vsae_jax.autoencoder import sae
 from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
     Autoencoder,
@@ -26,6 +30,7 @@ from vsae_jax.interop.canonical import (
     folded,
     foreign,
     not_subtracting,
+    refuse_gate_by_sigma,
     refuse_layer_norm,
     shown,
     subtracting,
@@ -44,16 +49,41 @@ from vsae_jax.system.errors import UserError
 NAME = "dictionary_learning"
 # The rule that its files say, where it is not the autoencoder's own.
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
+SAYS |= {"gated_linear": "gated"}
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _CLASSES = {
     "AutoEncoder": "relu",
     "AutoEncoderTopK": "relu_topk",
     "VSAETopK": "relu_topk",
     "BatchTopKSAE": "batch_topk",
+    "MatryoshkaBatchTopKSAE": "batch_topk",
+    "GatedAutoEncoder": "gated",
     "JumpReluAutoEncoder": "jump_relu",
 }
-_JUMP_NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
-_JUMP_NAMES |= {"theta": "threshold"}
+# Our names and theirs. A `.weight` of theirs is the transposed of ours.
+_LINEAR = {"w_enc": "encoder.weight", "b_enc": "encoder.bias"}
+_LINEAR |= {"w_dec": "decoder.weight", "b_dec": "b_dec"}
+_PLAIN = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
+_NAMES = {
+    "AutoEncoder": _LINEAR | {"b_dec": "bias"},
+    "AutoEncoderTopK": _LINEAR,
+    "VSAETopK": _LINEAR | {"b_dec": "bias"},
+    "BatchTopKSAE": _LINEAR | {"threshold": "threshold"},
+    "MatryoshkaBatchTopKSAE": _PLAIN | {"threshold": "threshold"},
+    "JumpReluAutoEncoder": _PLAIN | {"theta": "threshold"},
+    "GatedAutoEncoder": _LINEAR
+    | {"b_enc": "gate_bias", "b_dec": "decoder_bias"}
+    | {"r_mag": "r_mag", "b_mag": "mag_bias"},
+}
+_TRAINERS = {
+    "AutoEncoder": "StandardTrainer",
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "GatedAutoEncoder": "GatedSAETrainer",
+}
+_HEAD = {"w_var": "var_encoder.weight", "b_var": "var_encoder.bias"}
 
 
 def weights(folder: Path) -> Path | None:
@@ -76,27 +106,32 @@ def read(folder: Path) -> Autoencoder:
             f"{', '.join(_CLASSES)}"
         )
     arrays = read_arrays(path)
-    rule = _CLASSES[kind]
-    has_k = rule not in ("relu", "jump_relu")
+    rule, names = _CLASSES[kind], dict(_NAMES[kind])
+    has_k = rule in ("relu_topk", "batch_topk")
     k = _pop_k(arrays, trainer, path, where) if has_k else None
     threshold = arrays.pop("threshold", None) if kind == "AutoEncoderTopK" else None
-    bias = _bias(kind, arrays)
-    jump = rule == "jump_relu"
-    m = size_of(arrays, "b_enc" if jump else "encoder.bias", where=path)
-    d = size_of(arrays, bias, where=path)
+    if kind == "VSAETopK" and "decoder.bias" in arrays:  # April mode
+        names["b_dec"] = "decoder.bias"
+    if kind == "VSAETopK" and _HEAD["b_var"] in arrays:
+        names |= _HEAD
+    m = size_of(arrays, names["b_enc"], where=path)
+    d = size_of(arrays, names["b_dec"], where=path)
     if (trainer.get("activation_dim", d), trainer.get("dict_size", m)) != (d, m):
         raise UserError(
             f"{where} says activation_dim={shown(trainer.get('activation_dim'))}, "
             f"dict_size={shown(trainer.get('dict_size'))}, but {WEIGHTS} has {d}, {m}"
         )
-    has_head = "var_encoder.bias" in arrays and kind == "VSAETopK"
-    layout = _layout(d, m, rule, has_head=has_head) | {bias: (d,)}
-    check_layout(arrays, layout, where=path)
+    groups = arrays.pop("group_sizes", None)
+    prefixes = "none"
+    if kind == "MatryoshkaBatchTopKSAE":
+        prefixes = _prefixes(groups, d_sae=m, where=path)
+    check_layout(arrays, _layout(names, d, m), where=path)
     return foreign(
-        _params(as_float32(arrays, where=path), bias, rule),
+        _params(as_float32(arrays, where=path), names),
         rule=rule,
         k=check_k(k, d_sae=m, where=where) if has_k else None,
-        subtract_b_dec=bias != "decoder.bias" and not jump,
+        subtract_b_dec=names["b_dec"] != "decoder.bias" and rule != "jump_relu",
+        prefixes=prefixes,
         data=_data(trainer, config.get("buffer")),
         source={
             "format": NAME,
@@ -108,14 +143,23 @@ def read(folder: Path) -> Autoencoder:
     )
 
 
-def _layout(d: int, m: int, rule: str, *, has_head: bool) -> dict[str, tuple[int, ...]]:
-    if rule == "jump_relu":
-        biases = {"b_enc": (m,), "threshold": (m,)}
-        return {"W_enc": (d, m), "W_dec": (m, d)} | biases
-    weights = {"encoder.weight": (m, d), "encoder.bias": (m,), "decoder.weight": (d, m)}
-    head = {"var_encoder.weight": (m, d), "var_encoder.bias": (m,)}
-    threshold = {"threshold": ()} if rule == "batch_topk" else {}
-    return weights | threshold | (head if has_head else {})
+def _layout(names: dict[str, str], d: int, m: int) -> dict[str, tuple[int, ...]]:
+    sizes, every = {"d_model": d, "d_sae": m}, sae.every_array()
+    layout = {}
+    for ours, theirs in names.items():
+        axes = every[ours].axes[:: -1 if theirs.endswith(".weight") else 1]
+        layout[theirs] = tuple(sizes[axis] for axis in axes)
+    return layout
+
+
+def _prefixes(groups: np.ndarray | None, *, d_sae: int, where: Path) -> str:
+    """The sums of a Matryoshka's first groups, which are one after another."""
+    if groups is None or groups.ndim != 1 or groups.dtype.kind != "i":
+        raise UserError(f"{where}: group_sizes is no list of whole numbers")
+    sizes = [int(size) for size in groups[:1000]]
+    if sum(sizes) != d_sae or min(sizes) < 1:
+        raise UserError(f"{where}: group_sizes do not add up to the {d_sae} latents")
+    return ":".join(map(str, np.cumsum(sizes)[:-1])) or "none"
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -140,29 +184,15 @@ def _pop_k(arrays: dict, trainer: dict[str, Any], path: Path, where: Path) -> An
     return int(stored)
 
 
-def _bias(kind: str, arrays: dict[str, np.ndarray]) -> str:
-    if kind in ("AutoEncoderTopK", "BatchTopKSAE", "JumpReluAutoEncoder"):
-        return "b_dec"
-    april = kind == "VSAETopK" and "decoder.bias" in arrays
-    return "decoder.bias" if april else "bias"
-
-
 def _params(
-    floats: dict[str, np.ndarray], bias: str, rule: str
+    floats: dict[str, np.ndarray], names: dict[str, str]
 ) -> dict[str, np.ndarray]:
-    if rule == "jump_relu":
-        return {ours: floats[theirs] for ours, theirs in _JUMP_NAMES.items()}
     params = {
-        "w_enc": floats["encoder.weight"].T.copy(),
-        "b_enc": floats["encoder.bias"],
-        "w_dec": floats["decoder.weight"].T.copy(),
-        "b_dec": floats[bias],
+        ours: floats[theirs].T.copy() if theirs.endswith(".weight") else floats[theirs]
+        for ours, theirs in names.items()
     }
-    if "var_encoder.weight" in floats:
-        params["w_var"] = floats["var_encoder.weight"].T.copy()
-        params["b_var"] = floats["var_encoder.bias"]
-    if rule == "batch_topk":  # theirs is -1 until it is set
-        params["threshold"] = np.maximum(floats["threshold"], np.float32(0))
+    if "threshold" in params:  # theirs is -1 until it is set
+        params["threshold"] = np.maximum(params["threshold"], np.float32(0))
     return params
 
 
@@ -196,6 +226,7 @@ def rewritten(ae: Autoencoder) -> Autoencoder:
     """What `write` writes: b_dec subtracted (not of a jump_relu), latents in the units
     of x."""
     refuse_layer_norm(ae, NAME)
+    refuse_gate_by_sigma(ae, NAME)
     if ae.rule == "jump_relu":
         return folded(not_subtracting(ae), units="raw")
     return folded(subtracting(ae), units="raw")
@@ -209,30 +240,33 @@ def write(ae: Autoencoder, folder: Path) -> Path:
 
 
 def _arrays(ae: Autoencoder) -> dict[str, Any]:
-    p = ae.params
-    if ae.rule == "jump_relu":
-        return {theirs: p[ours] for ours, theirs in _JUMP_NAMES.items()}
+    p, kind = ae.params, _class(ae)
     arrays: dict[str, Any] = {
-        "encoder.weight": np.ascontiguousarray(p["w_enc"].T),
-        "encoder.bias": p["b_enc"],
-        "decoder.weight": np.ascontiguousarray(p["w_dec"].T),
+        theirs: np.ascontiguousarray(p[ours].T) if "weight" in theirs else p[ours]
+        for ours, theirs in _NAMES[kind].items()
     }
-    if not ae.config.has_k:
-        return arrays | {"bias": p["b_dec"]}
-    return arrays | {
-        "b_dec": p["b_dec"],
-        "k": np.array(ae.config.k, np.int32),
-        "threshold": p.get("threshold", np.array(-1, np.float32)),
-    }
+    if ae.config.has_k:
+        arrays["k"] = np.array(ae.config.k, np.int32)
+    if kind == "AutoEncoderTopK":
+        arrays["threshold"] = np.array(-1, np.float32)
+    if kind == "MatryoshkaBatchTopKSAE":
+        widths = [0, *ae.config.widths, ae.config.d_sae]
+        arrays["group_sizes"] = np.diff(widths).astype(np.int64)
+    return arrays
+
+
+def _class(ae: Autoencoder) -> str:
+    """The class that says the rule of an autoencoder."""
+    if ae.rule == "batch_topk":
+        return "MatryoshkaBatchTopKSAE" if ae.config.widths else "BatchTopKSAE"
+    says = SAYS.get(ae.rule, ae.rule)
+    return next(kind for kind, rule in _CLASSES.items() if rule == says)
 
 
 def _config(ae: Autoencoder) -> dict[str, Any]:
     train, data, c = ae.train or {}, ae.data, ae.config
-    kind = {"relu": "Standard AutoEncoder", "none": "Standard AutoEncoder"}
-    kind |= {"batch_topk": "BatchTopK BatchTopKSAE"}
-    kind |= {"jump_relu": "JumpRelu JumpReluAutoEncoder"}
-    name, dict_class = kind.get(ae.rule, "TopK AutoEncoderTopK").split()
-    trainer = {"trainer_class": f"{name}Trainer", "dict_class": dict_class} | {
+    kind = _class(ae)
+    trainer = {"trainer_class": _TRAINERS[kind], "dict_class": kind} | {
         "lr": train.get("lr"),
         "steps": train.get("steps"),
         "auxk_alpha": train.get("auxk"),
@@ -250,5 +284,7 @@ def _config(ae: Autoencoder) -> dict[str, Any]:
         "submodule_name": None,
     }
     trainer |= {"k": c.k} if c.has_k else {}
+    if kind == "MatryoshkaBatchTopKSAE":
+        trainer["group_sizes"] = [int(n) for n in np.diff([0, *c.widths, c.d_sae])]
     buffer = {"d_submodule": c.d_model, "ctx_len": data.get("context_length")}
     return {"trainer": trainer, "buffer": buffer}

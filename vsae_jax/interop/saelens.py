@@ -1,11 +1,15 @@
 """SAELens 6: `cfg.json` and `sae_weights.safetensors` (standard, topk, abstopk,
-jumprelu).
+jumprelu, gated; of training, batchtopk and matryoshka_batchtopk).
 
     W_enc [d_in, d_sae], b_enc, W_dec [d_sae, d_in], b_dec
     pre = (x - b_dec * apply_b_dec_to_input) @ W_enc + b_enc;  TopK(pre), then relu
     jumprelu: relu(pre) where pre > threshold [d_sae]; a batch_topk is saved as one
+    gated: relu(pre) of W_enc exp(r_mag) and b_mag, where that of W_enc and b_gate is
+    above 0
+    batchtopk, matryoshka_batchtopk: topk_threshold [], which becomes a jumprelu's
 
-The input's scale and mean are folded into the weights; latents keep their values.
+The input's scale and mean are folded into the weights; latents keep their values. Of a
+checkpoint of training what only training reads is left.
 """
 
 from pathlib import Path
@@ -23,6 +27,7 @@ from vsae_jax.interop.canonical import (
     check_k,
     folded,
     foreign,
+    refuse_gate_by_sigma,
     shown,
     thresholds,
 )
@@ -41,7 +46,7 @@ from vsae_jax.system.files import replace_file
 
 NAME = "saelens"
 # The rule that its files say, where it is not the autoencoder's own.
-SAYS = {"topk": "relu_topk", "none": "relu"}
+SAYS = {"topk": "relu_topk", "none": "relu", "gated_linear": "gated"}
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 # The version whose files these are; below 6.0.0 SAELens reads them another way.
 _VERSION = "6.54.12"
@@ -50,14 +55,32 @@ _ARCHITECTURES = {
     "topk": "relu_topk",
     "abstopk": "abstopk",
     "jumprelu": "jump_relu",
+    "gated": "gated",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "batch_topk",
 }
 _KEYS = (
     "architecture d_in d_sae k dtype device apply_b_dec_to_input normalize_activations "
     "reshape_activations rescale_acts_by_decoder_norm metadata"
 )
+# Of checkpoints of training: they change no latent of a trained autoencoder.
+_OF_TRAINING = (
+    " decoder_init_norm aux_loss_coefficient use_sparse_activations topk_threshold_lr "
+    "matryoshka_widths use_matryoshka_aux_loss l1_coefficient l1_warm_up_steps lp_norm "
+    "jumprelu_init_threshold jumprelu_bandwidth jumprelu_sparsity_loss_mode "
+    "l0_coefficient l0_warm_up_steps pre_act_loss_coefficient jumprelu_tanh_scale "
+    "jumprelu_ste_to_input target_l0"
+)
 _WRITTEN = {"relu_topk": "topk", "topk": "topk", "abstopk": "abstopk"}
 _WRITTEN |= dict.fromkeys(THRESHOLDS, "jumprelu")
+_WRITTEN |= {"gated": "gated", "gated_linear": "gated"}
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
+_GATED = {"b_enc": "b_gate", "r_mag": "r_mag", "b_mag": "b_mag"}
+_NAMES_OF = {
+    "jump_relu": _NAMES | {"theta": "threshold"},
+    "batch_topk": _NAMES | {"threshold": "topk_threshold"},
+    "gated": _NAMES | _GATED,
+}
 
 
 def weights(folder: Path) -> Path | None:
@@ -76,28 +99,31 @@ def read(folder: Path) -> Autoencoder:
     if (arrays.get("scaling_factor", np.zeros(1)) == 1).all():
         del arrays["scaling_factor"]
     d = size_of(arrays, "b_dec", where=folder / WEIGHTS)
-    m = size_of(arrays, "b_enc", where=folder / WEIGHTS)
+    rule = _ARCHITECTURES[c["architecture"]]
+    names = _NAMES_OF.get(rule, _NAMES)
+    m = size_of(arrays, names["b_enc"], where=folder / WEIGHTS)
     if (c.get("d_in"), c.get("d_sae")) != (d, m):
         raise UserError(
             f"{where} says d_in={shown(c.get('d_in'))}, d_sae={shown(c.get('d_sae'))}, "
             f"but {WEIGHTS} has {d} and {m}"
         )
-    rule = _ARCHITECTURES[c["architecture"]]
-    layout = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
-    layout |= {"threshold": (m,)} if rule == "jump_relu" else {}
+    sizes = {"d_model": d, "d_sae": m}
+    every = sae.every_array()
+    layout = {
+        theirs: tuple(sizes[axis] for axis in every[ours].axes)
+        for ours, theirs in names.items()
+    }
     check_layout(arrays, layout, where=folder / WEIGHTS)
     floats = as_float32(arrays, where=folder / WEIGHTS)
-    params = {ours: floats[theirs] for ours, theirs in _NAMES.items()}
-    if rule == "jump_relu":
-        params[THRESHOLDS[rule]] = floats["threshold"]
+    params = {ours: floats[theirs] for ours, theirs in names.items()}
     if c.get("rescale_acts_by_decoder_norm"):
         params = _with_unit_rows(params)
-    has_k = rule not in ("relu", "jump_relu")
     return foreign(
         params,
         rule=rule,
-        k=check_k(c.get("k"), d_sae=m, where=where) if has_k else None,
+        k=_k(c, rule, d_sae=m, where=where),
         subtract_b_dec=c["apply_b_dec_to_input"],
+        prefixes=_prefixes(c, d_sae=m, where=where),
         layer_norm=c["normalize_activations"] == "layer_norm",
         data=_data(c["metadata"]),
         source={"format": NAME, "name": folder.name, "dtype": source_dtype(arrays)},
@@ -105,7 +131,7 @@ def read(folder: Path) -> Autoencoder:
 
 
 def _check_config(c: dict[str, Any], where: Path) -> None:
-    check_keys(c, _KEYS, where=where)
+    check_keys(c, _KEYS + _OF_TRAINING, where=where)
     if str(c.get("architecture")) not in _ARCHITECTURES:
         raise UserError(
             f"{where}: architecture {shown(c.get('architecture'))} is not read; "
@@ -122,6 +148,25 @@ def _check_config(c: dict[str, Any], where: Path) -> None:
         raise UserError(f"{where}: apply_b_dec_to_input is missing or no true/false")
 
 
+def _k(c: dict[str, Any], rule: str, *, d_sae: int, where: Path) -> int | None:
+    """k of a rule that has one; of a batchtopk, whose k is a mean, rounded."""
+    k = c.get("k")
+    if rule == "batch_topk" and type(k) is float and 0.5 <= k < 2**31:
+        k = round(k)
+    has_k = rule in ("relu_topk", "abstopk", "batch_topk")
+    return check_k(k, d_sae=d_sae, where=where) if has_k else None
+
+
+def _prefixes(c: dict[str, Any], *, d_sae: int, where: Path) -> str:
+    """The widths of a matryoshka_batchtopk but the last, which is d_sae."""
+    if c["architecture"] != "matryoshka_batchtopk":
+        return "none"
+    widths = c.get("matryoshka_widths")
+    if not isinstance(widths, list) or not all(type(w) is int for w in widths):
+        raise UserError(f"{where}: matryoshka_widths is no list of whole numbers")
+    return ":".join(str(w) for w in widths if w != d_sae) or "none"
+
+
 def _is_6(metadata: Any) -> bool:
     if not isinstance(metadata, dict):
         return False
@@ -135,7 +180,9 @@ def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
     if not norm.all():
         raise UserError("a decoder row of norm 0 cannot be rescaled")
     every = sae.every_array()
-    new = {n: a * norm for n, a in params.items() if every[n].in_latents}
+    # A batchtopk's one threshold is already of unit rows.
+    latents = [n for n in params if every[n].in_latents and every[n].axes]
+    new = {n: params[n] * norm for n in latents}
     new |= {"w_enc": params["w_enc"] * norm, "w_dec": params["w_dec"] / norm[:, None]}
     return params | {n: np.ascontiguousarray(a, np.float32) for n, a in new.items()}
 
@@ -156,13 +203,15 @@ def _data(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def rewritten(ae: Autoencoder) -> Autoencoder:
     """What `write` writes: nothing but the scale and the mean is folded."""
+    refuse_gate_by_sigma(ae, NAME)
     return folded(ae, units="scaled")
 
 
 def write(ae: Autoencoder, folder: Path) -> Path:
     """The two files of a rewritten autoencoder; returns that of the weights."""
     architecture = _WRITTEN.get(ae.rule, "standard")
-    arrays = {theirs: ae.params[ours] for ours, theirs in _NAMES.items()}
+    names = _NAMES | _GATED if architecture == "gated" else _NAMES
+    arrays = {theirs: ae.params[ours] for ours, theirs in names.items()}
     if ae.rule in THRESHOLDS:
         arrays["threshold"] = thresholds(ae)
     config = {

@@ -20,6 +20,7 @@ from vsae_jax.interop.canonical import (
     THRESHOLDS,
     Autoencoder,
     check_k,
+    same_kind,
     shown,
     with_rule,
 )
@@ -104,8 +105,10 @@ def apply(ae: Autoencoder, folder: Path, *, weights: Path) -> Autoencoder:
         or (note["subtract_b_dec"] != ae.config.subtract_b_dec)
     ):
         raise UserError(f"{path} contradicts the files beside it on k or b_dec")
-    if (note["selection"] in THRESHOLDS) != (ae.rule in THRESHOLDS):
-        raise UserError(f"{path} contradicts the files beside it on the thresholds")
+    if not same_kind(note["selection"], ae.rule):
+        raise UserError(
+            f"{path} contradicts the files beside it on the thresholds or the gate"
+        )
     if (folder / EXTRA).is_file():
         ae = dataclasses.replace(ae, params=ae.params | _head(ae, folder / EXTRA))
         config = dataclasses.replace(ae.config, variance="learned")

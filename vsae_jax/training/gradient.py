@@ -57,8 +57,10 @@ def gradient(
         return lax.cond(any_dead, lambda: part(held, dead), lambda: part(held, None))
 
     rows = math.gcd(len(x_n), max(CPU_PART_BYTES // (4 * config.d_sae), 1))
-    by_batch = sparsifier_of(config).WHOLE_BATCH or (
-        config.auxk and config.auxk_units == "variance"
+    by_batch = (
+        sparsifier_of(config).WHOLE_BATCH
+        or (config.auxk and config.auxk_units == "variance")
+        or (config.penalty == "kl" and config.kl_units == "error")
     )
     few = rows < _LEAST_ROWS or rows == len(x_n)
     if jax.default_backend() != "cpu" or mesh.is_split() or by_batch or few:

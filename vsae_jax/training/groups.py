@@ -123,7 +123,7 @@ def bytes_of_one(
     moments and gradients, and of each row in a batch what a step keeps."""
     shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
     d_sae = config.d_sae // shape["latents"]
-    of_device = dataclasses.replace(config, d_sae=d_sae, k=1, k_aux=1)
+    of_device = dataclasses.replace(config, d_sae=d_sae, k=1, k_aux=1, prefixes="none")
     arrays = sae.arrays(of_device).values()
     parameters = 4 * sum(math.prod(spec.shape(of_device)) for spec in arrays)
     rows = batch_size // shape["data"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from vsae_jax.autoencoder.penalties import PENALTIES
 from vsae_jax.config import SAEConfig
 from vsae_jax.training.layout import DECODER
 
@@ -69,9 +70,13 @@ def beta_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
 
 
 def warmed(step: Scalar, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers at `step`: beta and l0 rise over the same steps."""
-    l0 = kl_weight(step, beta=numbers["l0"], warmup=numbers["kl_warmup_steps"])
-    return {**numbers, "beta": beta_of_step(step, numbers), "l0": l0}
+    """The numbers at `step`: some penalties' weights rise over the same steps."""
+    rising = [penalty.weight for penalty in PENALTIES.values() if penalty.warms]
+    warmup = numbers["kl_warmup_steps"]
+    return {
+        **numbers,
+        **{n: kl_weight(step, beta=numbers[n], warmup=warmup) for n in rising},
+    }
 
 
 def of_step(

@@ -14,6 +14,7 @@ from vsae_jax import runs
 from vsae_jax.activations.bad_rows import LeftOut, left_out
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.penalties import PENALTIES
 from vsae_jax.config import (
     PROCESS_FIELDS,
     RUNTIME_FIELDS,
@@ -165,6 +166,10 @@ def explain(planned: PlannedRun) -> None:
         )
     if planned.asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
+    for penalty in (PENALTIES[name] for name in ("gate_l1", "gate_error", "nested")):
+        if getattr(planned.asked, penalty.weight) and not penalty.on(c):
+            needs = "--prefixes" if penalty.weight == "nested" else "--gate=path"
+            print(f"note: --{penalty.weight} changes nothing without {needs}")
     if planned.sae.auxk and c.dead_after_tokens >= rows:
         print(
             f"note: AuxK cannot act: --dead_after_tokens={c.dead_after_tokens} is not "

@@ -21,7 +21,7 @@ from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
 # What decides which arrays there are, and how large.
-_OF_SHAPES = ("d_model", "d_sae", "variance", "sparsity")
+_OF_SHAPES = ("d_model", "d_sae", "variance", "gate", "sparsity")
 
 
 class Together(NamedTuple):
@@ -106,7 +106,7 @@ def _forkable(source: Path, job: PlannedRun) -> SAEConfig:
         changed = difference(old, new)
         raise UserError(
             f"--fork_from={source} has arrays of other shapes ({changed}); give the "
-            "same --d_sae, --variance and sparsity"
+            "same --d_sae, --variance, --gate and sparsity"
         )
     return stored
 

@@ -17,7 +17,7 @@ into the biases: the decoder keeps its norms, latents get the units of x.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,37 +51,34 @@ NAME = "dictionary_learning"
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 SAYS |= {"gated_linear": "gated"}
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-_CLASSES = {
-    "AutoEncoder": "relu",
-    "AutoEncoderTopK": "relu_topk",
-    "VSAETopK": "relu_topk",
-    "BatchTopKSAE": "batch_topk",
-    "MatryoshkaBatchTopKSAE": "batch_topk",
-    "GatedAutoEncoder": "gated",
-    "JumpReluAutoEncoder": "jump_relu",
-}
-# Our names and theirs. A `.weight` of theirs is the transposed of ours.
+# A `.weight` of theirs is the transposed of ours.
 _LINEAR = {"w_enc": "encoder.weight", "b_enc": "encoder.bias"}
 _LINEAR |= {"w_dec": "decoder.weight", "b_dec": "b_dec"}
 _PLAIN = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
-_NAMES = {
-    "AutoEncoder": _LINEAR | {"b_dec": "bias"},
-    "AutoEncoderTopK": _LINEAR,
-    "VSAETopK": _LINEAR | {"b_dec": "bias"},
-    "BatchTopKSAE": _LINEAR | {"threshold": "threshold"},
-    "MatryoshkaBatchTopKSAE": _PLAIN | {"threshold": "threshold"},
-    "JumpReluAutoEncoder": _PLAIN | {"theta": "threshold"},
-    "GatedAutoEncoder": _LINEAR
-    | {"b_enc": "gate_bias", "b_dec": "decoder_bias"}
-    | {"r_mag": "r_mag", "b_mag": "mag_bias"},
-}
-_TRAINERS = {
-    "AutoEncoder": "StandardTrainer",
-    "AutoEncoderTopK": "TopKTrainer",
-    "BatchTopKSAE": "BatchTopKTrainer",
-    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
-    "JumpReluAutoEncoder": "JumpReluTrainer",
-    "GatedAutoEncoder": "GatedSAETrainer",
+_GATE = {"b_enc": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}
+_ONE, _EACH = {"threshold": "threshold"}, {"theta": "threshold"}
+
+
+class _Class(NamedTuple):
+    """A class of theirs: the rule that it says, its trainer, our names and theirs."""
+
+    rule: str
+    trainer: str
+    names: dict[str, str]
+
+
+_CLASSES = {
+    "AutoEncoder": _Class("relu", "StandardTrainer", _LINEAR | {"b_dec": "bias"}),
+    "AutoEncoderTopK": _Class("relu_topk", "TopKTrainer", _LINEAR),
+    "VSAETopK": _Class("relu_topk", "VSAETopKTrainer", _LINEAR | {"b_dec": "bias"}),
+    "BatchTopKSAE": _Class("batch_topk", "BatchTopKTrainer", _LINEAR | _ONE),
+    "MatryoshkaBatchTopKSAE": _Class(
+        "batch_topk", "MatryoshkaBatchTopKTrainer", _PLAIN | _ONE
+    ),
+    "JumpReluAutoEncoder": _Class("jump_relu", "JumpReluTrainer", _PLAIN | _EACH),
+    "GatedAutoEncoder": _Class(
+        "gated", "GatedSAETrainer", _LINEAR | _GATE | {"b_dec": "decoder_bias"}
+    ),
 }
 _HEAD = {"w_var": "var_encoder.weight", "b_var": "var_encoder.bias"}
 
@@ -106,7 +103,7 @@ def read(folder: Path) -> Autoencoder:
             f"{', '.join(_CLASSES)}"
         )
     arrays = read_arrays(path)
-    rule, names = _CLASSES[kind], dict(_NAMES[kind])
+    rule, names = _CLASSES[kind].rule, dict(_CLASSES[kind].names)
     has_k = rule in ("relu_topk", "batch_topk")
     k = _pop_k(arrays, trainer, path, where) if has_k else None
     threshold = arrays.pop("threshold", None) if kind == "AutoEncoderTopK" else None
@@ -243,7 +240,7 @@ def _arrays(ae: Autoencoder) -> dict[str, Any]:
     p, kind = ae.params, _class(ae)
     arrays: dict[str, Any] = {
         theirs: np.ascontiguousarray(p[ours].T) if "weight" in theirs else p[ours]
-        for ours, theirs in _NAMES[kind].items()
+        for ours, theirs in _CLASSES[kind].names.items()
     }
     if ae.config.has_k:
         arrays["k"] = np.array(ae.config.k, np.int32)
@@ -260,13 +257,13 @@ def _class(ae: Autoencoder) -> str:
     if ae.rule == "batch_topk":
         return "MatryoshkaBatchTopKSAE" if ae.config.widths else "BatchTopKSAE"
     says = SAYS.get(ae.rule, ae.rule)
-    return next(kind for kind, rule in _CLASSES.items() if rule == says)
+    return next(name for name, kind in _CLASSES.items() if kind.rule == says)
 
 
 def _config(ae: Autoencoder) -> dict[str, Any]:
     train, data, c = ae.train or {}, ae.data, ae.config
     kind = _class(ae)
-    trainer = {"trainer_class": _TRAINERS[kind], "dict_class": kind} | {
+    trainer = {"trainer_class": _CLASSES[kind].trainer, "dict_class": kind} | {
         "lr": train.get("lr"),
         "steps": train.get("steps"),
         "auxk_alpha": train.get("auxk"),

@@ -461,7 +461,8 @@ def change(path: Path, **values) -> None:
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"architecture": "gated"}, "'gated' is not read; expected standard"),
+        ({"architecture": "temporal"}, "'temporal' is not read; expected stand"),
+        ({"architecture": "gated"}, "sae_weights.safetensors lacks b_gate"),
         ({"architecture": "jumprelu"}, "sae_weights.safetensors lacks threshold"),
         ({"k": "DROP"}, "says TopK but no k"),
         ({"k": 0}, "k is '0', expected a whole number of at least 1"),

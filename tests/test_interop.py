@@ -505,8 +505,8 @@ def test_saelens_tensors_that_are_refused(tmp_path, edit, said):
     "values, said",
     [
         (
-            {"dict_class": "GatedAutoEncoder"},
-            "'GatedAutoEncoder' is not read; expected",
+            {"dict_class": "AutoEncoderNew"},
+            "'AutoEncoderNew' is not read; expected",
         ),
         ({"k": 4}, "says k='4' but ae.pt has k=3"),
         ({"dict_size": 5}, "dict_size='5', but ae.pt has 6, 10"),

@@ -30,6 +30,9 @@ _OF_THE_LOSS = {
     "auxk": False,
     "k_aux": 1,
     "auxk_units": "loss",
+    "kl_units": "loss",
+    "l0": False,
+    "prefixes": "none",
     "decoder_norm": "unit",
 }
 # Of a language model's weights, against those that a run was trained on.

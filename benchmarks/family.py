@@ -45,11 +45,13 @@ AT: dict[str, str] = {
     "vsae_jump_relu": "target_l0",
 }
 WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "relu": ("l1", (4, 8, 16, 32)),
-    "gated": ("gate_l1", (4, 8, 16, 32)),
-    "vsae_gated": ("gate_l1", (4, 8, 16, 32)),
-    "vaease": ("beta", (0.5, 1, 2, 4)),
+    "relu": ("l1", (8, 16, 32)),
+    "gated": ("gate_l1", (16, 32, 64)),
+    "vsae_gated": ("gate_l1", (16, 32, 64)),
+    "vaease": ("beta", (1, 2, 4)),
 }
+# Thresholds that start near 0 would need more steps than these to get where they end.
+STARTS = {"threshold_init": 10, "bandwidth": 2}
 
 
 class Point(NamedTuple):
@@ -100,6 +102,7 @@ def train(variant: str, a: argparse.Namespace) -> None:
     given |= {"seed": ",".join(map(str, SEEDS)), "out": Path(a.out) / variant}
     given |= {"checkpoint_every": a.steps, "steps_per_dispatch": 50}
     if variant in AT:
+        given |= STARTS if AT[variant] == "target_l0" else {}
         given[AT[variant]] = a.l0
     else:
         name, weights = WEIGHTS[variant]

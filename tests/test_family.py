@@ -1,12 +1,13 @@
 """What every variant must do: a row here is a row of `config.presets.VARIANTS`."""
 
+import json
 import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_runs import D_MODEL, TRAINING, call
+from tiny_runs import D_MODEL, D_SAE, TRAINING, call
 
 import vsae_jax
 from vsae_jax import interop, runs
@@ -164,6 +165,17 @@ def test_a_run_there_and_back(grid, rows, to, tmp_path, capfd):
     again = tmp_path / "again"
     assert call("convert", input=out, to="vsae_jax", out=again) == 0
     np.testing.assert_array_equal(vsae_jax.load(again)(rows), there(rows))
+
+
+@pytest.mark.parametrize("grid", ["gated", "matryoshka", "vaease"], indirect=True)
+def test_an_arm_is_evaluated_and_looked_at(grid):
+    run = arm(grid)
+    assert call("evaluate", run=run, evals="core") == 0
+    metrics = json.loads((run / "evals" / "core.json").read_text())["metrics"]
+    assert 0 < metrics["l0"] <= D_SAE and metrics["explained_variance"] < 1
+    assert call("features", run=run) == 0
+    with np.load(run / "features" / "features.npz") as stored:
+        np.testing.assert_allclose(stored["firing_rate"].sum(), metrics["l0"], 1e-3)
 
 
 @pytest.mark.parametrize(

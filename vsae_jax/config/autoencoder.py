@@ -86,7 +86,6 @@ def sae_config(
     sparsity = VARIANTS[config.variant]["sparsity"]
     if sparsity in ("topk", "batch_topk") and config.k > config.d_sae:
         raise UserError(f"--k={config.k} must not exceed --d_sae={config.d_sae}")
-    _check_combination(config, sparsity)
     if config.k_aux > config.d_sae:
         raise UserError(f"--k_aux={config.k_aux} must not exceed d_sae={config.d_sae}")
     own, asked = (
@@ -102,7 +101,9 @@ def sae_config(
         "prefixes": _prefixes(config),
         "dtype": dtype,
     }
-    return SAEConfig(**settings)
+    static = SAEConfig(**settings)
+    _check_combination(config, sparsity)
+    return static
 
 
 def _prefixes(config: TrainConfig) -> str:

@@ -7,6 +7,7 @@ its latents and x_hat to `theirs.npz`, and lets the library save the same autoen
 
 import json
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +21,13 @@ FRESH = {"d_sae": 512, "k": 16}
 def saelens(folder: Path | None, d_in: int, kind: str = ""):
     """An SAE's latents and x_hat as functions, and how it saves itself."""
     from sae_lens import SAE
-    from sae_lens.saes import abstopk_sae, jumprelu_sae, standard_sae, topk_sae
+    from sae_lens.saes import (
+        abstopk_sae,
+        gated_sae,
+        jumprelu_sae,
+        standard_sae,
+        topk_sae,
+    )
 
     rescaled = {"d_in": d_in, "rescale_acts_by_decoder_norm": True, **FRESH}
     normalised = {"d_in": d_in, "normalize_activations": "layer_norm", **FRESH}
@@ -37,15 +44,45 @@ def saelens(folder: Path | None, d_in: int, kind: str = ""):
     elif kind == "jumprelu":
         config = jumprelu_sae.JumpReLUSAEConfig(**relu)
         sae = shaken(jumprelu_sae.JumpReLUSAE(config))
+    elif kind == "gated":
+        sizes = {"d_in": d_in, "d_sae": FRESH["d_sae"]}
+        config = gated_sae.GatedSAEConfig(**sizes)
+        sae = shaken(gated_sae.GatedSAE(config))
+    elif kind.endswith("batchtopk"):
+        return in_training(kind, d_in)
     else:
         config = standard_sae.StandardSAEConfig(**relu)
         sae = shaken(standard_sae.StandardSAE(config))
     return sae.encode, lambda f: sae.decode(f), sae.save_model
 
 
+def in_training(kind: str, d_in: int):
+    """A checkpoint of SAELens' training, and the latents of the jumprelu that SAELens
+    makes of it for inference."""
+    from sae_lens import SAE
+    from sae_lens.registry import get_sae_training_class
+
+    sae_class, config_class = get_sae_training_class(kind)
+    settings = {"matryoshka_widths": [64, 128, FRESH["d_sae"]]}
+    given = settings if kind.startswith("matryoshka") else {}
+    made = shaken(sae_class(config_class(d_in=d_in, **FRESH, **given)))
+    made.topk_threshold.fill_(0.3)
+    with tempfile.TemporaryDirectory() as inference:
+        made.save_inference_model(inference)
+        sae = SAE.load_from_disk(inference)
+    return sae.encode, sae.decode, made.save_model
+
+
 def dictionary_learning(folder: Path | None, d_in: int, kind: str = ""):
-    from dictionary_learning import AutoEncoder, JumpReluAutoEncoder
+    from dictionary_learning import (
+        AutoEncoder,
+        GatedAutoEncoder,
+        JumpReluAutoEncoder,
+    )
     from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+    from dictionary_learning.trainers.matryoshka_batch_top_k import (
+        MatryoshkaBatchTopKSAE,
+    )
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
     from dictionary_learning.utils import load_dictionary
 
@@ -61,8 +98,15 @@ def dictionary_learning(folder: Path | None, d_in: int, kind: str = ""):
             sae = BatchTopKSAE(d_in, FRESH["d_sae"], FRESH["k"])
             sae.threshold.fill_(0.3)
             trainer |= {"k": FRESH["k"]}
+        elif kind == "matryoshka":
+            sizes = [64, 128, FRESH["d_sae"] - 192]
+            sae = MatryoshkaBatchTopKSAE(d_in, FRESH["d_sae"], FRESH["k"], sizes)
+            sae.threshold.fill_(0.3)
+            trainer |= {"k": FRESH["k"], "group_sizes": sizes}
         elif kind == "jump_relu":
             sae = JumpReluAutoEncoder(d_in, FRESH["d_sae"])
+        elif kind == "gated":
+            sae = GatedAutoEncoder(d_in, FRESH["d_sae"])
         sae = shaken(sae)
         trainer |= {"dict_class": type(sae).__name__}
         config = {"trainer": trainer, "buffer": {}}
@@ -124,8 +168,13 @@ def openai(folder: Path | None, d_in: int, kind: str = ""):
 
 
 KINDS = {
-    "saelens": ("topk", "layer_norm", "abstopk", "relu", "jumprelu"),
-    "dictionary_learning": ("topk", "relu", "batch_topk", "jump_relu"),
+    "saelens": (
+        *("topk", "layer_norm", "abstopk", "relu", "jumprelu", "gated"),
+        *("batchtopk", "matryoshka_batchtopk"),
+    ),
+    "dictionary_learning": (
+        *("topk", "relu", "batch_topk", "jump_relu", "gated", "matryoshka"),
+    ),
     "sparsify": ("topk",),
     "openai": ("topk", "relu"),
 }

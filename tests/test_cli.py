@@ -225,6 +225,8 @@ def test_trains_help_has_an_example_and_its_flags_in_groups():
         "loss:",
         "optimisation:",
         "devices:",
+        "gate:",
+        "thresholds:",
     ]
     assert max(group.count("  --") for group in groups) < 15
 

@@ -243,14 +243,21 @@ def default_help(name: str, *, table: str) -> str:
 
 
 def _grouped(rows: dict[str, dict[str, Any]]) -> str:
-    """`0.1; released 1.0`: the commonest value, then the presets and, where those of a
-    preset differ, the variants that have another."""
-    rows = {p: {v: as_flag(x) for v, x in row.items()} for p, row in rows.items()}
-    texts = [text for row in rows.values() for text in row.values()]
+    """`0.1 (vaease 1.0); released 1.0`: what most presets have, then the others; in
+    brackets the variants that have another value than most."""
+    said = {preset: _of_variants(row) for preset, row in rows.items()}
+    texts = list(said.values())
     common = max(texts, key=texts.count)
-    parts = [common]
-    for preset, row in rows.items():
-        if len(set(row.values())) == 1:
-            row = {"": next(iter(row.values()))}
-        parts += [f"{preset} {v} {text}" for v, text in row.items() if text != common]
-    return "; ".join(" ".join(part.split()) for part in parts)
+    others = [f"{preset} {text}" for preset, text in said.items() if text != common]
+    return "; ".join([common, *others])
+
+
+def _of_variants(row: dict[str, Any]) -> str:
+    texts = {variant: as_flag(value) for variant, value in row.items()}
+    values = list(texts.values())
+    common = max(values, key=values.count)
+    others = [text for text in dict.fromkeys(values) if text != common]
+    parts = [
+        f"{', '.join(v for v in texts if texts[v] == text)} {text}" for text in others
+    ]
+    return f"{common} ({'; '.join(parts)})" if parts else common

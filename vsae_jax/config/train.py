@@ -95,14 +95,14 @@ class TrainConfig:
         "gate",
         "what opens a latent: path, a second path of the encoder (gated); sigma, the "
         "1 - sigma of a learned variance (vaease)",
-        group="autoencoder",
+        group="gate",
         before="none",
     )
     closed_below: float = flag(
         "gate sigma: at evaluation a latent whose gate is not above this is 0",
         0.05,
         grid=True,
-        group="autoencoder",
+        group="gate",
         before=0.05,
     )
     prefixes: str = preset_flag(
@@ -141,14 +141,14 @@ class TrainConfig:
     gate_l1: float = preset_flag(
         "gate_l1",
         "gate path: weight of the L1 penalty on relu of the gate",
-        group="loss",
+        group="gate",
         traced=True,
         before=0.0,
     )
     gate_error: float = preset_flag(
         "gate_error",
         "gate path: weight of the error of decoding relu of the gate",
-        group="loss",
+        group="gate",
         traced=True,
         before=1.0,
     )
@@ -162,21 +162,21 @@ class TrainConfig:
     target_l0: float = preset_flag(
         "target_l0",
         "jump_relu: the penalty is (L0 / target - 1)^2; 0: it is L0",
-        group="loss",
+        group="thresholds",
         traced=True,
         before=0.0,
     )
     bandwidth: float = preset_flag(
         "bandwidth",
         "jump_relu: width over which a threshold has a gradient, in latents' units",
-        group="loss",
+        group="thresholds",
         traced=True,
         before=0.001,
     )
     threshold_init: float = preset_flag(
         "threshold_init",
         "jump_relu: where the thresholds start",
-        group="autoencoder",
+        group="thresholds",
         before=0.001,
     )
     auxk: float = preset_flag(
@@ -200,7 +200,7 @@ class TrainConfig:
     threshold_decay: float = preset_flag(
         "threshold_decay",
         "batch_topk: what stays of its running threshold in a step",
-        group="autoencoder",
+        group="thresholds",
         traced=True,
         before=0.99,
     )

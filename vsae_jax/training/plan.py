@@ -153,7 +153,9 @@ def explain(planned: PlannedRun) -> None:
         f"({rows / planned.data['train_rows']:.2f} epochs), {planned.sae.dtype}, "
         f"{_devices(planned.mesh)}, to {planned.folder}"
     )
-    if not planned.sae.relu and planned.sae.sparsity in ("none", "topk"):
+    if planned.sae.gate == "sigma":
+        print("note: no other library's format can hold a gate by sigma")
+    elif not planned.sae.relu and planned.sae.sparsity in ("none", "topk"):
         print(
             "note: it keeps negative latents, which SAELens, dictionary_learning and "
             "sparsify cannot hold; to export it there, train with --relu=true"

@@ -43,6 +43,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(os.cpu_count() or 1, 4) if whole else 0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Most of a test's time is LLVM making fast programs that run once. XLA's own
+    passes, which decide what is computed, stay; the study compiles as users do."""
+    if config.option.markexpr != "study":
+        flags = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+
 def pytest_unconfigure():
     if not WORKER:
         shutil.rmtree(PROGRAMS, ignore_errors=True)

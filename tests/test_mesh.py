@@ -38,7 +38,8 @@ FAST = ["topk", "batch_topk with auxk"]
 def started(*argv: object, devices: int, **variables: str) -> subprocess.Popen[str]:
     """A Python process that sees this many CPU devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     environment |= variables
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],

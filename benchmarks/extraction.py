@@ -3,9 +3,13 @@
 In turns: the model's residual stream of tokens that lie in memory, batch after batch;
 and all that `extract` does from text to synced, checksummed shards, with the same
 model, tokens, layer and batch size. Loading and compiling are outside both.
+
+With `--together`: extracting all of `--layer` and `--site` in one pass, and the stream
+after the last of these blocks alone.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import itertools
@@ -23,14 +27,9 @@ from jaxtyping import Int
 
 from vsae_jax import extract
 from vsae_jax.activations import text
-from vsae_jax.config import ExtractConfig, cli, resolve_extract
+from vsae_jax.config import ExtractConfig, Hook, Site, cli, resolve_extract
 from vsae_jax.config.fields import check_at_least, flag
-from vsae_jax.lm import (
-    LanguageModel,
-    check_layer,
-    load_language_model,
-    load_tokenizer,
-)
+from vsae_jax.lm import LanguageModel, load_language_model, load_tokenizer
 
 _COLUMNS = "{:14}{:>6}{:>7}{:>14}{:>14}{:>8}  {}"
 
@@ -47,7 +46,9 @@ class ExtractionConfig:
     backend: Literal["all", "jax", "transformers"] = flag(
         "all: jax, and transformers where torch is installed", "all"
     )
-    layer: int = flag("block whose output is kept, from 0", 0, grid=True)
+    layer: int = flag("block whose activations are kept, from 0", 0, grid=True)
+    site: Site = flag("which of them", "resid_post", grid=True)
+    together: bool = flag("all layers and sites in one pass, beside the last", False)
     batch_size: int = flag("contexts in a forward pass", 32, grid=True)
     context_length: int = flag("tokens in a context", 128)
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
@@ -70,13 +71,20 @@ class Turn(NamedTuple):
 
 
 def command(configs: Sequence[ExtractionConfig]) -> None:
-    """A row of the table for every backend and config."""
-    titles = ("backend", "layer", "batch", "bare tok/s", "extract tok/s", "ratio")
+    """A row of the table for every backend and config, or for all configs together."""
+    together = configs[0].together
+    first, second = ("last", "all") if together else ("bare", "extract")
+    titles = "backend", "layer", "batch", f"{first} tok/s", f"{second} tok/s", "ratio"
     print(_COLUMNS.format(*titles, "least to most"))
+    last = dataclasses.replace(max(configs, key=lambda c: c.layer), site="resid_post")
     for backend in _backends(configs[0].backend):
         model = load_language_model(configs[0].model, backend=backend)
         for config in configs:
-            check_layer(config.layer, n_layers=model.n_layers)
+            model.check(Hook(config.layer, config.site))
+        if together:
+            print(_row(backend, last, measure_together(configs, last, model)))
+            continue
+        for config in configs:
             print(_row(backend, config, measure(config, model)), flush=True)
 
 
@@ -97,11 +105,27 @@ def measure(config: ExtractionConfig, model: LanguageModel) -> list[Turn]:
     def turn() -> Turn:
         return Turn(
             tokens.size / _bare(config, model, tokens),
-            tokens.size / _extract(config, model, tokenizer, tokens.size),
+            tokens.size / _extract([config], model, tokenizer, tokens.size),
         )
 
     turn()
     return [turn() for _ in range(config.rounds)]
+
+
+def measure_together(
+    configs: Sequence[ExtractionConfig], last: ExtractionConfig, model: LanguageModel
+) -> list[Turn]:
+    """`rounds` turns: `last` alone, and all configs in one pass."""
+    tokenizer, n = load_tokenizer(last.model, revision=model.revision), last.num_tokens
+
+    def turn() -> Turn:
+        alone, all_of_them = (
+            n / _extract(some, model, tokenizer, n) for some in ([last], configs)
+        )
+        return Turn(alone, all_of_them)
+
+    turn()
+    return [turn() for _ in range(last.rounds)]
 
 
 def _contexts(config: ExtractionConfig, model: LanguageModel, tokenizer):
@@ -125,34 +149,43 @@ def _bare(
     padded = np.pad(tokens, ((0, -len(tokens) % size), (0, 0)))
     began = time.perf_counter()
     for start in range(0, len(padded), size):
-        residual = model.residual(padded[start : start + size], config.layer)
-    jax.block_until_ready(residual)
+        hook = Hook(config.layer, config.site)
+        (found,) = model.at(padded[start : start + size], [hook])
+    jax.block_until_ready(found)
     return time.perf_counter() - began
 
 
 def _extract(
-    config: ExtractionConfig, model: LanguageModel, tokenizer, num_tokens: int
+    configs: Sequence[ExtractionConfig],
+    model: LanguageModel,
+    tokenizer,
+    num_tokens: int,
 ) -> float:
-    """Seconds from text to finished shards."""
+    """Seconds from text to finished shards, of all configs in one pass."""
+    config = configs[0]
     with (
         tempfile.TemporaryDirectory(dir=config.scratch or None) as scratch,
         contextlib.redirect_stderr(io.StringIO()),
     ):
-        asked = ExtractConfig(
-            model=config.model,
-            dataset=config.dataset,
-            layer=config.layer,
-            num_tokens=num_tokens,
-            context_length=config.context_length,
-            dtype=config.dtype,
-            batch_size=config.batch_size,
-            out=scratch,
-        )
-        manifest = extract.new_manifest(resolve_extract(asked), model)
+        folders = []
+        for each in configs:
+            asked = ExtractConfig(
+                model=each.model,
+                dataset=each.dataset,
+                layer=each.layer,
+                site=each.site,
+                num_tokens=num_tokens,
+                context_length=each.context_length,
+                dtype=each.dtype,
+                batch_size=each.batch_size,
+            )
+            path = Path(scratch) / asked.hook.name
+            path.mkdir()
+            manifest = extract.new_manifest(resolve_extract(asked), model)
+            folders.append(extract.Folder(path, manifest))
         began = time.perf_counter()
         extract.write_shards(
-            Path(scratch),
-            manifest,
+            folders,
             model,
             _contexts(config, model, tokenizer),
             batch_size=config.batch_size,

@@ -16,7 +16,7 @@ import numpy as np
 
 from vsae_jax.activations.shards import Activations
 from vsae_jax.activations.shuffle import ShuffledRows
-from vsae_jax.config import cli, hook_name
+from vsae_jax.config import Hook, cli
 from vsae_jax.config.fields import check_at_least, flag
 
 _COLUMNS = "{:>10}{:>9}{:>14}{:>14}{:>14}{:>14}"
@@ -30,7 +30,7 @@ class InputConfig:
 
     activations: str = flag(
         "folder that extract wrote",
-        f"activations/pythia-70m-deduped/{hook_name(0)}",
+        f"activations/pythia-70m-deduped/{Hook(0).name}",
     )
     batch_size: int = flag("rows in a batch", 1024, grid=True)
     epochs: int = flag("that are counted, after one that is not", 2)

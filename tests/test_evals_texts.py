@@ -467,7 +467,7 @@ def test_notes_are_printed_and_stand_beside_the_scores(
 
 def subject_like(trained, language_model, **changes) -> Any:
     """A subject of a model that says other things of itself."""
-    names = "name files max_positions bos_id special_ids d_model residual".split()
+    names = "name files max_positions bos_id special_ids d_model at".split()
     said = {name: getattr(language_model, name) for name in names}
     other = SimpleNamespace(**said | changes)
     return Subject(trained, other, np.zeros((1, 16), int), 2, {})
@@ -557,12 +557,12 @@ def test_texts_are_cut_to_the_models_positions_and_no_batch_is_longer(
     language_model = lm.load_language_model(str(tiny_model))
     lengths = []
 
-    def residual(tokens, layer):
+    def at(tokens, hooks):
         lengths.append(tokens.shape[1])
-        return language_model.residual(tokens, layer)
+        return language_model.at(tokens, hooks)
 
     subject = subject_like(
-        runs.open_run(tiny_run), language_model, max_positions=50, residual=residual
+        runs.open_run(tiny_run), language_model, max_positions=50, at=at
     )
     s = text_set(texts=[f"cat {i} " * 90 for i in range(45)] + ["a cat"] * 45)
     planned = texts.plan(s, ["sparse_probing"], EvalConfig(run="r", labelled="x"))

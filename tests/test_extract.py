@@ -542,13 +542,13 @@ def test_shards_that_wait_for_the_disk_are_written_before_a_bad_line_is_said(
 
     def pieces():
         for index in range(2):
-            yield extraction.Piece(index, tokens, 0, jnp.asarray(rows), 8)
+            yield extraction.Piece(index, tokens, 0, [(writer, jnp.asarray(rows))], 8)
         broken.set()
         raise UserError("line 3 is not JSON")
 
     bar = progress.bar(16 * LENGTH, unit="tokens")
     with pytest.raises(UserError, match="line 3"):
-        extraction.write(writer, pieces(), signals.Caught(), bar=bar)
+        extraction.write([writer], pieces(), signals.Caught(), bar=bar)
     found = read_manifest(folder)
     assert found is not None and len(found.shards) == 2 and not found.complete
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from vsae_jax.config import Hook
 from vsae_jax.lm import (
     identity,
     load_language_model,
@@ -102,6 +103,11 @@ def test_residual_computes_nothing_past_its_block(model):
         poisoned.residual(TOKENS, 1), model.residual(TOKENS, 1)
     )
     assert np.isnan(poisoned.residual(TOKENS, 2)).all()
+    hooks = [Hook(0), Hook(1, "mlp_out"), Hook(1), Hook(0, "attn_out")]
+    for ours, expected in zip(
+        poisoned.at(TOKENS, hooks), model.at(TOKENS, hooks), strict=True
+    ):
+        np.testing.assert_array_equal(ours, expected)
 
 
 def test_splices(model):

@@ -2,13 +2,15 @@
 
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_lm_decoder import neox_stories
 
-from vsae_jax.lm import Traceable, load_language_model
+from vsae_jax.config import Hook
+from vsae_jax.lm import Traceable, identity, load_language_model
 from vsae_jax.system.errors import UserError
 
 TOLERANCE = 1e-4
@@ -129,8 +131,26 @@ def save_random(family: str, settings: dict, folder, **how) -> str:
     return str(folder)
 
 
-def reference(folder: str, tokens):
-    """transformers' own logits and residuals, by hooks that this test sets."""
+# What a block adds to the stream, by transformers' names: attention's, the MLP's.
+PLAIN = {"GPTNeoX": ("attention", "mlp"), "GPT2": ("attn", "mlp")}
+NORMED = ("post_attention_layernorm", "post_feedforward_layernorm")
+ADDED = PLAIN | {"Gemma2": NORMED, "Gemma3Text": NORMED}
+
+
+def adding(block) -> dict:
+    """The modules whose outputs a block of transformers adds to the stream."""
+    family = re.sub("(DecoderLayer|Layer|Block)$", "", type(block).__name__)
+    family = {"Gemma3": "Gemma3Text"}.get(family, family)
+    names = ADDED.get(family, ("self_attn", "mlp"))
+    return {
+        site: getattr(block, name)
+        for site, name in zip(("attn_out", "mlp_out"), names, strict=True)
+    }
+
+
+def reference(folder: str, tokens, replaced=None):
+    """transformers' own logits and what is at every hook, by hooks that this test sets;
+    `replaced` is a hook and what is there instead."""
     torch = pytest.importorskip("torch", reason="parity needs torch")
     from transformers import AutoModelForCausalLM
 
@@ -138,34 +158,47 @@ def reference(folder: str, tokens):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    residuals = []
+    found = {}
 
-    def hook(module, args, output):
-        residuals.append(output.numpy())
+    def watch(module, hook):
+        def keep(module, args, output):
+            if replaced is not None and hook == replaced[0]:
+                new = torch.as_tensor(np.array(replaced[1]))
+                output = (new, *output[1:]) if isinstance(output, tuple) else new
+            stream = output[0] if isinstance(output, tuple) else output
+            found[hook] = stream.numpy()
+            return output
+
+        module.register_forward_hook(keep)
 
     inner = model.base_model
-    for layer in inner.h if hasattr(inner, "h") else inner.layers:
-        layer.register_forward_hook(hook)
+    for layer, block in enumerate(inner.h if hasattr(inner, "h") else inner.layers):
+        for site, module in {"resid_post": block, **adding(block)}.items():
+            watch(module, Hook(layer, site))
     with torch.no_grad():
         logits = model(torch.as_tensor(tokens)).logits.numpy()
-    return logits, residuals
+    return logits, found
 
 
 def assert_equal_to_transformers(folder: str, tokens):
     model = load_language_model(folder, backend="jax", dtype="float32")
-    logits, residuals = reference(folder, tokens)
-    assert len(residuals) == model.n_layers
-    for layer, residual in enumerate(residuals):
-        ours = model.residual(tokens, layer)
-        assert ours.dtype == jnp.float32
+    logits, expected = reference(folder, tokens)
+    assert len(expected) == 3 * model.n_layers
+    for layer in range(model.n_layers):
+        stream, hook = model.residual(tokens, layer), Hook(layer)
+        assert stream.dtype == jnp.float32
         np.testing.assert_allclose(
-            ours, residual, atol=TOLERANCE, rtol=0, err_msg=f"block {layer}"
+            stream, expected[hook], atol=TOLERANCE, rtol=0, err_msg=hook.name
+        )
+    for hook, ours in zip(expected, model.at(tokens, list(expected)), strict=True):
+        np.testing.assert_allclose(
+            ours, expected[hook], atol=TOLERANCE, rtol=0, err_msg=hook.name
         )
     np.testing.assert_allclose(model.logits(tokens)[0], logits, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_every_residual_equal_transformers(case, tmp_path):
+def test_logits_and_every_hook_equal_transformers(case, tmp_path):
     assert_equal_to_transformers(save_random(*CASES[case], tmp_path), TOKENS)
 
 
@@ -200,12 +233,11 @@ def test_smollm2():
         pytest.skip("VSAE_JAX_SMOLLM2 names no folder of SmolLM2-135M")
     tokens = np.random.default_rng(1).integers(3, 49152, size=(1, 64))
     model = load_language_model(folder, backend="jax", dtype="float32")
-    logits, residuals = reference(folder, tokens)
+    logits, expected = reference(folder, tokens)
     # A row's first position has entries in the thousands.
-    for layer, residual in enumerate(residuals):
-        scale = np.abs(residual).max(axis=-1, keepdims=True)
-        error = np.abs(model.residual(tokens, layer) - residual) / scale
-        assert error.max() < TOLERANCE, layer
+    for hook, ours in zip(expected, model.at(tokens, list(expected)), strict=True):
+        scale = np.abs(expected[hook]).max(axis=-1, keepdims=True)
+        assert (np.abs(ours - expected[hook]) / scale).max() < TOLERANCE, hook.name
     np.testing.assert_allclose(model.logits(tokens)[0], logits, atol=1e-3, rtol=0)
 
 
@@ -216,6 +248,86 @@ def test_residuals_from_embeddings(case, tmp_path):
     for layer in (0, 2):
         ours = model.residual_from(model.embedding[TOKENS], layer)
         np.testing.assert_allclose(ours, model.residual(TOKENS, layer), atol=1e-5)
+
+
+ONE_A_FAMILY = ["neox", "neox serial", "gpt2", "llama", "mistral", "qwen2", "qwen3"]
+ONE_A_FAMILY += ["gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("case", ONE_A_FAMILY)
+def test_splices_at_every_site_are_transformers_with_hooks(case, tmp_path):
+    folder = save_random(*CASES[case], tmp_path)
+    models = [
+        load_language_model(folder, backend=backend, dtype="float32")
+        for backend in ("jax", "transformers")
+    ]
+    hooks = [Hook(layer, site) for layer in (0, 1) for site in ("attn_out", "mlp_out")]
+    values = [model.at(TOKENS, hooks) for model in models]
+    for i, hook in enumerate(hooks):
+        half = np.array(values[1][i]) / 2
+        expected, _ = reference(folder, TOKENS, replaced=(hook, half))
+        for model, own in zip(models, values, strict=True):
+            np.testing.assert_allclose(own[i], values[1][i], atol=TOLERANCE, rtol=0)
+            clean, changed = model.logits(
+                TOKENS, layer=hook.layer, site=hook.site, splices=(identity, halved)
+            )
+            what = f"{hook.name} in {type(model).__name__}"
+            np.testing.assert_allclose(
+                changed, expected, atol=TOLERANCE, rtol=0, err_msg=what
+            )
+            np.testing.assert_allclose(clean, model.logits(TOKENS)[0], atol=TOLERANCE)
+            assert np.abs(changed - clean).max() > 0.01, what
+
+
+def halved(x):
+    return x / 2
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_mlp_sees_a_spliced_attention_only_in_a_serial_block(parallel, tmp_path):
+    settings = NEOX | {"use_parallel_residual": parallel}
+    model = load_language_model(save_random("GPTNeoX", settings, tmp_path))
+    stream, attn_out, mlp_out = model.at(
+        TOKENS, [Hook(1), Hook(1, "attn_out"), Hook(1, "mlp_out")]
+    )
+    cut = model.cut(TOKENS, Hook(1, "attn_out"))
+    np.testing.assert_allclose(cut.value, attn_out, atol=1e-6)
+    (without,) = model.joined(cut, [np.zeros_like(attn_out)])
+    rise = np.abs(without - (stream - attn_out)).max()
+    assert rise < 1e-5 if parallel else rise > 0.1
+    cut = model.cut(TOKENS, Hook(1, "mlp_out"))
+    (without,) = model.joined(cut, [np.zeros_like(mlp_out)])
+    np.testing.assert_allclose(without, stream - mlp_out, atol=1e-5)
+
+
+FOREIGN = {
+    "OPT": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Granite": SIZES | {"residual_multiplier": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", FOREIGN)
+def test_a_site_that_a_block_does_not_add_as_it_is_is_refused(family, tmp_path):
+    """OPT keeps its MLP under no name; Granite multiplies what it adds."""
+    model = load_language_model(save_random(family, FOREIGN[family], tmp_path))
+    model.check(Hook(2))
+    for site in ("attn_out", "mlp_out"):
+        with pytest.raises(UserError, match=f"--site={site}.*{family}DecoderLayer"):
+            model.check(Hook(1, site))
+    with pytest.raises(UserError, match="take --site=resid_post"):
+        model.at(TOKENS, [Hook(0), Hook(1, "mlp_out")])
+
+
+@pytest.mark.parametrize("backend", ["jax", "transformers"])
+def test_bfloat16_has_its_sites(backend, tmp_path):
+    folder = save_random(*CASES["gemma2"], tmp_path)
+    hooks = [Hook(layer, site) for layer in (0, 2) for site in ("attn_out", "mlp_out")]
+    exact = load_language_model(folder, dtype="float32").at(TOKENS, hooks)
+    model = load_language_model(folder, backend=backend, dtype="bfloat16")
+    for rounded, expected in zip(model.at(TOKENS, hooks), exact, strict=True):
+        assert rounded.dtype == np.float32
+        error = np.linalg.norm(rounded - expected) / np.linalg.norm(expected)
+        assert 1e-4 < error < 0.05
 
 
 @pytest.mark.parametrize("case", ["neox", "gpt2", "gemma2"])

@@ -2,6 +2,8 @@
 
 import io
 
+import pytest
+
 from vsae_jax.system import progress
 
 
@@ -53,6 +55,27 @@ def test_the_rate_is_of_this_process_when_it_resumes():
         bar.update(1_000_000)
     expected = "4,000,000 of 5,000,000 tokens, 500k tokens/s, 00:02 left\n"
     assert stream.getvalue() == expected
+
+
+def test_what_compiling_took_is_not_in_the_rate():
+    stream, clock = io.StringIO(), Clock()
+    with lines(stream, clock) as bar:
+        clock.now += 30
+        bar.update(100)
+        clock.now += 10
+        bar.update(1000)
+    first, second, _ = stream.getvalue().splitlines()
+    assert first == "100 of 4,000 steps, 3.33 steps/s, 19:30 left"
+    assert second == "1,100 of 4,000 steps, 100 steps/s, 00:29 left"
+
+
+@pytest.mark.parametrize("seconds, said", [(0.1, "10 s"), (3, "5 min"), (100, "2.8 h")])
+def test_a_forecast_is_of_the_second_part(seconds, said, capsys):
+    clock, said_at = Clock(), {}
+    for part in progress.forecast(range(5), count=100, what="core", clock=clock):
+        clock.now += seconds if part else 1000
+        said_at[part] = capsys.readouterr().out
+    assert said_at == {0: "", 1: "", 2: f"core: about {said}\n", 3: "", 4: ""}
 
 
 def test_numbers_follow_the_rate_and_the_last_ones_win():

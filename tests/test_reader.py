@@ -109,8 +109,8 @@ def test_load_and_open_run_give_the_same_thing(tiny_run):
     np.testing.assert_array_equal(f, expected(opened.variables, x, config=opened.sae))
     assert loaded.sae == loaded.config == opened.sae
     assert repr(opened) == (
-        f"<TrainedSAE {tiny_run}: Reader({D_MODEL} -> {D_SAE} latents, k 4, after "
-        f"block 0) of {opened.data['model']}>"
+        f"<TrainedSAE {tiny_run}: Reader({D_MODEL} -> {D_SAE} latents, k 4, "
+        f"blocks.0.hook_resid_post) of {opened.data['model']}>"
     )
 
 

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -22,14 +22,9 @@ from vsae_jax.activations.manifest import Manifest, read_manifest
 from vsae_jax.activations.shards import Activations, ShardWriter, is_missing
 from vsae_jax.activations.shared_shards import open_writer
 from vsae_jax.activations.shuffle import read_ahead
-from vsae_jax.config import ExtractConfig, cli, hook_name, resolve_extract
+from vsae_jax.config import ExtractConfig, cli, resolve_extracts
 from vsae_jax.config.fields import difference
-from vsae_jax.lm import (
-    LanguageModel,
-    check_layer,
-    load_language_model,
-    load_tokenizer,
-)
+from vsae_jax.lm import LanguageModel, load_language_model, load_tokenizer
 from vsae_jax.lm.files import locate
 from vsae_jax.lm.weights import weights_hash
 from vsae_jax.system import locks, processes, progress, signals
@@ -42,67 +37,98 @@ _ASKED = {field.name for field in dataclasses.fields(ExtractConfig)} & {
 } - {"revision"}
 
 
+class Folder(NamedTuple):
+    """A folder to be written and its manifest, which may list shards already."""
+
+    path: Path
+    manifest: Manifest
+
+
 def command(configs: Sequence[ExtractConfig]) -> None:
-    """Runs the command line's config."""
+    """Runs the command line's configs in one pass."""
     with processes.joined(configs[0]):
-        for config in configs:
-            run(config)
+        run_together(configs)
 
 
 def run(config: ExtractConfig) -> Activations:
     """The activations that `config` asks for; only what is missing is computed."""
-    config = _absolute(resolve_extract(config))
+    return run_together([config])[0]
+
+
+def run_together(configs: Sequence[ExtractConfig]) -> list[Activations]:
+    """The activations of each config, of one pass over the text; they differ in layer
+    and site alone."""
+    configs = [_absolute(config) for config in resolve_extracts(configs)]
+    done = [_is_finished(config) for config in configs]
+    for config, finished in zip(configs, done, strict=True):
+        if finished:
+            there = Activations.open(config.out)
+            print(
+                f"{config.out} is finished already: {there.n_contexts:,} contexts, "
+                f"{there.n_rows:,} rows; nothing to do"
+            )
+    if not all(done):
+        with contextlib.ExitStack() as stack:
+            for config in configs:
+                stack.enter_context(locks.held(Path(config.out), doing="extract"))
+            _extract(configs)
+    return [Activations.open(config.out) for config in configs]
+
+
+def _is_finished(config: ExtractConfig) -> bool:
+    """Whether nothing is missing in a config's folder; refuses one of other settings
+    and, where it is to be verified, one with a damaged shard."""
     folder = Path(config.out)
     found = read_manifest(folder)
-    if found is not None:
-        _refuse_other(folder, found, asked(config))
-        if config.verify:
-            all_shards = set(range(len(found.shards)))
-            there = sorted(all_shards.difference(_missing(folder, found)))
-            Activations(folder, found).verify(there)
-        if found.complete and not _missing(folder, found):
-            print(
-                f"{folder} is finished already: {found.n_contexts:,} contexts, "
-                f"{found.n_rows:,} rows; nothing to do"
-            )
-            return Activations.open(folder)
-    with locks.held(folder, doing="extract"):
-        _extract(config, folder)
-    return Activations.open(folder)
+    if found is None:
+        return False
+    _refuse_other(folder, found, asked(config))
+    if config.verify:
+        all_shards = set(range(len(found.shards)))
+        there = sorted(all_shards.difference(_missing(folder, found)))
+        Activations(folder, found).verify(there)
+    return found.complete and not _missing(folder, found)
 
 
-def _extract(config: ExtractConfig, folder: Path) -> None:
-    """Computes what is missing in a folder that no other process writes."""
-    found = read_manifest(folder)
+def _extract(configs: Sequence[ExtractConfig]) -> None:
+    """Computes what is missing in folders that no other process writes."""
+    config = configs[0]
     files = locate(config.model, revision=config.revision or None)
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )
     model = load_language_model(files, backend=config.backend, dtype=config.lm_dtype)
-    manifest = new_manifest(config, model)
-    check_layer(manifest.layer, n_layers=model.n_layers)
+    for each in configs:
+        model.check(each.hook)
     _check_length(config, model)
-    if found is not None:
-        settings = _settings(manifest)
-        if not found.weights_hash:
-            del settings["weights_hash"]
-        _refuse_other(folder, found, settings)
-        manifest = found
-    announce(folder, manifest)
+    folders = [_folder(each, model) for each in configs]
+    announce(folders)
     contexts = text.contexts(
         corpus,
         load_tokenizer(model.files),
         context_length=config.context_length,
         bos_id=model.bos_id,
-        bos=manifest.bos,
+        bos=folders[0].manifest.bos,
     )
     began = time.monotonic()
-    manifest = write_shards(
-        folder, manifest, model, contexts, batch_size=config.batch_size
-    )
-    _conclude(folder, manifest, time.monotonic() - began)
-    if processes.first():
-        print(_massive(folder, model))
+    folders = write_shards(folders, model, contexts, batch_size=config.batch_size)
+    for folder in folders:
+        _conclude(folder.path, folder.manifest, time.monotonic() - began)
+        if processes.first():
+            print(_massive(folder.path, model))
+
+
+def _folder(config: ExtractConfig, model: LanguageModel) -> Folder:
+    """A config's folder, which must have been made with this model, if it is there."""
+    path, new = Path(config.out), new_manifest(config, model)
+    found = read_manifest(path)
+    if found is None:
+        return Folder(path, new)
+    settings = _settings(new)
+    if not found.weights_hash:
+        del settings["weights_hash"]
+    _refuse_other(path, found, settings)
+    return Folder(path, found)
 
 
 def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
@@ -127,6 +153,7 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 def asked(config: ExtractConfig) -> dict[str, Any]:
     """The part of a manifest that the flags decide."""
     values = {name: getattr(config, name) for name in _ASKED}
+    values["site"] = config.site
     if config.lm_dtype == "auto":  # decided when the model is read
         del values["lm_dtype"]
     return values | {"revision_asked": config.revision}
@@ -135,13 +162,14 @@ def asked(config: ExtractConfig) -> dict[str, Any]:
 def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
     """The manifest of a folder with no shard yet."""
     settings: dict[str, Any] = asked(config) | {"lm_dtype": model.dtype}
+    del settings["site"]
     return Manifest(
         **settings,
         revision=model.revision or "",
         config_hash=model.config_hash,
         tokenizer_hash=model.tokenizer_hash,
         weights_hash=weights_hash(model.files),
-        hook_name=hook_name(settings["layer"]),
+        hook_name=config.hook.name,
         d_model=model.d_model,
         vocab_size=model.vocab_size,
         bos_id=model.bos_id,
@@ -172,28 +200,34 @@ def _missing(folder: Path, manifest: Manifest) -> list[int]:
     return [i for i in range(len(manifest.shards)) if is_missing(folder, i)]
 
 
-def announce(folder: Path, manifest: Manifest) -> None:
-    """Prints what will be written and what it needs; refuses if the disk is too
-    small."""
-    m, contexts = manifest, _most_contexts(manifest)
+def announce(folders: Sequence[Folder]) -> None:
+    """Prints what will be written and what it needs; refuses if a disk is too small."""
+    m, contexts = folders[0].manifest, _most_contexts(folders[0].manifest)
     n_rows = contexts * m.rows_per_context
     n_bytes = n_rows * m.row_bytes + contexts * m.context_length * 4
-    there = len(m.shards) - len(_missing(folder, m))
+    there = [len(f.manifest.shards) - len(_missing(*f)) for f in folders]
+    hooks = ", ".join(f.manifest.hook_name for f in folders)
+    where = ", ".join(str(f.path) for f in folders)
+    free = _free(folders[0].path)
+    each, every = ("", "") if len(folders) == 1 else (" each", " in every folder")
     print(
-        f"model   {m.model}, {m.hook_name}, d_model {m.d_model}\n"
+        f"model   {m.model}, {hooks}, d_model {m.d_model}\n"
         f"text    {m.dataset}, contexts of {m.context_length} tokens, bos {m.bos}, "
         f"rows of the positions from {m.dropped_positions}\n"
         f"writes  up to {contexts:,} contexts, {n_rows:,} rows of {m.dtype}, "
-        f"{progress.size(n_bytes)}, to {folder} ({progress.size(_free(folder))} free)"
+        f"{progress.size(n_bytes)}{each}, to {where} ({progress.size(free)} free)"
     )
-    if there:
-        print(f"resumes: {there} shards of {m.shard_contexts} contexts are there")
-    n_bytes -= there * m.shard_contexts * m.rows_per_context * m.row_bytes
-    if n_bytes > _free(folder):
+    if least := min(there):
+        print(
+            f"resumes: {least} shards of {m.shard_contexts} contexts are there{every}"
+        )
+    shard_bytes = m.shard_contexts * m.rows_per_context * m.row_bytes
+    n_bytes = n_bytes * len(folders) - sum(there) * shard_bytes
+    if n_bytes > free:
         raise UserError(
-            f"{folder} needs {progress.size(n_bytes)} and its disk has "
-            f"{progress.size(_free(folder))} free; lower --num_tokens or give --out= "
-            "on another disk"
+            f"{where} needs {progress.size(n_bytes)} and its disk has "
+            f"{progress.size(free)} free; lower --num_tokens or give --out= on another "
+            "disk"
         )
 
 
@@ -240,53 +274,56 @@ def _massive(folder: Path, model: LanguageModel) -> str:
 
 
 def write_shards(
-    folder: Path,
-    manifest: Manifest,
+    folders: Sequence[Folder],
     model: LanguageModel,
     contexts: Iterator[Int[np.ndarray, " context_length"]],
     *,
     batch_size: int,
-) -> Manifest:
-    """Writes every shard that is not there yet; the finished manifest."""
-    m = manifest
-    total = m.n_contexts if m.complete else m.num_tokens // m.context_length
+) -> list[Folder]:
+    """Writes every shard that is not there yet, of all folders in one pass; the
+    finished folders."""
+    m = folders[0].manifest
+    total = m.num_tokens // m.context_length
+    total = next((f.manifest.n_contexts for f in folders if f.manifest.complete), total)
     blocks = extraction.blocks(contexts, total=total, size=m.shard_contexts)
     first = next(blocks)
     with signals.caught() as caught:
-        writer = open_writer(folder, manifest)
+        writers = [open_writer(*folder) for folder in folders]
         shards = read_ahead(itertools.chain([first], blocks), depth=1)
-        pieces = extraction.pieces(shards, writer, model, batch_size=batch_size)
+        pieces = extraction.pieces(shards, writers, model, batch_size=batch_size)
         try:
             with contextlib.closing(shards):
-                extraction.write(writer, pieces, caught, bar=_bar(folder, manifest))
+                extraction.write(writers, pieces, caught, bar=_bar(folders))
         except OSError as error:
-            raise _more_room(error, writer) from None
+            raise _more_room(error, writers) from None
         finally:
-            writer.abandon()
-    return writer.manifest
+            for writer in writers:
+                writer.abandon()
+    return [Folder(writer.folder, writer.manifest) for writer in writers]
 
 
-def _bar(folder: Path, manifest: Manifest) -> progress.Bar | progress.Lines:
-    """Counts tokens, of this process, from those whose shards are there."""
-    m, n = manifest, processes.count()
-    there = m.n_contexts - sum(m.shards[i].contexts for i in _missing(folder, m))
-    total = _most_contexts(m) * m.context_length
+def _bar(folders: Sequence[Folder]) -> progress.Bar | progress.Lines:
+    """Counts tokens, of this process, from those whose shards are in every folder."""
+    m, n = folders[0].manifest, processes.count()
+    there = min(
+        f.manifest.n_contexts - sum(f.manifest.shards[i].contexts for i in _missing(*f))
+        for f in folders
+    )
     return progress.bar(
-        total // n,
+        _most_contexts(m) * m.context_length // n,
         unit="tokens",
         start=there * m.context_length // n,
         stream=processes.progress_stream(),
     )
 
 
-def _more_room(error: OSError, writer: ShardWriter) -> Exception:
+def _more_room(error: OSError, writers: Sequence[ShardWriter]) -> Exception:
     """What to say of a disk that fills up; any other error as it is."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     return UserError(
         f"writing {error.filename} failed ({error.strerror}); "
-        f"{len(writer.manifest.shards)} shards are safe in {writer.folder}: make room "
-        "and run the same command to go on"
+        f"{extraction.safe(writers)}: make room and run the same command to go on"
     )
 
 

@@ -154,7 +154,7 @@ def _measure(
     tokens: Int[Array | np.ndarray, "batch time"],
     latents: Int[Array, " latents"],
 ) -> tuple[Float[Array, "batch time latents"], Float[Array, "batch time latents"]]:
-    rows = reader.rows(lm.residual(tokens, reader.layer))
+    rows = reader.rows(lm.at(tokens, [reader.place])[0])
     f, mu = reader.encode(rows), reader.pre_activations(rows)
     shape = *tokens.shape, len(latents)
     return f[:, latents].reshape(shape), mu[:, latents].reshape(shape)

@@ -10,7 +10,7 @@ killed run goes on to the bits of an undisturbed one.
 import collections
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vsae_jax.activations.manifest import Manifest
 from vsae_jax.activations.shards import ShardWriter
 from vsae_jax.lm import LanguageModel
 from vsae_jax.system import progress, signals
@@ -51,14 +52,15 @@ class Piece(NamedTuple):
 
     tokens: those of the whole shard, `[contexts, context_length]`.
     start: where in the shard the batch starts, in contexts.
-    rows: of the batch, still on the device, padding included.
+    rows: of the batch for each writer that lacks the shard, still on the device,
+      padding included.
     n_contexts: in the batch without padding.
     """
 
     index: int
     tokens: Tokens
     start: int
-    rows: Float[Array, "rows d_model"]
+    rows: list[tuple[ShardWriter, Float[Array, "rows d_model"]]]
     n_contexts: int
 
 
@@ -73,33 +75,43 @@ def blocks(
 
 def pieces(
     shards: Iterator[Tokens],
-    writer: ShardWriter,
+    writers: Sequence[ShardWriter],
     model: LanguageModel,
     *,
     batch_size: int,
-) -> Iterator[Piece | None]:
-    """Runs the model on the shards that are not there; None for one that is."""
-    m = writer.manifest
+) -> Iterator[Piece]:
+    """Runs the model, for all writers in one pass, on the shards that one of them
+    lacks. The writers' manifests differ in their hook and in what is there.
+
+    What is run is always the same, so that a shard has its bits whichever lack it.
+    """
+    m, hooks = writers[0].manifest, [writer.manifest.hook for writer in writers]
     batch = min(batch_size, m.shard_contexts)
     for index, tokens in enumerate(shards):
-        if writer.has(index, tokens):
-            yield None
-            continue
-        for start in range(0, len(tokens), batch):
+        lack = [writer for writer in writers if not writer.has(index, tokens)]
+        for start in range(0, len(tokens) if lack else 0, batch):
             part = tokens[start : start + batch]
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
-            rows = to_rows(
-                model.residual(padded, m.layer),
-                dropped=m.dropped_positions,
-                center=m.center_residual,
-                dtype=m.dtype,
-            )
+            found = zip(writers, model.at(padded, hooks), strict=True)
+            rows = [
+                (writer, _rows_for(writer.manifest, values))
+                for writer, values in found
+                if writer in lack
+            ]
             yield Piece(index, tokens, start, rows, len(part))
 
 
+def _rows_for(
+    m: Manifest, values: Float[Array | np.ndarray, "batch time d_model"]
+) -> Float[Array, "rows d_model"]:
+    return to_rows(
+        values, dropped=m.dropped_positions, center=m.center_residual, dtype=m.dtype
+    )
+
+
 def write(
-    writer: ShardWriter,
-    pieces: Iterator[Piece | None],
+    writers: Sequence[ShardWriter],
+    pieces: Iterator[Piece],
     caught: signals.Caught,
     *,
     bar: progress.Bar | progress.Lines,
@@ -107,15 +119,15 @@ def write(
     """Writes the pieces, which come in order, in a thread: the model, which runs in
     this one, goes on while bytes are hashed and synced. Where the text breaks off with
     a UserError, that is raised once the shards before it are written."""
-    m = writer.manifest
+    length = writers[0].manifest.context_length
     written: collections.deque[futures.Future[Piece]] = collections.deque()
     last: futures.Future[Piece] | None = None
 
     def finish_first() -> None:
         # What waits to be written may be much, of small pieces on a slow disk.
         if caught.signal:
-            raise _interrupted(writer, caught.signal)
-        bar.update(written.popleft().result().n_contexts * m.context_length)
+            raise _interrupted(writers, caught.signal)
+        bar.update(written.popleft().result().n_contexts * length)
 
     disk = futures.ThreadPoolExecutor(1, "disk")
     try:
@@ -123,12 +135,11 @@ def write(
             try:
                 for piece in pieces:
                     if caught.signal:
-                        raise _interrupted(writer, caught.signal)
-                    if piece is None:
-                        continue
-                    last = disk.submit(_write_piece, writer, piece, after=last)
+                        raise _interrupted(writers, caught.signal)
+                    last = disk.submit(_write_piece, piece, after=last)
                     written.append(last)
-                    while len(written) > max(_WAITING_BYTES // piece.rows.nbytes, 2):
+                    n_bytes = sum(rows.nbytes for _, rows in piece.rows)
+                    while len(written) > max(_WAITING_BYTES // n_bytes, 2):
                         finish_first()
             except UserError:
                 while written:
@@ -138,27 +149,34 @@ def write(
                 finish_first()
     finally:
         disk.shutdown(cancel_futures=True)
-    writer.finish()
+    for writer in writers:
+        writer.finish()
 
 
-def _write_piece(
-    writer: ShardWriter, piece: Piece, *, after: "futures.Future[Piece] | None"
-) -> Piece:
-    """Adds the piece to its shard; raises what the piece before it raised."""
+def _write_piece(piece: Piece, *, after: "futures.Future[Piece] | None") -> Piece:
+    """Adds the piece to its shards; raises what the piece before it raised."""
     if after is not None:
         after.result()
-    if piece.start == 0:
-        writer.begin(piece.index, piece.tokens)
-    n_rows = piece.n_contexts * writer.manifest.rows_per_context
-    writer.add(np.asarray(piece.rows)[:n_rows])
-    if piece.start + piece.n_contexts == len(piece.tokens):
-        writer.commit()
+    for writer, rows in piece.rows:
+        if piece.start == 0:
+            writer.begin(piece.index, piece.tokens)
+        n_rows = piece.n_contexts * writer.manifest.rows_per_context
+        writer.add(np.asarray(rows)[:n_rows])
+        if piece.start + piece.n_contexts == len(piece.tokens):
+            writer.commit()
     return piece
 
 
-def _interrupted(writer: ShardWriter, number: int) -> Interrupted:
+def _interrupted(writers: Sequence[ShardWriter], number: int) -> Interrupted:
     return Interrupted(
-        f"stopped by a signal; {len(writer.manifest.shards)} shards are in "
-        f"{writer.folder}: run the same command to go on",
+        f"stopped by a signal; {safe(writers)}: run the same command to go on",
         signal_number=number,
+    )
+
+
+def safe(writers: Sequence[ShardWriter]) -> str:
+    """How many shards are where."""
+    return ", ".join(
+        f"{len(writer.manifest.shards)} shards are safe in {writer.folder}"
+        for writer in writers
     )

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from vsae_jax.config.sites import Hook, read_hook
 from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.system.strict_json import refuse_constant
 
@@ -51,6 +52,7 @@ class Manifest:
     lm_dtype: of the language model's products; "" in folders of before it was said,
       which is float32.
     weights_hash: of a local model's weights; "" where nothing was said of them.
+    hook_name: where in the model, in TransformerLens' words; `layer` is its block.
     bos: `keep` and `drop` start every context with `bos_id`, `none` does not.
     center_residual: each row's mean over d_model was subtracted.
     mean, mean_squared_norm: `[d_model]` and scalar, over the rows as they are stored.
@@ -90,6 +92,16 @@ class Manifest:
     def __post_init__(self):
         if problem := _problem(self):
             raise ValueError(problem)
+
+    @property
+    def hook(self) -> Hook:
+        """Where in the model."""
+        return read_hook(self.hook_name) or Hook(self.layer)
+
+    @property
+    def site(self) -> str:
+        """Of the hook: resid_post, mlp_out or attn_out."""
+        return self.hook.site
 
     @property
     def dropped_positions(self) -> int:
@@ -182,6 +194,8 @@ def _problem(m: Manifest) -> str:
         return f"bos is {m.bos!r}, not keep, drop or none"
     if min(m.layer, m.skip_positions, m.num_tokens, m.bos_id) < 0:
         return "layer, skip_positions, num_tokens or bos_id is negative"
+    if m.hook.layer != m.layer:
+        return f"hook_name is {m.hook_name!r} and layer {m.layer}"
     if min(m.d_model, m.vocab_size, m.shard_contexts, m.rows_per_context) < 1:
         return "d_model, vocab_size, shard_contexts or rows_per_context is below 1"
     if len(m.mean) != (m.d_model if m.shards else 0):

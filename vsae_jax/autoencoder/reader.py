@@ -1,4 +1,4 @@
-"""A trained autoencoder and how it reads a residual stream: arrays in, arrays out."""
+"""A trained autoencoder and how it reads a language model: arrays in, arrays out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.layer_norm import normalise_rows
 from vsae_jax.autoencoder.sae import Variables
 from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.config import SAEConfig
+from vsae_jax.config import Hook, SAEConfig
 
 
 def jit_encode(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -48,7 +48,7 @@ class Reader:
     """A pytree: its arrays are traced by `jax.jit`, all else is static.
 
     variables: `params` and `norm`, as `sae.encode` takes them.
-    block: the block whose output it reads, from 0; None where that is not known.
+    hook: where in the language model it reads; None where that is not known.
     center: each row's mean over d_model is subtracted from the language model's rows.
     layer_norm: each row is then normalised (OpenAI); `decode` needs the rows again.
     has_bos: contexts start with BOS.
@@ -57,18 +57,23 @@ class Reader:
 
     variables: Variables
     config: SAEConfig = field(metadata={"static": True})
-    block: int | None = _static(None)
+    hook: Hook | None = _static(None)
     center: bool = _static(False)
     layer_norm: bool = _static(False)
     has_bos: bool = _static(True)
     dropped_positions: int = _static(0)
 
     @property
-    def layer(self) -> int:
-        """The block whose output it reads, where that is known."""
-        if self.block is None:
+    def place(self) -> Hook:
+        """Where in the language model it reads, which has to be known."""
+        if self.hook is None:
             raise ValueError("it is not known which layer this autoencoder reads")
-        return self.block
+        return self.hook
+
+    @property
+    def layer(self) -> int:
+        """The block of its hook."""
+        return self.place.layer
 
     @cached_property
     def directions(self) -> Float[np.ndarray, "d_sae d_model"]:
@@ -127,7 +132,7 @@ class Reader:
     def __repr__(self) -> str:
         c = self.config
         kept = f", k {c.k}" if c.has_k else ""
-        where = "" if self.block is None else f", after block {self.block}"
+        where = "" if self.hook is None else f", {self.hook.name}"
         return f"Reader({c.d_model} -> {c.d_sae} latents{kept}{where})"
 
 

@@ -9,8 +9,8 @@ from vsae_jax.config.extract import (
     Backend,
     ExtractConfig,
     default_activations,
-    hook_name,
     resolve_extract,
+    resolve_extracts,
 )
 from vsae_jax.config.features import FeaturesConfig
 from vsae_jax.config.maximise import MaximiseConfig
@@ -18,6 +18,7 @@ from vsae_jax.config.opening import OpenOptions
 from vsae_jax.config.plots import PlotsConfig
 from vsae_jax.config.presets import Preset, Variant
 from vsae_jax.config.processes import PROCESS_FIELDS
+from vsae_jax.config.sites import Hook, Site, read_hook
 from vsae_jax.config.train import RUNTIME_FIELDS, TrainConfig, resolve_train
 from vsae_jax.config.tsne import MapConfig
 
@@ -29,6 +30,7 @@ __all__ = [
     "EvalConfig",
     "ExtractConfig",
     "FeaturesConfig",
+    "Hook",
     "MapConfig",
     "MaximiseConfig",
     "OpenOptions",
@@ -37,11 +39,13 @@ __all__ = [
     "Preset",
     "RUNTIME_FIELDS",
     "SAEConfig",
+    "Site",
     "TrainConfig",
     "Variant",
     "default_activations",
-    "hook_name",
+    "read_hook",
     "resolve_extract",
+    "resolve_extracts",
     "resolve_train",
     "sae_config",
 ]

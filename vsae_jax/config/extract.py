@@ -1,12 +1,15 @@
 """What `extract` can be asked."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vsae_jax.config.fields import check_at_least, fill, flag
 from vsae_jax.config.presets import EXTRACT_PRESETS, Preset, preset_flag
 from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
+from vsae_jax.config.sites import Hook, Site
 from vsae_jax.system.errors import UserError
 
 Backend = Literal["transformers", "jax", "auto"]
@@ -19,8 +22,8 @@ LM_DTYPE = (
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Runs a language model over text once and writes its residual activations to
-    memory-mapped NumPy shards.
+    """Runs a language model over text once and writes its activations, of one or of
+    several layers and sites, to memory-mapped NumPy shards.
 
     python -m vsae_jax.extract --model=gpt2 --backend=jax --layer=5 --dataset=my.jsonl
     """
@@ -33,7 +36,13 @@ class ExtractConfig:
     )
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     layer: int = preset_flag(
-        "layer", "block whose output is kept, from 0", table="extract"
+        "layer", "block whose activations are kept, from 0", table="extract", grid=True
+    )
+    site: Site = flag(
+        "which of them: the residual stream after the block, or what its MLP or its "
+        "attention adds to it",
+        "resid_post",
+        grid=True,
     )
     dataset: str = flag(
         "hub id, or a local .jsonl, .txt or .parquet", "roneneldan/TinyStories"
@@ -67,8 +76,9 @@ class ExtractConfig:
     shard_contexts: int = flag("contexts in a shard", 2048)
     verify: bool = flag("read every shard that is there and compare checksums", False)
     out: str = flag(
-        "folder for the shards; unset: activations/<model>/blocks.<layer>"
-        ".hook_resid_post",
+        "folder for the shards, of several layers or sites for a folder of each such "
+        "as blocks.3.hook_mlp_out; unset: activations/<model>/blocks.<layer>"
+        ".hook_<site>",
         "",
     )
 
@@ -89,22 +99,34 @@ class ExtractConfig:
         """Leading positions of a context that get no activation row."""
         return self.skip_positions + (self.bos == "drop")
 
+    @property
+    def hook(self) -> Hook:
+        """Where in the model."""
+        return Hook(self.layer, self.site)
+
 
 def resolve_extract(config: ExtractConfig) -> ExtractConfig:
     """The config with every unset field filled from its preset."""
     config = fill(config, EXTRACT_PRESETS[config.preset])
     if config.out:
         return config
-    out = default_activations(config.model, config.layer)
+    out = default_activations(config.model, config.hook)
     return dataclasses.replace(config, out=out)
 
 
-def default_activations(model: str, layer: int) -> str:
+def resolve_extracts(configs: Sequence[ExtractConfig]) -> list[ExtractConfig]:
+    """Every config resolved; of several, which differ in layer and site alone, each
+    writes to a folder of its own in `--out`."""
+    if len(configs) == 1:
+        return [resolve_extract(configs[0])]
+    resolved = [resolve_extract(config) for config in configs]
+    return [
+        dataclasses.replace(r, out=str(Path(c.out) / r.hook.name)) if c.out else r
+        for c, r in zip(configs, resolved, strict=True)
+    ]
+
+
+def default_activations(model: str, hook: Hook) -> str:
     """Where `extract` writes and `train` reads when neither is told."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
-    return f"activations/{name}/{hook_name(layer)}"
-
-
-def hook_name(layer: int) -> str:
-    """The residual stream after block `layer`, in TransformerLens' words."""
-    return f"blocks.{layer}.hook_resid_post"
+    return f"activations/{name}/{hook.name}"

@@ -205,6 +205,7 @@ def preset_flag(
     *,
     table: str = "train",
     group: str = "flags",
+    grid: bool | None = None,
     traced: bool = False,
     before: Any = None,
 ) -> Any:
@@ -213,7 +214,7 @@ def preset_flag(
     default = default_help(name, table=table)
     return flag(
         help,
-        grid=table == "train",
+        grid=table == "train" if grid is None else grid,
         traced=traced,
         before=before,
         default_help=default,

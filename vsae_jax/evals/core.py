@@ -6,8 +6,10 @@ SAEBench's `core` (docs/saebench.md 1) on one set of tokens:
     kl_div_score  = (KL_ablated - KL_sae) / KL_ablated
 
 A token counts where it is not special (BOS, EOS, padding) and has an activation row;
-elsewhere the residual stays as it is. The ablation sets every position to 0. The
-language model's clean and ablated passes serve all autoencoders of a grid.
+elsewhere what is there stays as it is. The ablation sets every position to 0. Both
+happen where the autoencoder reads: the residual stream, or what attention or an MLP
+adds to it. The language model's clean and ablated passes serve all autoencoders of a
+grid.
 """
 
 from collections.abc import Sequence
@@ -30,7 +32,7 @@ from vsae_jax.evals.metrics import (
     ratio,
 )
 from vsae_jax.evals.quirks import Quirks
-from vsae_jax.lm import LanguageModel
+from vsae_jax.lm import Cut, LanguageModel
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -85,25 +87,30 @@ def check(subjects: Sequence[Subject]) -> None:
 
 def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     """`{"metrics", "density_histogram", "per_latent", "config"}` of each. The subjects
-    share their language model, layer and tokens."""
+    share their language model, hook and tokens."""
     first = subjects[0]
-    lm, layer = first.lm, first.reader.layer
     base: list[list[Losses]] = []
     tallies = [Tally() for _ in subjects]
     limit = jnp.float32(ordinary_limit(first))
     each = list(zip(subjects, tallies, strict=True))
+    batches = progress.forecast(
+        first.batches(),
+        count=-(-len(first.tokens) // first.batch_size),
+        what=_described(subjects),
+    )
     with progress.bar(len(first.tokens), unit="contexts") as bar:
-        for tokens, keep, count in first.batches():
-            clean = jnp.asarray(lm.residual(tokens, layer))
+        for tokens, keep, count in batches:
+            cut = first.lm.cut(tokens, first.reader.place)
+            clean = jnp.asarray(cut.value)
             losses = partial(
-                _losses, lm, layer, clean, tokens, keep, underflow=quirks.kl_underflow
+                _losses, first.lm, cut, tokens, keep, underflow=quirks.kl_underflow
             )
             base.append(losses([jnp.zeros_like(clean)]))
             at_once = max(_STREAM_BYTES // clean.nbytes, 1)
             for start in range(0, len(each), at_once):
                 some = each[start : start + at_once]
                 parts = [_splice(s.reader, clean, keep, limit) for s, _ in some]
-                found = losses([stream for stream, _, _ in parts])[1:]
+                found = losses([value for value, _, _ in parts])[1:]
                 for (_, tally), part, of_it in zip(some, parts, found, strict=True):
                     tally.add(part[1], of_it, part[2])
             bar.update(count)
@@ -113,14 +120,19 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
     ]
 
 
+def _described(subjects: Sequence[Subject]) -> str:
+    n, n_tokens = len(subjects), subjects[0].tokens.size
+    return f"core of {n} arm{'s' * (n > 1)} over {n_tokens:,} tokens"
+
+
 def ordinary_limit(subject: Subject) -> float:
     """`ORDINARY_MEDIANS` times the median norm of rows x, by the first contexts: up to
     here a row is an ordinary one."""
     some = subject._replace(tokens=subject.tokens[:_MEDIAN_CONTEXTS])
     norms = []
     for tokens, keep, _ in some.batches():
-        residual = jnp.asarray(subject.lm.residual(tokens, subject.reader.layer))
-        x = np.asarray(subject.reader.rows(residual), np.float64)
+        values = jnp.asarray(subject.lm.at(tokens, [subject.reader.place])[0])
+        x = np.asarray(subject.reader.rows(values), np.float64)
         norms.append(np.linalg.norm(x[keep.reshape(-1)], axis=1))
     found = np.concatenate(norms)
     # Where none of these counts, every row is ordinary.
@@ -130,16 +142,16 @@ def ordinary_limit(subject: Subject) -> float:
 @jit_encode
 def _splice(
     reader: Reader,
-    residual: Float[Array, "batch time d_model"],
+    clean: Float[Array, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
     limit: Float[Array, ""],
 ) -> tuple[Float[Array, "batch time d_model"], BatchSums, Float[Array, " d_sae"]]:
-    """The residual with its reconstruction where a token counts, how good that is, and
+    """What is there with its reconstruction where a token counts, how good that is, and
     in how many contexts each latent fires."""
-    x, x_hat, f = _reconstruct(reader, residual)
-    shift = residual.reshape(x.shape) - x
-    spliced = (x_hat + shift).reshape(residual.shape)
-    spliced = jnp.where(keep[..., None], spliced, residual)
+    x, x_hat, f = _reconstruct(reader, clean)
+    shift = clean.reshape(x.shape) - x
+    spliced = (x_hat + shift).reshape(clean.shape)
+    spliced = jnp.where(keep[..., None], spliced, clean)
     fired = (f > 0).reshape(*keep.shape, -1) & keep[..., None]
     contexts_fired = jnp.sum(jnp.any(fired, axis=1), axis=0)
     return spliced, batch_sums(x, x_hat, f, keep.reshape(-1), limit), contexts_fired
@@ -147,27 +159,27 @@ def _splice(
 
 @jax.jit
 def _reconstruct(
-    reader: Reader, residual: Float[Array, "batch time d_model"]
+    reader: Reader, clean: Float[Array, "batch time d_model"]
 ) -> tuple[Array, Array, Array]:
     """x, x_hat and f of every position, `[batch * time, ...]`, as trained on."""
-    x = reader.rows(residual)
+    x = reader.rows(clean)
     f = reader.encode(x)
     return x, reader.decode(f, rows=x), f
 
 
 def _losses(
     lm: LanguageModel,
-    layer: int,
-    clean: Float[Array, "batch time d_model"],
+    cut: Cut,
     tokens: Int[np.ndarray, "batch time"],
     keep: Bool[np.ndarray, "batch time"],
-    streams: Sequence[Float[Array, "batch time d_model"]],
+    values: Sequence[Float[Array, "batch time d_model"]],
     *,
     underflow: bool,
 ) -> list[Losses]:
-    """Sums for the clean stream and for each of `streams`, over the tokens that count.
-    SAEBench takes the log of a softmax, which underflows."""
-    unreduced = lm.losses_from([clean, *streams], layer, tokens, underflow=underflow)
+    """Sums for the clean pass and for each of `values` at the hook, over the tokens
+    that count. SAEBench takes the log of a softmax, which underflows."""
+    streams = lm.joined(cut, [cut.value, *values])
+    unreduced = lm.losses_from(streams, cut.hook.layer, tokens, underflow=underflow)
     each = (np.asarray(a, np.float64) for a in unreduced)
     return [
         Losses(

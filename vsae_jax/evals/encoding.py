@@ -70,7 +70,7 @@ def encode_texts(
     stored_norms: bool,
 ) -> tuple[Pooled, list[Latents]]:
     """Pooled vectors of the texts and of each subject's latents on them. The subjects
-    share their language model and layer."""
+    share their language model and hook."""
     lm, reader = subjects[0].lm, subjects[0].reader
     x = np.zeros((len(tokens), lm.d_model), np.float32)
     n_valid = np.zeros(len(tokens), np.int32)
@@ -79,7 +79,7 @@ def encode_texts(
     with progress.bar(len(tokens), unit="texts") as bar:
         special = sorted(lm.special_ids)
         for rows, batch in _batches(tokens, size, special, most=lm.max_positions):
-            residual = jnp.asarray(lm.residual(batch.tokens, reader.layer))
+            residual = jnp.asarray(lm.at(batch.tokens, [reader.place])[0])
             masked, mean = _masked(reader, residual, batch.keep)
             n = len(rows)
             _check_finite(subjects[0], mean[:n])
@@ -102,8 +102,8 @@ def residuals_at(
     with progress.bar(len(tokens), unit="texts") as bar:
         most = subject.lm.max_positions
         for rows, batch in _batches(tokens, subject.batch_size, [], most=most):
-            residual = jnp.asarray(subject.lm.residual(batch.tokens, reader.layer))
-            own = residual[np.arange(len(rows)), places[rows]][:, None]
+            found_there = jnp.asarray(subject.lm.at(batch.tokens, [reader.place])[0])
+            own = found_there[np.arange(len(rows)), places[rows]][:, None]
             found[rows] = reader.rows(own)
             _check_finite(subject, found[rows])
             bar.update(len(rows))
@@ -116,8 +116,8 @@ def _check_finite(
     """Refuses a language model that gives NaN or infinity: probes would be scored."""
     if not np.isfinite(x).all():
         raise UserError(
-            f"--model={subject.lm.name} gives NaN or infinity after block "
-            f"{subject.reader.layer}: its weights are damaged or too large"
+            f"--model={subject.lm.name} gives NaN or infinity at "
+            f"{subject.reader.place.name}: its weights are damaged or too large"
         )
 
 

@@ -63,7 +63,7 @@ def in_their_schema(
             "architecture": subject.run.sae.sparsity,
             "d_in": subject.run.sae.d_model,
             "d_sae": subject.run.sae.d_sae,
-            "hook_name": f"blocks.{subject.reader.layer}.hook_resid_post",
+            "hook_name": subject.reader.place.name,
             "hook_layer": subject.reader.layer,
             "model_name": result["config"]["model"],
             "dtype": "float32",

@@ -11,7 +11,7 @@ from vsae_jax.runs.opening import Subject, subject_of
 _SHARED = (
     "model",
     "revision",
-    "layer",
+    "hook_name",
     "bos",
     "dropped_positions",
     "center_residual",
@@ -22,7 +22,7 @@ _SHARED = (
 
 def open_subjects(config: OpenOptions) -> list[list[Subject]]:
     """The runs that `--run` names, those together that share their language model, its
-    layer and their tokens."""
+    hook and their tokens."""
     opened = [open_any(folder) for folder in runs.run_folders(config.run)]
     load = cache(lm.load_language_model)
     groups: dict[tuple, list[Subject]] = {}

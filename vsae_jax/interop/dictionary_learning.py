@@ -16,6 +16,7 @@ written as AutoEncoderTopK, which the package itself knows. The input's scale is
 into the biases: the decoder keeps its norms, latents get the units of x.
 """
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 
 from vsae_jax import runs
 from vsae_jax.autoencoder import sae
+from vsae_jax.config import read_hook
 from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
     Autoencoder,
@@ -51,6 +53,7 @@ NAME = "dictionary_learning"
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 SAYS |= {"gated_linear": "gated"}
 CONFIG, WEIGHTS = "config.json", "ae.pt"
+_SUBMODULE = re.compile(r"(mlp_out|attn_out)_layer_?(\d{1,4})")
 # A `.weight` of theirs is the transposed of ours.
 _LINEAR = {"w_enc": "encoder.weight", "b_enc": "encoder.bias"}
 _LINEAR |= {"w_dec": "decoder.weight", "b_dec": "b_dec"}
@@ -197,6 +200,8 @@ def _data(trainer: dict[str, Any], buffer: Any) -> dict[str, Any]:
     buffer = buffer if isinstance(buffer, dict) else {}
     layer = trainer.get("layer")
     hook = trainer.get("submodule_name")
+    if isinstance(hook, str) and (match := _SUBMODULE.fullmatch(hook)):
+        hook, layer = f"blocks.{match[2]}.hook_{match[1]}", None
     inside = isinstance(hook, str) and "resid" not in hook
     return provenance.data(
         model=trainer.get("lm_name"),
@@ -217,6 +222,14 @@ def _notes(kind: str, threshold: np.ndarray | None) -> tuple[str, ...]:
             "VSAETopK stores neither its norm_factor nor whether rows were centred",
         )
     return ()
+
+
+def _submodule(data: dict[str, Any]) -> str | None:
+    """Their name of what attention or an MLP adds; of the stream the layer says all."""
+    hook = read_hook(data.get("hook_name"))
+    if hook is None or hook.site == "resid_post":
+        return None
+    return f"{hook.site}_layer_{hook.layer}"
 
 
 def rewritten(ae: Autoencoder) -> Autoencoder:
@@ -278,7 +291,7 @@ def _config(ae: Autoencoder) -> dict[str, Any]:
         "layer": data.get("layer"),
         "lm_name": provenance.model_name(ae) or "unknown",
         "wandb_name": ae.source.get("name"),
-        "submodule_name": None,
+        "submodule_name": _submodule(data),
     }
     trainer |= {"k": c.k} if c.has_k else {}
     if kind == "MatryoshkaBatchTopKSAE":

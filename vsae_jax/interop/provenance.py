@@ -4,11 +4,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vsae_jax.config import hook_name as hook_of_layer
+from vsae_jax.config import Hook, read_hook
 from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.interop.tensors import read_json
 
-_HOOK = re.compile(r"blocks\.(\d{1,4})\.hook_resid_post")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _TYPES = {
     "model": str,
@@ -23,13 +22,13 @@ _TYPES = {
 def data(**values: Any) -> dict[str, Any]:
     """The values that are of their types; the layer and its hook from one another.
 
-    `layer` is set only for the residual stream after a block.
+    `layer` is set only for a hook that is known here.
     """
     found = {n: v for n, v in values.items() if type(v) is _TYPES[n] and v != ""}
-    if match := _HOOK.fullmatch(found.get("hook_name", "")):
-        found["layer"] = int(match[1])
+    if hook := read_hook(found.get("hook_name")):
+        found["layer"] = hook.layer
     elif "hook_name" not in found and "layer" in found:
-        found["hook_name"] = hook_of_layer(found["layer"])
+        found["hook_name"] = Hook(found["layer"]).name
     return found
 
 

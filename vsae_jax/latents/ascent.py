@@ -44,7 +44,7 @@ def climb(
     """One ascent for each key, all at once.
 
         p = softmax(logits / T),   x_0 = [embed(BOS), p @ W_E]
-        maximise mu_latent(residual(x_0) at the last position) over the logits
+        maximise mu_latent(rows(x_0) at the last position) over the logits
 
     mu is before the relu and the selection, which have no gradient where the latent is
     off. By Adam, T falling geometrically, so that at the end a soft token is nearly the
@@ -92,5 +92,5 @@ def _objective(
     x = jax.nn.softmax(scaled, axis=-1) @ table
     if bos_id is not None:
         x = jnp.concatenate([table[bos_id][None, :], x])
-    last = lm.residual_from(x[None], reader.layer)[:, -1:]
+    last = lm.at_from(x[None], [reader.place])[0][:, -1:]
     return reader.pre_activations(reader.rows(last))[0, latent]

@@ -53,6 +53,7 @@ def open_source(
     for name, mine in (
         ("d_model", opened.sae.d_model),
         ("layer", opened.reader.layer),
+        ("site", opened.reader.place.site),
         ("center_residual", opened.reader.center),
     ):
         if getattr(m, name) != mine:

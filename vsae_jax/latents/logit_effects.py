@@ -6,7 +6,8 @@ norm and the unembedding, past the blocks in between (the direct path).
 c is large, so that the norm's epsilon is nothing, and the two signs cancel its bias.
 For a LayerNorm this is W_U (g * (d - mean d) / std d): logits per unit of a normalised
 residual that points along d. The mean over the vocabulary is subtracted, as it changes
-no probability. A decoder row's length makes no difference.
+no probability. A decoder row's length makes no difference, nor does the site: what
+attention or an MLP adds is in the stream as it is.
 """
 
 from typing import Any

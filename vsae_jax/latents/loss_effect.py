@@ -1,8 +1,8 @@
 """What the language model loses without a latent, through the model.
 
-In each of a latent's strongest contexts f_i w_dec_i is taken out of the residual stream
-at every position (the autoencoder's error and the other latents stay), and the blocks
-above run on. The effect at a token is the rise of -log p(token | those before it), in
+In each of a latent's strongest contexts f_i w_dec_i is taken out where the autoencoder
+reads, at every position (its error and the other latents stay), and what is above runs
+on. The effect at a token is the rise of -log p(token | those before it), in
 nats: above 0, the latent helped to predict that token.
 """
 
@@ -55,10 +55,12 @@ def of_contexts(
     latent, context = latent[filled], context[filled]
     tokens = np.concatenate([source.activations.tokens(c, c + 1) for c in context])
     delta = _contributions(source, latent, context)
+    place = source.run.reader.place
     clean, without = source.lm.loss(
         tokens,
-        layer=source.run.reader.layer,
-        splices=[identity, lambda residual: residual - delta],
+        layer=place.layer,
+        site=place.site,
+        splices=[identity, lambda x: x - delta],
     )
     effect = np.full(tokens.shape, np.nan, np.float32)
     effect[:, 1:] = np.asarray(without) - np.asarray(clean)

@@ -16,6 +16,7 @@ from vsae_jax.lm.files import (
     tokenizer_source,
 )
 from vsae_jax.lm.protocol import (
+    Cut,
     LanguageModel,
     Logits,
     Losses,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "Cut",
     "LanguageModel",
     "Logits",
     "Losses",

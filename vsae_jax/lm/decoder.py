@@ -216,15 +216,35 @@ def _mlp(
     return _linear(p, "down", act(_linear(p, "gate", x)) * _linear(p, "up", x))
 
 
+def _sites(
+    p: Params,
+    x: Float[Array, "batch time d_model"],
+    *,
+    spec: Spec,
+    attn_out: Float[Array, "batch time d_model"] | None = None,
+) -> dict[str, Float[Array, "batch time d_model"]]:
+    """What a block makes of the stream x: y + mlp(ln2 y) with y = x + attention(ln1 x);
+    parallel: y + mlp(ln2 x). By TransformerLens' names; `attn_out` replaces the
+    attention's part."""
+    norm = functools.partial(_norm, p, spec=spec)
+    if attn_out is None:
+        added = _attention(p, norm("ln1", x), spec=spec)
+        attn_out = norm("post1", added) if spec.post_norms else added
+    y = x + attn_out
+    added = _mlp(p, norm("ln2", x if spec.parallel else y), spec=spec)
+    mlp_out = norm("post2", added) if spec.post_norms else added
+    return {
+        "attn_out": attn_out,
+        "resid_mid": y,
+        "mlp_out": mlp_out,
+        "resid_post": y + mlp_out,
+    }
+
+
 def _block(
     p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
 ) -> Float[Array, "batch time d_model"]:
-    """y + mlp(ln2 y) with y = x + attention(ln1 x); parallel: y + mlp(ln2 x)."""
-    norm = functools.partial(_norm, p, spec=spec)
-    added = _attention(p, norm("ln1", x), spec=spec)
-    y = x + (norm("post1", added) if spec.post_norms else added)
-    added = _mlp(p, norm("ln2", x if spec.parallel else y), spec=spec)
-    return y + (norm("post2", added) if spec.post_norms else added)
+    return _sites(p, x, spec=spec)["resid_post"]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -251,17 +271,62 @@ def run_blocks(
         x = x + params["positions"][None, : x.shape[1]].astype(jnp.float32)
 
     shape = x.shape
-    at_once = _contexts_at_once(*shape[:2])
 
     def step(x: Array, i: Array) -> tuple[Array, None]:
-        p = jax.tree.map(functools.partial(_of_block, i=i), params["blocks"])
-        if "frequencies" in p:
-            turn = _rotations(p["frequencies"], shape[1], scale=spec.rotary_scale)
-            p["cos"], p["sin"] = turn
+        p = _arrays_of(params, i, shape[1], spec=spec)
         return jax.lax.map(functools.partial(_block, p, spec=spec), x), None
 
-    x = x.reshape(-1, at_once, *shape[1:])
+    x = _in_pieces(x)
     return jax.lax.scan(step, x, jnp.arange(start, stop))[0].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "names"))
+def run_block(
+    params: Params,
+    x: Float[Array, "batch time d_model"],
+    layer: Int[Array, ""],
+    *,
+    spec: Spec,
+    names: tuple[str, ...],
+) -> dict[str, Float[Array, "batch time d_model"]]:
+    """What is at the sites of these names in block `layer`, where the stream before it
+    is x, learned positions included: attn_out, resid_mid (before the MLP's part is
+    added), mlp_out, resid_post."""
+    p = _arrays_of(params, layer, x.shape[1], spec=spec)
+
+    def piece(x: Array) -> dict[str, Array]:
+        found = _sites(p, x, spec=spec)
+        return {name: found[name] for name in names}
+
+    found = jax.lax.map(piece, _in_pieces(x))
+    return jax.tree.map(lambda a: a.reshape(x.shape), found)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def end_block(
+    params: Params,
+    x: Float[Array, "batch time d_model"],
+    attn_out: Float[Array, "batch time d_model"],
+    layer: Int[Array, ""],
+    *,
+    spec: Spec,
+) -> Float[Array, "batch time d_model"]:
+    """The stream after block `layer`, where it was x before and attention added
+    `attn_out`."""
+    p = _arrays_of(params, layer, x.shape[1], spec=spec)
+
+    def piece(args: tuple[Array, Array]) -> Array:
+        return _sites(p, args[0], spec=spec, attn_out=args[1])["resid_post"]
+
+    pieces = _in_pieces(x), _in_pieces(attn_out)
+    return jax.lax.map(piece, pieces).reshape(x.shape)
+
+
+def _in_pieces(
+    x: Float[Array, "batch time d_model"],
+) -> Float[Array, "pieces contexts time d_model"]:
+    """The batch in pieces that a block runs at once."""
+    return x.reshape(-1, _contexts_at_once(*x.shape[:2]), *x.shape[1:])
 
 
 def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
@@ -270,6 +335,15 @@ def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
     would be turned into float32 with every call."""
     stacked = np.stack(blocks)
     return stacked.view(np.uint16) if stacked.dtype == jnp.bfloat16 else stacked
+
+
+def _arrays_of(params: Params, i: Int[Array, ""], time: int, *, spec: Spec) -> Params:
+    """Block i's arrays, and the rotations of so many positions."""
+    p = jax.tree.map(functools.partial(_of_block, i=i), params["blocks"])
+    if "frequencies" in p:
+        turn = _rotations(p["frequencies"], time, scale=spec.rotary_scale)
+        p["cos"], p["sin"] = turn
+    return p
 
 
 def _of_block(stacked: Array, i: Int[Array, ""]) -> Array:

@@ -6,11 +6,13 @@ import importlib.util
 import itertools
 import operator
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm.files import (
     ModelFacts,
     ModelFiles,
@@ -19,6 +21,7 @@ from vsae_jax.lm.files import (
     transformers_source,
 )
 from vsae_jax.lm.protocol import (
+    Cut,
     Losses,
     Residual,
     Splice,
@@ -43,6 +46,17 @@ LAYER_PATHS = (
 )
 
 
+# A block's modules whose outputs it adds to the stream.
+_PARTS = {
+    "attn_out": ("self_attn", "attention", "attn", "self_attention"),
+    "mlp_out": ("mlp",),
+}
+_POST_NORMS = {
+    "attn_out": ("post_attention_layernorm",),
+    "mlp_out": ("post_feedforward_layernorm",),
+}
+
+
 class _Reached(Exception):
     """Leaves the forward pass once the hooked block has run."""
 
@@ -60,13 +74,96 @@ class HFModel(ModelFacts):
         self, tokens: Tokens, layer: int
     ) -> Float[np.ndarray, "batch time d_model"]:
         """The residual stream after block `layer`; the pass ends there."""
-        check_layer(layer, n_layers=self.n_layers)
-        output = self._output(tokens, layer)
-        stream = output[0] if isinstance(output, tuple) else output
-        return stream.float().cpu().numpy()
+        return self.at(tokens, [Hook(layer)])[0]
 
-    def _output(self, tokens: Tokens, layer: int) -> Any:
-        """What block `layer` returns: the residual stream, or a tuple of it."""
+    def check(self, hook: Hook) -> None:
+        """Refuses a hook whose block does not add what is there to the stream."""
+        check_layer(hook.layer, n_layers=self.n_layers)
+        if hook.site == "resid_post" or hook.layer in self._known:
+            return
+        if self._adds_up(hook.layer):
+            self._known.add(hook.layer)
+            return
+        block = type(find_layers(self.module)[hook.layer]).__name__
+        raise UserError(
+            f"--site={hook.site}: what {block} of --model={self.name} adds to the "
+            "residual stream is not the plain output of an attention and of an MLP "
+            "that are known here; take --site=resid_post"
+        )
+
+    def _adds_up(self, layer: int) -> bool:
+        """Whether stream before + attention's part + MLP's part = stream after."""
+        import torch
+
+        block = find_layers(self.module)[layer]
+        parts = [_part(block, "attn_out"), _part(block, "mlp_out")]
+        if None in parts:
+            return False
+        terms: list[Any] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            terms.append(args[0] if module is block else _first(output))
+
+        watched = [(module, keep) for module in (*parts, block)]
+        after = _first(self._output(np.full((1, 2), self.bos_id), layer, watched))
+        if [term.shape for term in terms] != [after.shape] * 3:
+            return False
+        error = (sum(term.double() for term in terms) - after).abs()
+        size = sum(term.double().abs() for term in terms)
+        return bool((error <= 4 * torch.finfo(after.dtype).eps * size).all())
+
+    @functools.cached_property
+    def _known(self) -> set[int]:
+        """Blocks that were seen to add up."""
+        return set()
+
+    def at(
+        self, tokens: Tokens, hooks: Sequence[Hook]
+    ) -> list[Float[np.ndarray, "batch time d_model"]]:
+        """What is at each hook; the pass ends after the last block of them."""
+        blocks, kept = find_layers(self.module), {}
+
+        def keeper(hook: Hook) -> Any:
+            return lambda module, args, out: kept.update({hook: _first(out)})
+
+        for hook in hooks:
+            self.check(hook)
+        watched = [(_part(blocks[h.layer], h.site), keeper(h)) for h in hooks]
+        self._output(tokens, max(hook.layer for hook in hooks), watched)
+        return [kept[hook].float().cpu().numpy() for hook in hooks]
+
+    def cut(self, tokens: Tokens, hook: Hook) -> Cut:
+        """The pass up to a hook; the rest is the tokens and the stream before the
+        block, which for block 0 is theirs."""
+        inside = hook.site != "resid_post" and hook.layer > 0
+        below = [Hook(hook.layer - 1)] if inside else []
+        value, *before = self.at(tokens, [hook, *below])
+        return Cut(hook, value, (tokens, *before))
+
+    def joined(
+        self, cut: Cut, values: Sequence[Residual]
+    ) -> list[Float[np.ndarray, "batch time d_model"]]:
+        """The streams after the hook's block where each of `values` is at the hook: the
+        block runs for each, with its attention's or its MLP's output replaced."""
+        if cut.hook.site == "resid_post":
+            return [np.asarray(value, np.float32) for value in values]
+        tokens, *before = cut.rest
+        below = self._replaced(cut.hook.layer, before[0]) if before else nullcontext()
+        part = _part(find_layers(self.module)[cut.hook.layer], cut.hook.site)
+        streams = []
+        with below:
+            for value in values:
+                new = self._tensor(value)
+                replace = (part, lambda m, a, out, new=new: _with_first(out, new))
+                stream = _first(self._output(tokens, cut.hook.layer, [replace]))
+                streams.append(stream.float().cpu().numpy())
+        return streams
+
+    def _output(
+        self, tokens: Tokens, layer: int, watched: Sequence[tuple[Any, Any]] = ()
+    ) -> Any:
+        """What block `layer` returns: the residual stream, or a tuple of it. `watched`
+        are modules with a forward hook of torch for each; the pass ends there."""
         kept = []
 
         def keep_and_leave(module: Any, args: Any, output: Any) -> None:
@@ -74,13 +171,11 @@ class HFModel(ModelFacts):
             raise _Reached
 
         block = find_layers(self.module)[layer]
-        handle = block.register_forward_hook(keep_and_leave)
-        try:
-            self._forward(tokens)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
+        with ExitStack() as stack:
+            for module, hook in (*watched, (block, keep_and_leave)):
+                stack.callback(module.register_forward_hook(hook).remove)
+            with suppress(_Reached):
+                self._forward(tokens)
         return kept[0]
 
     def logits(
@@ -88,14 +183,15 @@ class HFModel(ModelFacts):
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[np.ndarray, "batch time vocab"]]:
-        """The logits with each splice; the blocks up to `layer` run once."""
+        """The logits with each splice; what is below it runs once."""
         last = splice_layer(layer, splices, n_layers=self.n_layers)
         if layer is None:
             logits = self._forward(tokens).float().cpu().numpy()
             return [logits for _ in splices]
-        streams = self._spliced(tokens, last, splices)
+        streams = self._spliced(tokens, Hook(last, site), splices)
         return [self.logits_from(stream, last) for stream in streams]
 
     def loss(
@@ -103,20 +199,22 @@ class HFModel(ModelFacts):
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[np.ndarray, "batch time-1"]]:
         """The next-token loss with each splice, one set of logits at a time."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers)
-        streams = self._spliced(tokens, layer, splices)
+        streams = self._spliced(tokens, Hook(layer, site), splices)
         return [np.asarray(self.losses_from([x], layer, tokens).ce[0]) for x in streams]
 
     def _spliced(
-        self, tokens: Tokens, layer: int, splices: Sequence[Splice]
+        self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
     ) -> Iterator[Float[np.ndarray, "batch time d_model"]]:
-        lower = self.residual(tokens, layer)
+        """The stream after the hook's block with each splice."""
+        cut = self.cut(tokens, hook)
         for splice in splices:
             # What a splice does to its argument reaches no other.
-            yield np.asarray(apply_splice(splice, lower.copy()), np.float32)
+            yield self.joined(cut, [apply_splice(splice, cut.value.copy())])[0]
 
     def logits_from(
         self, residual: Residual, layer: int
@@ -127,22 +225,32 @@ class HFModel(ModelFacts):
     def _logits_from(self, residual: Residual, layer: int) -> "torch.Tensor":
         """As `logits_from`, in the model's dtype and on its device: the blocks up to
         `layer` are replaced by what returns `residual`."""
-        import torch
-
         check_layer(layer, n_layers=self.n_layers)
-        parameter = next(self.module.parameters())
-        stream: Any = torch.as_tensor(np.array(residual, np.float32)).to(parameter)
-        output = (stream,) if self._returns_tuples else stream
-        blocks = find_layers(self.module)[: layer + 1]
         # Any tokens will do, all of it is replaced.
-        tokens = np.full(stream.shape[:2], self.bos_id)
+        tokens = np.full(np.shape(residual)[:2], self.bos_id)
+        with self._replaced(layer + 1, residual):
+            return self._forward(tokens)
+
+    @contextmanager
+    def _replaced(self, count: int, residual: Residual) -> Iterator[None]:
+        """Within it the first `count` blocks do nothing but return `residual`."""
+        stream = self._tensor(residual)
+        output = (stream,) if self._returns_tuples else stream
+        blocks = find_layers(self.module)[:count]
         try:
             for block in blocks:
                 block.forward = lambda *args, **kwargs: output
-            return self._forward(tokens)
+            yield
         finally:
             for block in blocks:
                 vars(block).pop("forward", None)
+
+    def _tensor(self, residual: Residual) -> "torch.Tensor":
+        """An array in the model's dtype and on its device."""
+        import torch
+
+        parameter = next(self.module.parameters())
+        return torch.as_tensor(np.array(residual, np.float32)).to(parameter)
 
     @functools.cached_property
     def _returns_tuples(self) -> bool:
@@ -215,6 +323,25 @@ def find_layers(module: "torch.nn.Module") -> "torch.nn.ModuleList":
         f"{type(module).__name__} keeps its blocks in none of "
         f"{', '.join(LAYER_PATHS)}; use a GPT-NeoX, GPT-2, Llama, Gemma or Qwen model"
     )
+
+
+def _part(block: "torch.nn.Module", site: str) -> Any:
+    """The module whose output is what a site holds; None where none is known."""
+    if site == "resid_post":
+        return block
+    # Of Gemma 2 and 3 and OLMo 2: what is added is normalised, too.
+    post_norms = hasattr(block, "post_feedforward_layernorm")
+    names = (_POST_NORMS if post_norms else _PARTS)[site]
+    return next((getattr(block, name) for name in names if hasattr(block, name)), None)
+
+
+def _first(output: Any) -> Any:
+    """The stream, of what a module returns: itself, or a tuple that it leads."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first(output: Any, new: "torch.Tensor") -> Any:
+    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def load_hf(files: ModelFiles, *, dtype: str) -> HFModel:

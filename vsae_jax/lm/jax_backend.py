@@ -13,11 +13,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm import decoder
 from vsae_jax.lm.decoder import Params, Spec
 from vsae_jax.lm.families import FAMILIES, family_of, read_spec
 from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts
 from vsae_jax.lm.protocol import (
+    Cut,
     Losses,
     Residual,
     Splice,
@@ -52,38 +54,114 @@ class Decoder(ModelFacts):
         self, tokens: Tokens, layer: int
     ) -> Float[Array, "batch time d_model"]:
         """The residual stream after block `layer`."""
-
-        def of_part(tokens: Tokens) -> Array:
-            x = decoder.embed(self.params, jnp.asarray(tokens), spec=self.spec)
-            return self.residual_from(x, layer)
-
-        return _over_cores(of_part, tokens)
+        return self.at(tokens, [Hook(layer)])[0]
 
     def residual_from(
         self, x: Residual, layer: int
     ) -> Float[Array, "batch time d_model"]:
         """The residual stream after block `layer` where tokens put `x` into it."""
+        return self.at_from(x, [Hook(layer)])[0]
+
+    def check(self, hook: Hook) -> None:
+        """Every family here has every site."""
+        check_layer(hook.layer, n_layers=self.n_layers)
+
+    def at(
+        self, tokens: Tokens, hooks: Sequence[Hook]
+    ) -> list[Float[Array, "batch time d_model"]]:
+        """What is at each hook, of one pass."""
+
+        def of_part(tokens: Tokens) -> list[Array]:
+            return self.at_from(self._embed(tokens), hooks)
+
+        return _over_cores(of_part, tokens)
+
+    def at_from(
+        self, x: Residual, hooks: Sequence[Hook]
+    ) -> list[Float[Array, "batch time d_model"]]:
+        """What is at each hook where tokens put `x` into the stream."""
+        for hook in hooks:
+            self.check(hook)
+        found: dict[tuple[int, str], Array] = {}
+        layers, done = sorted({hook.layer for hook in hooks}), 0
+        for layer in layers:
+            names = {hook.site for hook in hooks if hook.layer == layer}
+            if names == {"resid_post"}:
+                x = found[layer, "resid_post"] = self._run(x, done, layer + 1)
+            else:
+                # The stream too, where blocks follow.
+                names |= {"resid_post"} if layer < layers[-1] else set()
+                parts = self._block(self._run(x, done, layer), layer, *names)
+                found |= {(layer, name): part for name, part in parts.items()}
+                x = parts.get("resid_post", x)
+            done = layer + 1
+        return [found[hook] for hook in hooks]
+
+    def cut(self, tokens: Tokens, hook: Hook) -> Cut:
+        """The pass up to a hook."""
+        if hook.site == "resid_post":
+            return Cut(hook, self.residual(tokens, hook.layer))
+        self.check(hook)
+
+        def of_part(tokens: Tokens) -> tuple[Array, Array]:
+            x = self._run(self._embed(tokens), 0, hook.layer)
+            if hook.site == "attn_out":
+                return self._block(x, hook.layer, "attn_out")["attn_out"], x
+            parts = self._block(x, hook.layer, "mlp_out", "resid_mid")
+            return parts["mlp_out"], parts["resid_mid"]
+
+        return Cut(hook, *_over_cores(of_part, tokens))
+
+    def joined(
+        self, cut: Cut, values: Sequence[Residual]
+    ) -> list[Float[Array, "batch time d_model"]]:
+        """The streams after the hook's block where each of `values` is at the hook."""
+        values = [jnp.asarray(value, jnp.float32) for value in values]
+        if cut.hook.site == "resid_post":
+            return values
+        if cut.hook.site == "mlp_out":
+            return [cut.rest + value for value in values]
+        layer = jnp.int32(cut.hook.layer)
+
+        def of_part(x: Array, attn_out: Array) -> Array:
+            return decoder.end_block(self.params, x, attn_out, layer, spec=self.spec)
+
+        return [_over_cores(of_part, cut.rest, value) for value in values]
+
+    def _embed(self, tokens: Tokens) -> Float[Array, "batch time d_model"]:
+        return decoder.embed(self.params, jnp.asarray(tokens), spec=self.spec)
+
+    def _run(self, x: Residual, start: int, stop: int) -> Array:
+        """The stream after the blocks start, ..., stop - 1."""
         longest = self.spec.max_time
         if longest is not None and x.shape[1] > longest:
             raise UserError(
                 f"a context of {x.shape[1]} tokens exceeds the {longest} positions of "
                 f"--model={self.name}; make it shorter"
             )
-        stop = check_layer(layer, n_layers=self.n_layers) + 1
+        x = jnp.asarray(x)
+        if start == stop > 0:
+            return x
         return decoder.run_blocks(
-            self.params, jnp.asarray(x), spec=self.spec, start=0, stop=stop
+            self.params, x, spec=self.spec, start=start, stop=stop
         )
+
+    def _block(self, x: Array, layer: int, *names: str) -> dict[str, Array]:
+        """What is at the named sites of block `layer`."""
+        i, order = jnp.int32(layer), tuple(sorted(names))
+        return decoder.run_block(self.params, x, i, spec=self.spec, names=order)
 
     def logits(
         self,
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array, "batch time vocab"]]:
-        """The logits with each splice; the blocks up to `layer` run once."""
+        """The logits with each splice; what is below it runs once."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers)
-        streams = self._spliced(tokens, layer, splices)
+        streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.logits_from(stream, layer) for stream in streams]
 
     def loss(
@@ -91,19 +169,21 @@ class Decoder(ModelFacts):
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array, "batch time-1"]]:
         """The next-token loss with each splice; logits come in pieces."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers)
-        streams = self._spliced(tokens, layer, splices)
+        streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.losses_from([x], layer, tokens).ce[0] for x in streams]
 
     def _spliced(
-        self, tokens: Tokens, layer: int, splices: Sequence[Splice]
+        self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
     ) -> Iterator[Float[Array, "batch time d_model"]]:
-        lower: Residual = self.residual(tokens, layer)
+        """The stream after the hook's block with each splice."""
+        cut = self.cut(tokens, hook)
         for splice in splices:
-            yield jnp.asarray(apply_splice(splice, lower), jnp.float32)
+            yield self.joined(cut, [apply_splice(splice, cut.value)])[0]
 
     def logits_from(
         self, residual: Residual, layer: int

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm.files import ModelFiles
 from vsae_jax.system.errors import UserError
 
@@ -26,9 +27,10 @@ def identity(residual: Residual) -> Residual:
 class LanguageModel(Protocol):
     """What extraction and evaluation need of a language model.
 
-    A splice maps the residual stream `[batch, time, d_model]` after block `layer` to
-    what the blocks above it see instead. The transformers model hands splices NumPy
-    arrays and takes any array back; of the JAX model see `Traceable`.
+    A splice maps what is at a site of block `layer`, `[batch, time, d_model]`, to what
+    is there instead: the residual stream after the block, or what its attention or its
+    MLP adds to it. The transformers model hands splices NumPy arrays and takes any
+    array back; of the JAX model see `Traceable`.
     """
 
     @property
@@ -85,15 +87,33 @@ class LanguageModel(Protocol):
         """`blocks.{layer}.hook_resid_post` in float32; nothing above it is computed."""
         ...
 
+    def check(self, hook: Hook) -> None:
+        """Refuses a hook that the model does not have, with a UserError."""
+        ...
+
+    def at(self, tokens: Tokens, hooks: Sequence[Hook]) -> Sequence[Residual]:
+        """What is at each hook, in float32, of one pass that ends with the last."""
+        ...
+
+    def cut(self, tokens: Tokens, hook: Hook) -> "Cut":
+        """The pass up to a hook."""
+        ...
+
+    def joined(self, cut: "Cut", values: Sequence[Residual]) -> Sequence[Residual]:
+        """The residual stream after the hook's block where each of `values` is at the
+        hook, for `logits_from` and `losses_from`."""
+        ...
+
     def logits(
         self,
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> Sequence[Logits]:
-        """The logits with each splice after block `layer`, a list as long as
-        `splices`; lower blocks run once where the backend can do that."""
+        """The logits with each splice at a site of block `layer`, a list as long as
+        `splices`; what is below runs once where the backend can do that."""
         ...
 
     def loss(
@@ -101,6 +121,7 @@ class LanguageModel(Protocol):
         tokens: Tokens,
         *,
         layer: int | None = None,
+        site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> Sequence[Float[Array | np.ndarray, "batch time-1"]]:
         """`next_token_loss` of each of `logits`, without holding them all at once."""
@@ -147,6 +168,23 @@ class Traceable(LanguageModel, Protocol):
         """The residual stream after block `layer` where tokens put `x` into it: rows
         of `embedding`, or mixtures of them."""
         ...
+
+    def at_from(
+        self, x: Residual, hooks: Sequence[Hook]
+    ) -> list[Float[Array, "batch time d_model"]]:
+        """`at` where tokens put `x` into the stream."""
+        ...
+
+
+class Cut(NamedTuple):
+    """A forward pass that has come to a hook.
+
+    value: what is there. rest: what the backend needs besides to go on from there.
+    """
+
+    hook: Hook
+    value: Residual
+    rest: Any = None
 
 
 class Losses(NamedTuple):

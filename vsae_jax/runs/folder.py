@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from vsae_jax.autoencoder import sae
-from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig
+from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig, read_hook
 from vsae_jax.config.fields import difference, from_json
 from vsae_jax.runs.trained import TrainedSAE
 from vsae_jax.system.errors import UserError, one_line
@@ -77,6 +77,9 @@ def _check_data(data: Any, where: str) -> None:
     wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
     if not wrong and min(data["layer"], data["dropped_positions"]) < 0:
         wrong.append("layer or dropped_positions")
+    hook = None if wrong else read_hook(data["hook_name"])
+    if hook is not None and hook.layer != data["layer"]:
+        wrong.append("hook_name or layer")
     if not wrong and data["context_length"] <= data["dropped_positions"]:
         wrong.append("context_length")
     if not wrong and not _is_range(data["held_out_contexts"]):

@@ -18,7 +18,7 @@ from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.config import OpenOptions
 from vsae_jax.lm.weights import weights_hash
 from vsae_jax.runs import CONFIG
-from vsae_jax.runs.trained import TrainedSAE
+from vsae_jax.runs.trained import TrainedSAE, hook_of
 from vsae_jax.system.errors import UserError
 
 # Of a config, what only training reads: autoencoders that differ in nothing else are
@@ -101,6 +101,7 @@ def subject_of(run: TrainedSAE, c: OpenOptions, load: Callable[..., Any]) -> Sub
             "lm_dtype": language_model.dtype,
             "model_weights": weights_of(run, language_model),
             "layer": run.data["layer"],
+            "hook_name": run.reader.place.name,
             "bos": run.data["bos"],
             "dropped_positions": run.data["dropped_positions"],
             "center_residual": run.data["center_residual"],
@@ -125,7 +126,7 @@ def load_model(
             f"--model={model} has d_model={language_model.d_model} but {run.folder} "
             f"was trained on {run.sae.d_model}; name the model it was trained on"
         )
-    lm.check_layer(run.data["layer"], n_layers=language_model.n_layers)
+    language_model.check(run.reader.place)
     weights = weights_of(run, language_model)
     if weights == OTHERS and not c.model_differs:
         raise UserError(
@@ -167,13 +168,13 @@ def _weights_hash(run: TrainedSAE) -> str:
 
 def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
     """The run, and what an autoencoder from elsewhere does not say: its layer from
-    `--layer`, how contexts start from `--activations`, or as text usually is."""
+    `--layer`, its site and how contexts start from `--activations`, or as usual."""
     data, unknown = run.data, {}
     layer = data.get("layer")
-    if layer is None and data.get("hook_name") is not None:
+    if data.get("hook_name") is not None and hook_of(data) is None:
         raise UserError(
             f"{run.folder} reads {data['hook_name']}; only the residual stream after a "
-            "block is evaluated"
+            "block and what its attention or MLP adds to it are known here"
         )
     if c.layer is not None and layer not in (None, c.layer):
         raise UserError(f"--layer={c.layer}, but {run.folder} is of layer {layer}")
@@ -186,6 +187,8 @@ def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
         if c.activations:
             m = Activations.open(Path(c.activations)).manifest
             unknown = {name: getattr(m, name) for name in _OF_CONTEXTS}
+            if m.layer == c.layer:
+                unknown |= {"hook_name": m.hook_name}
     unknown = unknown | {"layer": c.layer, "revision": ""}
     filled = {n: v for n, v in unknown.items() if data.get(n) is None}
     return dataclasses.replace(run, data=data | filled)

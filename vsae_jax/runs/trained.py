@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder.reader import Reader
-from vsae_jax.config import SAEConfig, TrainConfig
+from vsae_jax.config import Hook, SAEConfig, TrainConfig, read_hook
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,11 +36,11 @@ class TrainedSAE:
 
     @cached_property
     def reader(self) -> Reader:
-        """How it reads a residual stream."""
+        """How it reads a language model."""
         return Reader(
             self.variables,
             self.sae,
-            block=self.data.get("layer"),
+            hook=hook_of(self.data),
             center=bool(self.data.get("center_residual")),
             layer_norm=self.layer_norm,
             has_bos=self.data.get("bos") != "none",
@@ -84,3 +84,12 @@ class TrainedSAE:
         model = self.data.get("model")
         of = f" of {model}" if model else ""
         return f"<TrainedSAE {self.folder}: {self.reader}{of}>"
+
+
+def hook_of(data: dict[str, Any]) -> Hook | None:
+    """Where in a language model a run's `data` says that its rows are from; of a layer
+    alone, the stream after it. None for a hook that is not known here."""
+    name, layer = data.get("hook_name"), data.get("layer")
+    if name is None:
+        return None if layer is None else Hook(layer)
+    return read_hook(name)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -17,7 +17,8 @@ def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | 
 
     Use it in a `with`; `update(n)` adds n units, `show(numbers)` sets what is written
     after the rate. Writes to the text file `stream` (stderr): a bar if that is a
-    terminal, else one line every ten seconds and one at the end.
+    terminal, else one line every ten seconds and one at the end. The rate is from the
+    first update on, before which programs are compiled.
     """
     out = sys.stderr if stream is None else stream
     kind = Bar if out.isatty() else Lines
@@ -38,7 +39,12 @@ class Bar:
         )
 
     def update(self, n: int) -> None:
-        self._bar.update(n)
+        if self._bar.n > self._bar.initial:
+            self._bar.update(n)
+            return
+        self._bar.n += n
+        self._bar.last_print_n, self._bar.last_print_t = self._bar.n, time.time()
+        self._bar.refresh()
 
     def show(self, numbers: Numbers) -> None:
         self._bar.set_postfix_str(_numbers(numbers), refresh=False)
@@ -66,9 +72,11 @@ class Lines:
         self._stream, self._clock = stream, clock
         self._done, self._numbers = start, ""
         self._began = self._written = clock()
+        self._warm: tuple[float, int] | None = None
 
     def update(self, n: int) -> None:
         self._done += n
+        self._warm = self._warm or (self._clock(), self._done)
         if self._clock() - self._written >= LINE_EVERY_S:
             self._write()
 
@@ -83,8 +91,11 @@ class Lines:
 
     def _write(self) -> None:
         self._written = self._clock()
-        seconds = self._written - self._began
-        rate = (self._done - self._start) / seconds if seconds > 0 else 0.0
+        since, before = self._warm or (self._began, self._start)
+        if self._done == before:
+            since, before = self._began, self._start
+        seconds = self._written - since
+        rate = (self._done - before) / seconds if seconds > 0 else 0.0
         left = (self._total - self._done) / rate if rate > 0 else 0.0
         parts = [
             f"{self._done:,} of {self._total:,} {self._unit}",
@@ -93,6 +104,32 @@ class Lines:
             self._numbers,
         ]
         print(", ".join(part for part in parts if part), file=self._stream, flush=True)
+
+
+def forecast(
+    parts: Iterable[Any],
+    *,
+    count: int,
+    what: str,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Any]:
+    """The parts, `count` of them that take as long as each other. Once the second is
+    done, the first that compiles nothing, a line says how long all take."""
+    began = 0.0
+    for i, part in enumerate(parts):
+        if i == 1:
+            began = clock()
+        if i == 2:
+            # Not print, which would write into a bar.
+            tqdm.write(f"{what}: about {_about((clock() - began) * count)}")
+        yield part
+
+
+def _about(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def size(n_bytes: int) -> str:

@@ -19,6 +19,7 @@ from vsae_jax.config import (
     PROCESS_FIELDS,
     RUNTIME_FIELDS,
     ExtractConfig,
+    Hook,
     SAEConfig,
     TrainConfig,
     default_activations,
@@ -70,7 +71,9 @@ class PlannedRun(NamedTuple):
 def plan(config: TrainConfig) -> PlannedRun:
     """Opens the activations, checks them against the preset and resolves the config."""
     layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
-    place = config.activations or default_activations(ExtractConfig().model, layer)
+    place = config.activations or default_activations(
+        ExtractConfig().model, Hook(layer)
+    )
     activations = Activations.open(place)
     _check_preset(config.preset, activations)
     resolved = resolve_train(config, d_model=activations.d_model)

@@ -513,7 +513,7 @@ def test_a_language_model_that_gives_nan_is_not_scored(
     options = flags | {"model": model, "model_differs": True, "evals": evals}
     assert call("evaluate", run=folder, **options) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"--model={model} gives NaN or infinity after block 0" in line
+    assert f"--model={model} gives NaN or infinity at blocks.0." in line
     assert not (folder / "evals").exists()
 
 

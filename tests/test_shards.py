@@ -324,7 +324,7 @@ def test_manifest_bytes_and_hash_depend_on_the_settings_alone(tmp_path):
     assert m == Manifest.from_bytes(m.to_bytes()) and m.to_bytes() == data
     without = data.replace(f',\n"sha256": "{m.hash}"'.encode(), b"")
     assert without != data and m.hash == hashlib.sha256(without).hexdigest()
-    other = dataclasses.replace(m, layer=1)
+    other = dataclasses.replace(m, layer=1, hook_name="blocks.1.hook_resid_post")
     assert other.hash != m.hash
 
 

@@ -102,7 +102,7 @@ def test_core_splices_there(run, lm, hook):
     # So that the comparison would notice another place.
     other = core_by_the_book(run, lm, Hook(0))
     assert abs(other["ce_loss_with_sae"] - expected["ce_loss_with_sae"]) > 1e-3
-    (theirs,) = (run / "evals").glob("*eval_results.json")
+    (theirs,) = (run / "evals/saebench").iterdir()
     assert json.loads(theirs.read_text())["sae_cfg_dict"]["hook_name"] == hook.name
 
 
@@ -148,7 +148,7 @@ def test_the_loss_effect_is_of_the_latent_there(run, lm, hook):
     tokens = source.activations.tokens(70, 71)
     (x,) = lm.at(tokens, [hook])
     reader = source.run.reader
-    f = np.asarray(reader.encode(np.asarray(x)))[0]
+    f = np.array(reader.encode(np.asarray(x)))[0]
     latent = int(np.argmax((f[1:] > 0).sum(0)))
     delta = np.outer(f[:, latent], reader.directions[latent])[None].astype(np.float32)
     delta[0, 0] = 0
@@ -180,12 +180,13 @@ def test_texts_are_read_there(run, lm, hook):
     np.testing.assert_allclose(rows[0], expected[0, 5], atol=1e-5)
 
 
-def test_maximise_climbs_there(run, lm, hook):
+def test_maximise_climbs_there(runs_of, lm, tmp_path):
+    run, hook = copied(runs_of["attn_out"], tmp_path / "run"), Hook(0, "attn_out")
     flags = {"latents": 0, "length": 3, "steps": 2, "restarts": 2, "num_tokens": 64}
     assert call("maximise", run=run, **flags) == 0
     found = json.loads((run / "maximised/0.json").read_text())["synthetic"]
     (x,) = lm.at(np.array([found["token_ids"]]), [hook])
-    f = np.asarray(runs.open_run(run).encode(np.asarray(x)))[0, :, 0]
+    f = np.array(runs.open_run(run).encode(np.asarray(x)))[0, :, 0]
     f[0] = 0
     np.testing.assert_allclose(found["activations"], f, atol=1e-5)
 

@@ -64,7 +64,7 @@ def test_x_hat_is_that_of_a_plain_computation(tmp_path, save, order):
             GEMMA_2.replace("it-res", "pt-mlp"),
             "google/gemma-2-9b",
             "blocks.20.hook_mlp_out",
-            None,
+            20,
         ),
         (GEMMA_3, "google/gemma-3-4b-pt", "blocks.9.hook_resid_post", 9),
         (

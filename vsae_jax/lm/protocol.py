@@ -162,6 +162,10 @@ class Traceable(LanguageModel, Protocol):
         self, tokens: Tokens, layer: int
     ) -> Float[Array, "batch time d_model"]: ...
 
+    def at(
+        self, tokens: Tokens, hooks: Sequence[Hook]
+    ) -> list[Float[Array, "batch time d_model"]]: ...
+
     def residual_from(
         self, x: Residual, layer: int
     ) -> Float[Array, "batch time d_model"]:

@@ -5,12 +5,14 @@
 
 trains a grid a variant below --out (what is there already is left), three seeds each.
 Where k or a target sets L0, at that; where the weight of a penalty does, at several
-weights, between whose results the table reads at --l0, on a line in log L0. The same
-learning rate, rows and steps for all; else --preset=paper. A step's time is that of the
+weights, between whose results the table reads at --l0, on a line in log L0; of vaease,
+whose weight is that of the evidence, between values of --closed_below. The same learning
+rate, rows and steps for all; else --preset=paper. A step's time is that of the
 compiled step alone, as a ratio to topk's in the same round.
 """
 
 import argparse
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -48,8 +50,8 @@ WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
     "relu": ("l1", (8, 16, 32)),
     "gated": ("gate_l1", (16, 32, 64)),
     "vsae_gated": ("gate_l1", (16, 32, 64)),
-    "vaease": ("beta", (1, 2, 4)),
 }
+CLOSED_BELOW = {"vaease": (0.05, 0.1, 0.2, 0.4)}
 # Thresholds that start near 0 would need more steps than these to get where they end.
 STARTS = {"threshold_init": 10, "bandwidth": 2}
 
@@ -72,7 +74,8 @@ def main() -> None:
     for name, value in settings.items():
         flags.add_argument(f"--{name}", type=int, default=value)
     flags.add_argument("--lr", type=float, default=1e-3)
-    flags.add_argument("--variants", default=",".join([*AT, *WEIGHTS]))
+    every = [*AT, *WEIGHTS, *CLOSED_BELOW]
+    flags.add_argument("--variants", default=",".join(every))
     a = flags.parse_args()
     variants = a.variants.split(",")
     for variant in variants:
@@ -81,9 +84,13 @@ def main() -> None:
     head = "variant | explained variance | L0 | alive | step, times topk's"
     table: list[Sequence[str]] = [head.split(" | ")]
     for variant in variants:
-        points = [point(folder) for folder in runs.run_folders(Path(a.out) / variant)]
+        points = [
+            point(folder, closed_below=closed)
+            for folder in runs.run_folders(Path(a.out) / variant)
+            for closed in CLOSED_BELOW.get(variant, (0.0,))
+        ]
         print(variant, *points, sep="\n  ")
-        found = at_l0(points, a.l0) if variant in WEIGHTS else points
+        found = points if variant in AT else at_l0(points, a.l0)
         columns = zip(*(p[1:] for p in found), strict=True) if found else ()
         l0, variance, alive = columns or ([], [], [])
         texts = (
@@ -104,7 +111,7 @@ def train(variant: str, a: argparse.Namespace) -> None:
     if variant in AT:
         given |= STARTS if AT[variant] == "target_l0" else {}
         given[AT[variant]] = a.l0
-    else:
+    if variant in WEIGHTS:
         name, weights = WEIGHTS[variant]
         given[name] = ",".join(map(str, weights))
     command = [sys.executable, "-m", "vsae_jax.train"]
@@ -112,7 +119,7 @@ def train(variant: str, a: argparse.Namespace) -> None:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def point(folder: Path) -> Point:
+def point(folder: Path, *, closed_below: float) -> Point:
     """A run on the rows that it was not trained on."""
     run = runs.open_run(folder)
     assert run.train is not None
@@ -120,7 +127,8 @@ def point(folder: Path) -> Point:
     start, stop = run.data["held_out_contexts"]
     first, last = (n * activations.rows_per_context for n in (start, stop))
     x = np.asarray(activations.rows(first, min(last, first + ROWS)), np.float32)
-    reader = Reader(run.variables, run.config)
+    config = dataclasses.replace(run.config, closed_below=closed_below)
+    reader = Reader(run.variables, config)
     error, l0, alive = 0.0, 0.0, np.zeros(run.config.d_sae, bool)
     for rows in np.array_split(x, max(len(x) // 2000, 1)):
         f = reader.encode(rows)

@@ -6,8 +6,8 @@
 trains a grid a variant below --out (what is there already is left), three seeds each.
 Where k or a target sets L0, at that; where the weight of a penalty does, at several
 weights, between whose results the table reads at --l0, on a line in log L0; of vaease,
-whose weight is that of the evidence, between values of --closed_below. The same learning
-rate, rows and steps for all; else --preset=paper. A step's time is that of the
+whose weight is that of the evidence, between values of --closed_below. The same
+learning rate, rows and steps for all; else --preset=paper. A step's time is that of the
 compiled step alone, as a ratio to topk's in the same round.
 """
 

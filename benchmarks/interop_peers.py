@@ -214,7 +214,8 @@ def peers(out: Path, openai_checkout: str) -> None:
             made = library(None, x.shape[1], kind)
             written(folder / f"saved_fresh_{kind}", *made, x)
     names = ("torch", "sae-lens", "dictionary-learning", "eai-sparsify", "numpy")
-    versions = {name: metadata.version(name) for name in names}
+    here = {found.name for found in metadata.distributions()}
+    versions = {name: metadata.version(name) for name in names if name in here}
     (out / "versions.json").write_text(json.dumps(versions))
 
 

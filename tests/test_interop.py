@@ -368,7 +368,7 @@ def test_saelens_rescaling_by_the_decoders_norm_is_folded(tmp_path):
     np.testing.assert_allclose(ones, 1, rtol=1e-6)
 
 
-OLD = {"model_name": "gpt2-small", "hook_point": "blocks.3.hook_resid_post"}
+OLD = {"model_name": "gemma-2b", "hook_point": "blocks.3.hook_resid_post"}
 OLD |= {"context_size": 128, "l1_coefficient": 5, "use_ghost_grads": False}
 
 
@@ -402,7 +402,7 @@ def test_saelens_before_6(tmp_path, rule, values):
     assert ae.k == (3 if rule == "relu_topk" else None)
     np.testing.assert_array_equal(ae.params["w_dec"], make(rule=rule).params["w_dec"])
     assert ae.data == {
-        "model": "gpt2-small",
+        "model": "google/gemma-2b",
         "hook_name": "blocks.3.hook_resid_post",
         "layer": 3,
         "context_length": 128,

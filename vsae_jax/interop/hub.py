@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vsae_jax.interop import releases, sidecar
+from vsae_jax.interop import provenance, releases, sidecar
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
 from vsae_jax.system.errors import UserError, one_line
 
@@ -66,7 +66,7 @@ def find(name: str | Path, *, revision: str | None = None) -> Found:
     return Found(
         snapshot / inside,
         source | {"release": published.name},
-        {"model": published.model} | center,
+        provenance.data(model=published.model) | center,
     )
 
 

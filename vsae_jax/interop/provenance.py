@@ -9,6 +9,8 @@ from vsae_jax.interop.canonical import Autoencoder
 from vsae_jax.interop.tensors import read_json
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# TransformerLens' short names of language models, by how they begin.
+_OWNERS = {"pythia-": "EleutherAI", "gemma-": "google"}
 _TYPES = {
     "model": str,
     "dataset": str,
@@ -20,11 +22,15 @@ _TYPES = {
 
 
 def data(**values: Any) -> dict[str, Any]:
-    """The values that are of their types; the layer and its hook from one another.
+    """The values that are of their types; the layer and its hook from one another; the
+    hub id of a language model that TransformerLens has a short name for.
 
     `layer` is set only for a hook that is known here.
     """
     found = {n: v for n, v in values.items() if type(v) is _TYPES[n] and v != ""}
+    for start, owner in _OWNERS.items():
+        if str(found.get("model", "")).startswith(start) and "/" not in found["model"]:
+            found["model"] = f"{owner}/{found['model']}"
     if hook := read_hook(found.get("hook_name")):
         found["layer"] = hook.layer
     elif "hook_name" not in found and "layer" in found:

@@ -94,16 +94,17 @@ def pieces(
             padded = np.pad(part, ((0, batch - len(part)), (0, 0)))
             found = zip(writers, model.at(padded, hooks), strict=True)
             rows = [
-                (writer, _rows_for(writer.manifest, values))
+                (writer, rows_for(writer.manifest, values))
                 for writer, values in found
                 if writer in lack
             ]
             yield Piece(index, tokens, start, rows, len(part))
 
 
-def _rows_for(
+def rows_for(
     m: Manifest, values: Float[Array | np.ndarray, "batch time d_model"]
 ) -> Float[Array, "rows d_model"]:
+    """What a folder keeps of the values at its hook."""
     return to_rows(
         values, dropped=m.dropped_positions, center=m.center_residual, dtype=m.dtype
     )

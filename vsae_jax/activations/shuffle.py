@@ -45,6 +45,8 @@ class ShuffledRows:
         counts are still those of the whole stream.
       left_out: numbers of rows, ascending, whose places are taken by other rows of
         their group, in turn.
+      forward: every epoch is of the next `n_rows` rows instead of the same, as one
+        group: `read` is asked for one stretch after another.
       prefetch: a thread loads the next group while the present one is taken from.
         It ends with `close`, with the `with` block, or with the object.
 
@@ -60,6 +62,7 @@ class ShuffledRows:
         seed: int,
         part: Part | None = None,
         left_out: Sequence[int] | Int[np.ndarray, " bad"] = (),
+        forward: bool = False,
         prefetch: bool = False,
     ):
         self._read = read
@@ -67,7 +70,8 @@ class ShuffledRows:
         self._seed = seed
         self._part = None if part and part.stop - part.start == part.batch else part
         self._left_out = np.asarray(left_out, np.int64)
-        self._block = max(BLOCK_BYTES // row_bytes, 1)
+        self._block = n_rows if forward else max(BLOCK_BYTES // row_bytes, 1)
+        self._forward = forward
         self.present: _Group | None = None
         self._next: tuple[_Key, futures.Future[_Group]] | None = None
         self._free: list[UInt8[np.ndarray, "rows row_bytes"]] = []
@@ -137,8 +141,9 @@ class ShuffledRows:
         order = np.random.default_rng([self._seed, epoch, number]).permutation(n_rows)
         order, wanted = self._own(_without(order, self._bad(blocks)), key)
         buffer, seen, filled = np.empty((0, 0), np.uint8), 0, 0
+        before = epoch * self._n_rows if self._forward else 0
         for start, stop in blocks:
-            rows = self._read(start, stop)
+            rows = self._read(before + start, before + stop)
             # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
             raw = np.ascontiguousarray(rows).view(np.uint8)
             if not seen:

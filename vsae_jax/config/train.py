@@ -309,6 +309,19 @@ class TrainConfig:
         runtime=True,
         group="data",
     )
+    stream: bool = flag(
+        "train on the text after that in --activations, its rows made as they are "
+        "needed and never on disk",
+        False,
+        group="data",
+        before=False,
+    )
+    buffer_rows: int = flag(
+        "with --stream: rows in memory that are shuffled among each other",
+        2**17,
+        group="data",
+        before=2**17,
+    )
     max_norm_multiple: float | None = flag(
         "leave rows out whose norm is above so many times the median, as a language "
         "model's massive activations are; 10 is dictionary_learning's; unset: none",
@@ -348,6 +361,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
+        check_at_least(self, 1, "buffer_rows")
         check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
         check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
@@ -369,6 +383,13 @@ class TrainConfig:
         if has_k and both and self.k > self.d_sae:
             raise UserError(f"--k={self.k} must not exceed --d_sae={self.d_sae}")
         check_processes(self)
+        leaves_out = self.bad_rows == "skip" or self.max_norm_multiple is not None
+        if self.stream and (leaves_out or self.feed == "device"):
+            raise UserError(
+                "--stream makes rows as they are needed: none can be left out before "
+                "(--bad_rows=skip, --max_norm_multiple) nor lie on the device "
+                "(--feed=device)"
+            )
         for name in ("seed", "data_seed"):
             if getattr(self, name) >= 2**32:
                 raise UserError(f"--{name}={getattr(self, name)} must be below 2^32")

@@ -2,7 +2,8 @@
 
 `stream` reads them from the shards, ahead of the steps, in the dtype on disk. `device`
 puts all rows on the device once and gathers there: the same batches in the same order.
-On a mesh each device gets its rows of a batch; of several processes each reads its own.
+With --stream they come from the language model instead. On a mesh each device gets its
+rows of a batch; of several processes each reads its own.
 """
 
 from types import TracebackType
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from vsae_jax.activations.bad_rows import Check
+from vsae_jax.activations.further import FurtherRows
 from vsae_jax.activations.shards import READ
 from vsae_jax.activations.shuffle import Part, ShuffledRows
 from vsae_jax.system import processes
@@ -31,9 +33,16 @@ class Feed:
     """The rows that a planned run trains on, in their order. A context manager."""
 
     def __init__(self, planned: PlannedRun):
+        c = planned.train
         self._read, self._n_rows = planned.activations.view, planned.data["train_rows"]
-        if planned.train.bad_rows == "stop":
-            self._read = Check(planned.activations, giant=planned.train.giant).rows
+        self._further: FurtherRows | None = None
+        if c.stream:
+            each = planned.activations.rows_per_context
+            self._n_rows = -(-c.buffer_rows // each) * each
+            self._further = FurtherRows(planned.activations, giant=c.giant)
+            self._read = self._further.read
+        elif c.bad_rows == "stop":
+            self._read = Check(planned.activations, giant=c.giant).rows
         self._batch, self._mesh = planned.train.batch_size, planned.mesh
         self._own = own_rows(planned.mesh, self._batch)
         self.dtype = np.dtype(READ[planned.data["dtype"]])
@@ -44,16 +53,19 @@ class Feed:
             "row_bytes": row_bytes,
             "seed": planned.train.data_seed,
             "left_out": planned.left_out.rows if planned.left_out else (),
+            "forward": c.stream,
         }
         # The same stream, of the rows' numbers.
         self._numbers = ShuffledRows(_numbers, **order)
-        if planned.train.feed == "device" and processes.count() > 1:
+        if c.stream and processes.count() > 1:
+            raise UserError("--stream runs in one process; leave one of them away")
+        if c.feed == "device" and processes.count() > 1:
             raise UserError(
                 "--feed=device would put every row on every device; of several "
                 "processes each reads only its own: --feed=stream"
             )
         self._resident: Array | None = None
-        if _on_device(planned.train.feed, self._n_rows * row_bytes):
+        if not c.stream and _on_device(c.feed, self._n_rows * row_bytes):
             self._resident, self._rows = self._put(), self._numbers
         else:
             own = Part(self._batch, *self._own)
@@ -68,6 +80,8 @@ class Feed:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._further is not None:
+            self._further.close()
         self._rows.close()
 
     def first(self, count: int) -> Float[Array, "rows d_model"]:

@@ -55,7 +55,10 @@ def _needs(planned: PlannedRun) -> dict[tuple[str, str], int]:
     if planned.train.feed == "device":
         rows, flags = rows + all_rows, "--feed=stream"
     elif jax.default_backend() == "cpu":
-        rows += min(_GROUPS_BYTES, 2 * all_rows)
+        stream = planned.train.stream
+        rows += 2 * row * planned.train.buffer_rows if stream else 0
+        rows += 0 if stream else min(_GROUPS_BYTES, 2 * all_rows)
+        flags += ", --buffer_rows" if stream else ""
     many = jax.device_count() > 1
     needs = {
         (

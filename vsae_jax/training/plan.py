@@ -150,10 +150,13 @@ def explain(planned: PlannedRun) -> None:
     """What is trained, and what a flag does not do here."""
     c, rows = planned.train, planned.train.steps * planned.train.batch_size
     k = f"k {c.k}, " if planned.sae.has_k else ""
+    passes = f"{rows / planned.data['train_rows']:.2f} epochs"
+    if c.stream:
+        passes = f"of further text, shuffled {c.buffer_rows:,} at a time"
     print(
         f"{c.variant} (preset {c.preset}): d_model {planned.sae.d_model}, "
         f"d_sae {c.d_sae}, {k}{c.steps} steps of {c.batch_size} rows "
-        f"({rows / planned.data['train_rows']:.2f} epochs), {planned.sae.dtype}, "
+        f"({passes}), {planned.sae.dtype}, "
         f"{_devices(planned.mesh)}, to {planned.folder}"
     )
     if planned.sae.gate == "sigma":

@@ -12,13 +12,21 @@ from typing import Any
 
 from vsae_jax import runs
 from vsae_jax.config import EvalConfig, cli
-from vsae_jax.evals import Subject, absorption, core, on_texts, saebench_json, summary
+from vsae_jax.evals import (
+    Subject,
+    absorption,
+    core,
+    on_texts,
+    saebench_json,
+    stability,
+    summary,
+)
 from vsae_jax.evals.labelled import TextSet
 from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
 from vsae_jax.system.errors import UserError
 
-EVALS = ("core", *on_texts.EVALS, "absorption")
+EVALS = ("core", *on_texts.EVALS, "absorption", "stability")
 COLUMNS = {
     "ce_loss_score": "loss recovered",
     "kl_div_score": "KL score",
@@ -35,6 +43,8 @@ _OF_TEXTS = {
     "llm_top_1_test_accuracy": "residual's top-1",
     "scr_metric_threshold_20": "SCR 20",
     "tpp_threshold_20_total_metric": "TPP 20",
+    "decoder_cosine_median": "returns, cosine",
+    "correlation_median": "returns, corr.",
 }
 
 
@@ -127,6 +137,8 @@ def _checked(
         core.check(subjects)
     if "absorption" in names:
         absorption.check(subjects)
+    if "stability" in names:
+        stability.check(subjects)
     return on_texts.read(subjects, sets, quirks) if sets else []
 
 
@@ -148,6 +160,8 @@ def _evaluated(
         if reason := results[0].get("reason"):
             print(f"absorption is refused: {reason}")
         yield "absorption", results
+    if "stability" in names:
+        yield "stability", stability.run(subjects)
 
 
 def _write(

@@ -174,7 +174,7 @@ def test_two_groups_are_the_most_in_memory():
         for position in [*range(0, 3 * N, 40), *jumps]:
             rows.take(position, 40)
             buffers.add(rows.present.buffer.ctypes.data)
-    assert len(buffers) == 2
+    assert len(buffers) <= 2
 
 
 def test_taken_rows_stay_when_their_group_is_left():

@@ -2,7 +2,10 @@
 they open, go on from their checkpoints, and end as they did then."""
 
 import json
+import os
 import platform
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,11 +13,11 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import call
 
 from vsae_jax import runs
 from vsae_jax.activations.shards import Activations
 
+ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = Path(__file__).parent / "data" / "before_the_move" / "folders.tar.xz"
 # The flags that they were made with (the README beside the archive).
 FLAGS = {"activations": "rows", "d_sae": 24, "k": 2, "steps": 20, "batch_size": 32}
@@ -55,9 +58,15 @@ def test_a_finished_run_opens(old, name):
 
 
 @pytest.mark.parametrize("of", SWITCHES)
-def test_a_stopped_run_goes_on_and_ends_as_it_did(old, of, capsys):
-    assert call("train", **FLAGS, **SWITCHES[of], out=f"stopped/{of}") == 0
-    assert "going on from step 10" in capsys.readouterr().out
+def test_a_stopped_run_goes_on_and_ends_as_it_did(old, of):
+    flags = FLAGS | SWITCHES[of] | {"out": f"stopped/{of}"}
+    command = [sys.executable, "-m", "vsae_jax.train"]
+    command += [f"--{name}={value}" for name, value in flags.items()]
+    # Compiled as they were: without the tests' own flags (conftest.py).
+    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 10" in done.stdout
     for name in (name for name in RUNS if name.startswith(of)):
         got, expected = (
             load_file(old / end / name / runs.PARAMETERS)

@@ -130,7 +130,7 @@ def _table() -> dict[str, dict[str, Any]]:
             import yaml
 
             loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-            return from_saelens(yaml.load(path.read_text("utf-8"), Loader=loader))
+            return from_saelens(loader(path.read_text("utf-8")).get_single_data())
     bundled = resources.files("vsae_jax") / "data" / TABLE
     return json.loads(lzma.decompress(bundled.read_bytes()))["releases"]
 

@@ -227,6 +227,7 @@ def _over_cores(
 ) -> Any:
     """`run(*batches)`; on a CPU each core has its part of the contexts, since XLA keeps
     only products on several. `axis`: that of the contexts in what `run` returns."""
+    batches = tuple(a if isinstance(a, jax.Array) else np.asarray(a) for a in batches)
     batch, time = batches[0].shape[0], batches[-1].shape[1]
     traced = any(isinstance(a, Tracer) for a in batches)
     if traced or jax.default_backend() != "cpu":

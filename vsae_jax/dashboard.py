@@ -19,7 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from vsae_jax import features, runs
+from vsae_jax import features, lm, runs
 from vsae_jax.config import DashboardConfig, FeaturesConfig, cli
 from vsae_jax.config.dashboard import wanted_latents
 from vsae_jax.interop.loading import open_any
@@ -49,6 +49,7 @@ def run(c: DashboardConfig) -> Path:
         if (folder / runs.GRID).is_file():
             there = ", ".join(arm.name for arm in runs.run_folders(folder))
             raise UserError(f"{folder} is a grid; name one of the runs in it: {there}")
+    lm.leave_room(backend=c.backend, device=c.device)
     sides = [ready(folder, c) for folder in folders]
     matched = _matched(sides) if len(sides) > 1 else None
     out = Path(c.out) if c.out else folders[0] / "dashboard.html"
@@ -78,7 +79,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
     info = runs.read_json(path) if path.is_file() else {}
     if reason := _stale(info, opened, c):
         print(f"{folder}: {reason}, looking at held-out tokens")
-        shared = ("model", "layer", "backend", "lm_dtype", "activations")
+        shared = ("model", "layer", "backend", "lm_dtype", "device", "activations")
         asked = {name: getattr(c, name) for name in shared}
         if c.num_tokens is not None:
             asked["num_tokens"] = c.num_tokens

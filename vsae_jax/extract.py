@@ -24,7 +24,12 @@ from vsae_jax.activations.shared_shards import open_writer
 from vsae_jax.activations.shuffle import read_ahead
 from vsae_jax.config import ExtractConfig, cli, resolve_extracts
 from vsae_jax.config.fields import difference
-from vsae_jax.lm import LanguageModel, load_language_model, load_tokenizer
+from vsae_jax.lm import (
+    LanguageModel,
+    leave_room,
+    load_language_model,
+    load_tokenizer,
+)
 from vsae_jax.lm.files import locate
 from vsae_jax.lm.weights import weights_hash
 from vsae_jax.system import locks, processes, progress, signals
@@ -68,6 +73,8 @@ def run_together(configs: Sequence[ExtractConfig]) -> list[Activations]:
                 f"{there.n_rows:,} rows; nothing to do"
             )
     if not all(done):
+        # A lock asks JAX which process this is.
+        leave_room(backend=configs[0].backend, device=configs[0].device)
         with contextlib.ExitStack() as stack:
             for config in configs:
                 stack.enter_context(locks.held(Path(config.out), doing="extract"))
@@ -97,7 +104,9 @@ def _extract(configs: Sequence[ExtractConfig]) -> None:
     corpus = text.documents(
         config.dataset, split=config.split, text_column=config.text_column
     )
-    model = load_language_model(files, backend=config.backend, dtype=config.lm_dtype)
+    model = load_language_model(
+        files, backend=config.backend, dtype=config.lm_dtype, device=config.device
+    )
     for each in configs:
         model.check(each.hook)
     _check_length(config, model)

@@ -78,6 +78,7 @@ def command(configs: Sequence[FeaturesConfig]) -> None:
 
 def run(c: FeaturesConfig) -> list[Path]:
     """Writes `features/` into every run folder; returns those."""
+    lm.leave_room(backend=c.backend, device=c.device)
     folders = runs.run_folders(c.run)
     load = cache(lm.load_language_model)
     sources = [open_source(folder, c, load) for folder in folders]

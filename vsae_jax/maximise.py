@@ -172,12 +172,16 @@ def _latents(text: str, *, d_sae: int) -> list[int]:
 
 
 def _load(
-    model: str, *, revision: str | None, backend: str, dtype: str
+    model: str, *, revision: str | None, backend: str, dtype: lm.Dtype, device: str
 ) -> lm.LanguageModel:
-    """The model in JAX and in float32: it alone has gradients, and small ones."""
-    del backend, dtype
+    """The model in JAX, which alone has gradients; in float32 they are exact."""
+    del backend
     return lm.load_language_model(
-        model, revision=revision, backend="jax", dtype="float32"
+        model,
+        revision=revision,
+        backend="jax",
+        dtype="float32" if dtype == "auto" else dtype,
+        device=device,
     )
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import mmap
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
+from vsae_jax.lm.tokenizer import encode
 from vsae_jax.system.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -245,27 +245,3 @@ def _token_ids(
         for ids in encode(batch, tokenizer):
             if ids:
                 yield np.array(ids, np.int32)
-
-
-def encode(
-    documents: list[str], tokenizer: "PreTrainedTokenizerBase"
-) -> list[list[int]]:
-    """The ids of each document, without special tokens."""
-    # Said outright, so that the tokenizers library does not warn after a fork.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # The tokenizers library without offsets, which transformers always asks for.
-    encoder = getattr(tokenizer, "backend_tokenizer", None)
-    if encoder is not None:
-        encoder.encode_special_tokens = True
-        encoder.no_truncation()
-        encoder.no_padding()
-        encodings = encoder.encode_batch_fast(documents, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-    return tokenizer(
-        documents,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]

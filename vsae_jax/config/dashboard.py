@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
+from vsae_jax.config.extract import DEVICE, LM_DTYPE, Backend, LMDtype
 from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.config.opening import ACTIVATIONS, BACKEND, LAYER, MODEL_DIFFERS
 from vsae_jax.system.errors import UserError
@@ -34,6 +34,7 @@ class DashboardConfig:
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
+    device: str = flag(DEVICE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     num_tokens: int | None = flag(
         "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"

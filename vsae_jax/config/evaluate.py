@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
+from vsae_jax.config.extract import DEVICE, LM_DTYPE, Backend, LMDtype
 from vsae_jax.config.fields import REQUIRED, check_at_least, check_below, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
@@ -36,6 +36,7 @@ class EvalConfig(OpenOptions):
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
+    device: str = flag(DEVICE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     text: str = flag(
         "evaluate on this .jsonl, .txt or .parquet instead of held-out contexts", ""

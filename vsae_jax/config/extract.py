@@ -19,6 +19,11 @@ LM_DTYPE = (
     "fast at it for a model of 512 wide or more that is stored in it"
 )
 
+DEVICE = (
+    "torch's, with --backend=transformers: cpu, cuda, cuda:1 or mps; auto: the first "
+    "GPU, or the CPU"
+)
+
 
 @dataclass(frozen=True)
 class ExtractConfig:
@@ -35,6 +40,7 @@ class ExtractConfig:
         "transformers needs torch; auto: jax where it runs the family", "transformers"
     )
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
+    device: str = flag(DEVICE, "auto", runtime=True)
     layer: int = preset_flag(
         "layer", "block whose activations are kept, from 0", table="extract", grid=True
     )

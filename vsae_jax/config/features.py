@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vsae_jax.config.extract import LM_DTYPE, Backend, LMDtype
+from vsae_jax.config.extract import DEVICE, LM_DTYPE, Backend, LMDtype
 from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.config.opening import (
     ACTIVATIONS,
@@ -36,6 +36,7 @@ class FeaturesConfig(OpenOptions):
     layer: int | None = flag(LAYER)
     backend: Backend = flag(BACKEND, "auto")
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
+    device: str = flag(DEVICE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     num_tokens: int = flag("most tokens to look at, of the held-out ones", 1_000_000)
     top: int = flag("contexts of the strongest activations kept per latent", 20)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vsae_jax.config.extract import Backend, LMDtype
 from vsae_jax.config.fields import REQUIRED, check_above_zero, check_at_least, flag
 from vsae_jax.config.opening import ACTIVATIONS, LAYER, MODEL_DIFFERS, OpenOptions
 from vsae_jax.system.errors import UserError
@@ -34,6 +35,10 @@ class MaximiseConfig(OpenOptions):
     revision: str = flag("hub revision; unset: the run's", "")
     model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
+    backend: Backend = flag("jax, as auto, which alone has gradients", "auto")
+    lm_dtype: LMDtype = flag(
+        "of the language model's products; auto: float32, for exact gradients", "auto"
+    )
     activations: str = flag(ACTIVATIONS, "")
     text: str = flag(
         "look for real text in this .jsonl, .txt or .parquet, not in held-out contexts",
@@ -50,5 +55,10 @@ class MaximiseConfig(OpenOptions):
         check_above_zero(self, "lr", "hot", "cold")
         if not self.run:
             raise UserError("--run is not set; name a run folder")
+        if self.backend == "transformers":
+            raise UserError(
+                "--backend=transformers has no gradients through the autoencoder; use "
+                "--backend=jax, which runs the families that the guide names"
+            )
         if not self.latents:
             raise UserError("--latents is not set; name some, such as --latents=3,17")

@@ -21,6 +21,7 @@ class OpenOptions:
     layer: int | None = None
     backend: Backend = "auto"
     lm_dtype: LMDtype = "auto"
+    device: str = "auto"
     activations: str = ""
     text: str = ""
     text_column: str = "text"

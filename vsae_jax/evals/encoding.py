@@ -17,6 +17,7 @@ from vsae_jax.activations import text
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.evals import Subject
+from vsae_jax.lm import encode
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -58,7 +59,7 @@ def tokenise(
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), text.DOCUMENTS_AT_ONCE):
         part = list(texts[start : start + text.DOCUMENTS_AT_ONCE])
-        encoded = text.encode(part, tokenizer)
+        encoded = encode(part, tokenizer)
         ids += [np.array((bos + row)[:length], np.int32) for row in encoded]
     return ids
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from vsae_jax.activations import text
 from vsae_jax.evals import Subject
 from vsae_jax.evals.encoding import residuals_at
+from vsae_jax.lm import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,9 +47,9 @@ def alphabetic_words(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         if letters.isascii() and letters.isalpha():
             found.add(word)
     words = sorted(found)
-    shared = len(text.encode(["\n" + SUFFIX], tokenizer)[0])
+    shared = len(encode(["\n" + SUFFIX], tokenizer)[0])
     lengths = (
-        len(ids) for ids in text.encode(["\n" + w + SUFFIX for w in words], tokenizer)
+        len(ids) for ids in encode(["\n" + w + SUFFIX for w in words], tokenizer)
     )
     return [w for w, length in zip(words, lengths, strict=True) if length == shared + 1]
 
@@ -68,7 +69,7 @@ def too_few(words: list[str]) -> bool:
 def prompt_length(words: list[str], tokenizer: "PreTrainedTokenizerBase") -> int:
     """Tokens of a prompt: every word is one, and so is a letter."""
     made = prompts(words[:1], words, np.random.default_rng(0))
-    return len(text.encode(made, tokenizer)[0])
+    return len(encode(made, tokenizer)[0])
 
 
 def letter_of(word: str) -> int:
@@ -97,11 +98,11 @@ def read_words(
     rng: np.random.Generator,
 ) -> Words:
     """The residual of each word in a prompt of its own."""
-    suffix = len(text.encode([SUFFIX], tokenizer)[0])
+    suffix = len(encode([SUFFIX], tokenizer)[0])
     ids: list[np.ndarray] = []
     made = prompts(words, examples, rng)
     for start in range(0, len(made), text.DOCUMENTS_AT_ONCE):
-        part = text.encode(made[start : start + text.DOCUMENTS_AT_ONCE], tokenizer)
+        part = encode(made[start : start + text.DOCUMENTS_AT_ONCE], tokenizer)
         ids += [np.array(row, np.int32) for row in part]
     places = np.array([len(row) - suffix - 1 for row in ids])
     x = residuals_at(subject, ids, places)

@@ -23,6 +23,7 @@ _SHARED = (
 def open_subjects(config: OpenOptions) -> list[list[Subject]]:
     """The runs that `--run` names, those together that share their language model, its
     hook and their tokens."""
+    lm.leave_room(backend=config.backend, device=config.device)
     opened = [open_any(folder) for folder in runs.run_folders(config.run)]
     load = cache(lm.load_language_model)
     groups: dict[tuple, list[Subject]] = {}

@@ -5,16 +5,9 @@ language model through transformers and torch. Neither they nor transformers are
 imported before a model is asked for.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from vsae_jax.lm.dtype import choose_dtype
-from vsae_jax.lm.files import (
-    ModelFiles,
-    find,
-    locate,
-    read_vocab_size,
-    tokenizer_source,
-)
+from vsae_jax.lm.files import ModelFiles, find, locate
 from vsae_jax.lm.protocol import (
     Cut,
     LanguageModel,
@@ -28,10 +21,8 @@ from vsae_jax.lm.protocol import (
     identity,
     next_token_loss,
 )
-from vsae_jax.system.errors import UserError, one_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from vsae_jax.lm.tokenizer import encode, load_tokenizer
+from vsae_jax.system.errors import UserError
 
 __all__ = [
     "Cut",
@@ -43,7 +34,9 @@ __all__ = [
     "Tokens",
     "Traceable",
     "check_layer",
+    "encode",
     "identity",
+    "leave_room",
     "load_language_model",
     "load_tokenizer",
     "next_token_loss",
@@ -60,6 +53,7 @@ def load_language_model(
     revision: str | None = None,
     backend: Backend = "auto",
     dtype: Dtype = "auto",
+    device: str = "auto",
 ) -> LanguageModel:
     """The language model in a local folder or under a hub id.
 
@@ -70,20 +64,35 @@ def load_language_model(
       backend: `auto` is jax for the families that it runs and that have safetensors,
         and transformers for every other.
       dtype: of the operands of products, see `choose_dtype`.
+      device: torch's, with the transformers backend: cpu, cuda, cuda:1 or mps; `auto`
+        is the first GPU, or the CPU. JAX has devices of its own (JAX_PLATFORMS).
     """
     if backend not in ("transformers", "jax", "auto"):
         raise UserError(f"backend={backend!r} must be transformers, jax or auto")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"lm_dtype={dtype!r} must be auto, float32 or bfloat16")
-    files = _located(model, revision)
-    chosen = choose_dtype(files) if dtype == "auto" else dtype
+    files = locate(model, revision=revision) if isinstance(model, str) else model
     if backend == "jax" or backend == "auto" and _runs_in_jax(files):
+        if device != "auto":
+            raise UserError(
+                f"--device={device} is torch's; add --backend=transformers, or choose "
+                "JAX's devices by JAX_PLATFORMS and CUDA_VISIBLE_DEVICES"
+            )
         from vsae_jax.lm.jax_backend import load_decoder
 
-        return load_decoder(files, dtype=chosen)
+        return load_decoder(files, dtype=dtype)
     from vsae_jax.lm.hf import load_hf
 
-    return load_hf(files, dtype=chosen)
+    return load_hf(files, dtype=dtype, device=device)
+
+
+def leave_room(*, backend: Backend, device: str) -> None:
+    """For a command that starts JAX before it loads its language model: keeps JAX from
+    taking the GPU that torch will use, where the backend is transformers for sure."""
+    if backend == "transformers":
+        from vsae_jax.lm.torch_device import placed
+
+        placed(device)
 
 
 def _runs_in_jax(files: ModelFiles) -> bool:
@@ -95,43 +104,3 @@ def _runs_in_jax(files: ModelFiles) -> bool:
     safe = "model.safetensors", "model.safetensors.index.json"
     pickled = "pytorch_model.bin", "pytorch_model.bin.index.json"
     return any(find(files, f) for f in safe) or not any(find(files, f) for f in pickled)
-
-
-def _located(model: str | ModelFiles, revision: str | None) -> ModelFiles:
-    return locate(model, revision=revision) if isinstance(model, str) else model
-
-
-def load_tokenizer(
-    model: str | ModelFiles, *, revision: str | None = None
-) -> "PreTrainedTokenizerBase":
-    """The model's own tokenizer, checked against the model's vocabulary."""
-    files = _located(model, revision)
-    source = tokenizer_source(files)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UserError(
-            f"the tokenizer of --model={files.name} cannot be read: {one_line(error)}"
-        ) from None
-    _check_vocabulary(tokenizer, model=files.name, vocab_size=read_vocab_size(files))
-    return tokenizer
-
-
-def _check_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", *, model: str, vocab_size: int
-) -> None:
-    """Refuses a tokenizer with ids that the model does not know.
-
-    Special tokens beyond the vocabulary are let pass: Gemma 3's 1B text model ships
-    the image token of its larger sisters, and plain text does not produce them.
-    """
-    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer of --model={model} has ids up to {largest} but the model's "
-            f"vocabulary is {vocab_size}: it belongs to another model and would "
-            "scramble the text; put the model's own tokenizer files in its place"
-        )

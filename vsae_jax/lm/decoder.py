@@ -13,7 +13,7 @@ activations and the residual stream stay in float32.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
+Start = int | Int[Array, ""]
+
+
+class Cache(NamedTuple):
+    """The keys and values of the positions that ran so far; of one block, or of all of
+    them on a leading axis."""
+
+    keys: Float[Array, "*n_layers batch n_kv_heads length d_head"]
+    values: Float[Array, "*n_layers batch n_kv_heads length d_head"]
+
 
 _tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
@@ -122,12 +132,18 @@ def _product(x: Array, w: Array, dtype: Any) -> Array:
     """x @ w, operands of `dtype`, in float32."""
     # float32 means float32: a GPU's default would be TF32, three digits.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.matmul(
+    # Of one row, as of a token that is generated, a CPU makes bfloat16 products six
+    # times slower than of two.
+    alone = w.ndim == 2 and x.size == w.shape[0]
+    twice = alone and dtype != jnp.float32 and jax.default_backend() == "cpu"
+    x = jnp.concatenate([x, x], axis=-2) if twice else x
+    product = jnp.matmul(
         x.astype(dtype),
         w.astype(dtype),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+    return product[..., :1, :] if twice else product
 
 
 def _linear(p: Params, name: str, x: Array) -> Array:
@@ -151,10 +167,11 @@ def _norm(
 
 
 def _rotations(
-    frequencies: Float[Array, " half"], time: int, *, scale: float
+    frequencies: Float[Array, " half"], start: Start, time: int, *, scale: float
 ) -> tuple[Float[Array, "time half"], Float[Array, "time half"]]:
-    """Cosine and sine of each position's angles, times `scale`."""
-    angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    """Cosine and sine of the angles of positions start, ..., times `scale`."""
+    positions = (start + jnp.arange(time)).astype(jnp.float32)
+    angles = positions[:, None] * frequencies[None, :]
     return scale * jnp.cos(angles), scale * jnp.sin(angles)
 
 
@@ -175,16 +192,25 @@ def _capped(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _visible(p: Params, time: int) -> Bool[Array, "time time"]:
-    """Which keys (columns) a query sees: none after it, nor `window` before it."""
-    distance = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
+def _visible(
+    p: Params, start: Start, *, n_queries: int, n_keys: int
+) -> Bool[Array, "queries keys"]:
+    """Which keys the queries start, start + 1, ... see: none after them, nor `window`
+    before them."""
+    distance = start + jnp.arange(n_queries)[:, None] - jnp.arange(n_keys)[None, :]
     return (distance >= 0) & (distance.astype(jnp.float32) < p["window"])
 
 
 def _attention(
-    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
-) -> Float[Array, "batch time d_model"]:
-    """softmax(q k' * scale) v over the visible positions."""
+    p: Params,
+    x: Float[Array, "batch time d_model"],
+    *,
+    spec: Spec,
+    past: Cache | None = None,
+    start: Start = 0,
+) -> tuple[Float[Array, "batch time d_model"], Cache]:
+    """softmax(q k' * scale) v over the visible positions, and their k and v: those of x
+    are written into `past` from `start` on, where there is one."""
     batch, time, _ = x.shape
     n_kv, d, dtype = spec.n_kv_heads, spec.d_head, p["w_qkv"].dtype
     group = spec.n_heads // n_kv
@@ -194,17 +220,21 @@ def _attention(
         q, k = _norm(p, "q_norm", q, spec=spec), _norm(p, "k_norm", k, spec=spec)
     if "cos" in p:
         q, k = (_rotate(a, p["cos"], p["sin"]) for a in (q, k))
+    if past is not None:
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+        k, v = (write(a, b, start) for a, b in zip(past, (k, v)))
     # The queries that share a key are rows of one matrix, stored by rows.
     q = q.reshape(batch, n_kv, group * time, d)
     scores = _product(q, k.transpose(0, 1, 3, 2), dtype) * spec.attention_scale
     scores = _capped(scores, spec.attention_cap)
-    scores = scores.reshape(batch, n_kv, group, time, time)
-    visible = _visible(p, time)[None, None, None]
+    n_keys = k.shape[2]
+    scores = scores.reshape(batch, n_kv, group, time, n_keys)
+    visible = _visible(p, start, n_queries=time, n_keys=n_keys)[None, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    weights = weights.reshape(batch, n_kv, group * time, time)
+    weights = weights.reshape(batch, n_kv, group * time, n_keys)
     mixed = _product(weights, v, dtype)
     mixed = mixed.reshape(batch, n_kv, group, time, d).transpose(0, 3, 1, 2, 4)
-    return _linear(p, "out", mixed.reshape(batch, time, -1))
+    return _linear(p, "out", mixed.reshape(batch, time, -1)), Cache(k, v)
 
 
 def _mlp(
@@ -214,6 +244,20 @@ def _mlp(
     if not spec.gated:
         return _linear(p, "down", act(_linear(p, "up", x)))
     return _linear(p, "down", act(_linear(p, "gate", x)) * _linear(p, "up", x))
+
+
+def _attn_out(
+    p: Params,
+    x: Float[Array, "batch time d_model"],
+    *,
+    spec: Spec,
+    past: Cache | None = None,
+    start: Start = 0,
+) -> tuple[Float[Array, "batch time d_model"], Cache]:
+    """What attention adds to the stream x; keys and values as of `_attention`."""
+    norm = functools.partial(_norm, p, spec=spec)
+    added, cache = _attention(p, norm("ln1", x), spec=spec, past=past, start=start)
+    return norm("post1", added) if spec.post_norms else added, cache
 
 
 def _sites(
@@ -228,8 +272,7 @@ def _sites(
     attention's part."""
     norm = functools.partial(_norm, p, spec=spec)
     if attn_out is None:
-        added = _attention(p, norm("ln1", x), spec=spec)
-        attn_out = norm("post1", added) if spec.post_norms else added
+        attn_out, _ = _attn_out(p, x, spec=spec)
     y = x + attn_out
     added = _mlp(p, norm("ln2", x if spec.parallel else y), spec=spec)
     mlp_out = norm("post2", added) if spec.post_norms else added
@@ -329,6 +372,44 @@ def _in_pieces(
     return x.reshape(-1, _contexts_at_once(*x.shape[:2]), *x.shape[1:])
 
 
+def empty_cache(*, spec: Spec, batch: int, length: int) -> Cache:
+    """Room for contexts of up to `length` positions."""
+    shape = spec.n_layers, batch, spec.n_kv_heads, length, spec.d_head
+    return Cache(jnp.zeros(shape), jnp.zeros(shape))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "first", "stop"), donate_argnames="cache"
+)
+def extend(
+    params: Params,
+    x: Float[Array, "batch time d_model"],
+    cache: Cache,
+    start: Int[Array, ""],
+    *,
+    spec: Spec,
+    first: int,
+    stop: int,
+) -> tuple[Float[Array, "batch time d_model"], Cache]:
+    """`run_blocks` over the blocks first, ..., stop - 1 where x has the positions
+    start, start + 1, ... and the cache what comes before them; the cache with both."""
+    time = x.shape[1]
+    if first == 0 and spec.learned_positions:
+        own = jax.lax.dynamic_slice_in_dim(params["positions"], start, time)
+        x = x + own[None].astype(jnp.float32)
+
+    def step(carry: tuple[Array, Cache], i: Array) -> tuple[tuple[Array, Cache], None]:
+        x, cache = carry
+        p = _arrays_of(params, i, time, spec=spec, start=start)
+        past = Cache(cache.keys[i], cache.values[i])
+        attn_out, own = _attn_out(p, x, spec=spec, past=past, start=start)
+        x = _sites(p, x, spec=spec, attn_out=attn_out)["resid_post"]
+        cache = jax.tree.map(lambda each, one: each.at[i].set(one), cache, own)
+        return (x, cache), None
+
+    return jax.lax.scan(step, (x, cache), jnp.arange(first, stop))[0]
+
+
 def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
     """An array of each block on a leading axis; bfloat16 as bits. XLA on a CPU moves
     the conversion of a block's part in front of the loop, and all blocks' matrices
@@ -337,11 +418,13 @@ def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
     return stacked.view(np.uint16) if stacked.dtype == jnp.bfloat16 else stacked
 
 
-def _arrays_of(params: Params, i: Int[Array, ""], time: int, *, spec: Spec) -> Params:
-    """Block i's arrays, and the rotations of so many positions."""
+def _arrays_of(
+    params: Params, i: Int[Array, ""], time: int, *, spec: Spec, start: Start = 0
+) -> Params:
+    """Block i's arrays, and the rotations of so many positions from `start` on."""
     p = jax.tree.map(functools.partial(_of_block, i=i), params["blocks"])
     if "frequencies" in p:
-        turn = _rotations(p["frequencies"], time, scale=spec.rotary_scale)
+        turn = _rotations(p["frequencies"], start, time, scale=spec.rotary_scale)
         p["cos"], p["sin"] = turn
     return p
 

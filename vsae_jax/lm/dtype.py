@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-import jax
-
 from vsae_jax.lm.files import ModelFiles
 
 # Below it products are not what takes the time.
 _WIDE = 512
 
 
-def choose_dtype(files: ModelFiles) -> str:
+def choose_dtype(files: ModelFiles, *, on_cpu: bool) -> str:
     """`--lm_dtype=auto`: bfloat16 on a GPU; on a CPU where it has instructions for it,
     the model is at least 512 wide, and its weights lie in bfloat16, so that none is
     rounded; else float32."""
-    if jax.default_backend() != "cpu":
+    if not on_cpu:
         return "bfloat16"
     config = {**files.config, **files.config.get("text_config", {})}
     width = config.get("hidden_size", config.get("n_embd", 0))

@@ -69,6 +69,7 @@ class ModelFacts:
     max_positions: int | None
     dtype: str
     bos_id: int
+    eos_ids: frozenset[int]
     special_ids: frozenset[int]
     config_hash: str
     tokenizer_hash: str
@@ -276,10 +277,18 @@ def model_facts(
         max_positions=config.get("max_position_embeddings", config.get("n_positions")),
         dtype=dtype,
         bos_id=(bos + eos)[0],
+        eos_ids=frozenset(eos),
         special_ids=frozenset(bos + eos + pad),
         config_hash=_config_hash(files.config),
         tokenizer_hash=_tokenizer_hash(files),
     )
+
+
+def generation_eos_ids(files: ModelFiles) -> frozenset[int]:
+    """The EOS ids of generation_config.json, which has more than config.json where a
+    turn of a chat has an end of its own; none without that file."""
+    path = find(files, "generation_config.json")
+    return frozenset(_ids(read_json(path).get("eos_token_id")) if path else ())
 
 
 def _ids(value: int | list[int] | None) -> list[int]:

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import importlib.util
+import inspect
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vsae_jax.config.sites import Hook, Site
+from vsae_jax.lm.attached import Attached
+from vsae_jax.lm.dtype import choose_dtype
 from vsae_jax.lm.files import (
-    ModelFacts,
     ModelFiles,
     Source,
     model_facts,
@@ -31,7 +32,8 @@ from vsae_jax.lm.protocol import (
     identity,
     splice_layer,
 )
-from vsae_jax.system.errors import UserError, missing_extra, one_line
+from vsae_jax.lm.torch_device import placed
+from vsae_jax.system.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -61,14 +63,14 @@ class _Reached(Exception):
     """Leaves the forward pass once the hooked block has run."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HFModel(ModelFacts):
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class HFModel(Attached):
     """A `LanguageModel` around a torch module; arrays in and out are NumPy's.
 
     In bfloat16 it is transformers' own: the residual stream is bfloat16, too.
     """
 
-    module: "torch.nn.Module" = dataclasses.field(repr=False)
+    module: "torch.nn.Module"
 
     def residual(
         self, tokens: Tokens, layer: int
@@ -277,14 +279,53 @@ class HFModel(ModelFacts):
         ce, kl = (np.stack(parts) for parts in zip(*each, strict=True))
         return Losses(ce[:, :, :-1], kl)
 
+    def cached(
+        self,
+        *,
+        batch: int,
+        length: int,
+        layer: int | None = None,
+        splice: Splice = identity,
+    ) -> Callable[[Tokens], Float[np.ndarray, "batch vocab"]]:
+        """A function of the next tokens; transformers' own cache grows as it needs."""
+        del batch, length
+        last = splice_layer(layer, [splice], n_layers=self.n_layers)
+        block = find_layers(self.module)[last]
+        # Its name before and after transformers 5.2x.
+        accepted = inspect.signature(self.module.forward).parameters
+        name = "cache" if "cache" in accepted else "past_key_values"
+        past: Any = None
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            stream = _first(output).float().cpu().numpy().copy()
+            return _with_first(output, self._tensor(apply_splice(splice, stream)))
+
+        def forward(tokens: Tokens) -> Float[np.ndarray, "batch vocab"]:
+            nonlocal past
+            with ExitStack() as stack:
+                if splice is not identity:
+                    stack.callback(block.register_forward_hook(hook).remove)
+                output = self._call(tokens, use_cache=True, **{name: past})
+            past = output.get(name)
+            if past is None:
+                raise UserError(
+                    f"{type(self.module).__name__} of --model={self.name} keeps no "
+                    "keys and values, which generation goes by"
+                )
+            return output.logits[:, -1].float().cpu().numpy()
+
+        return forward
+
     def _forward(self, tokens: Tokens) -> "torch.Tensor":
         """The logits `[batch, time, vocab]`, in the model's dtype, on its device."""
+        return self._call(tokens, use_cache=False).logits
+
+    def _call(self, tokens: Tokens, **how: Any) -> Any:
         import torch
 
         ids = torch.as_tensor(np.array(tokens), dtype=torch.long)
         with torch.no_grad():
-            ids = ids.to(next(self.module.parameters()).device)
-            return self.module(ids, use_cache=False).logits
+            return self.module(ids.to(next(self.module.parameters()).device), **how)
 
 
 def _losses(
@@ -344,17 +385,13 @@ def _with_first(output: Any, new: "torch.Tensor") -> Any:
     return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
-def load_hf(files: ModelFiles, *, dtype: str) -> HFModel:
-    """Reads a model into torch, on the GPU where there is one."""
-    if importlib.util.find_spec("torch") is None:
-        hint = missing_extra("torch", extra="torch")
-        raise UserError(
-            f"{hint} (--backend=jax needs none, for the families that it runs)"
-        )
-    import torch
-
+def load_hf(files: ModelFiles, *, dtype: str, device: str) -> HFModel:
+    """Reads a model into torch, on a device that `torch_device` resolves."""
+    device = placed(device)
+    if dtype == "auto":
+        dtype = choose_dtype(files, on_cpu=device == "cpu")
     module = _read_module(transformers_source(files), name=files.name, dtype=dtype)
-    module = module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    module = module.eval().to(device)
     # Models of text and images keep the text model's facts one level down.
     text_config = module.config.get_text_config()
     n_layers = len(find_layers(module))

@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm import decoder
+from vsae_jax.lm.attached import Attached
 from vsae_jax.lm.decoder import Params, Spec
+from vsae_jax.lm.dtype import choose_dtype
 from vsae_jax.lm.families import FAMILIES, family_of, read_spec
 from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts
 from vsae_jax.lm.protocol import (
@@ -38,12 +40,12 @@ from vsae_jax.system.errors import UserError
     data_fields=["params"],
     meta_fields=["spec", *(field.name for field in dataclasses.fields(ModelFacts))],
 )
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoder(ModelFacts):
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Decoder(Attached):
     """A `Traceable` model."""
 
     spec: Spec
-    params: Params = dataclasses.field(repr=False)
+    params: Params
 
     @property
     def embedding(self) -> Float[Array, "vocab d_model"]:
@@ -221,6 +223,36 @@ class Decoder(ModelFacts):
         streams = jnp.stack([jnp.asarray(x, jnp.float32) for x in residuals], axis=1)
         return Losses(*_over_cores(of_part, streams, tokens, axis=1))
 
+    def cached(
+        self,
+        *,
+        batch: int,
+        length: int,
+        layer: int | None = None,
+        splice: Splice = identity,
+    ) -> Callable[[Tokens], Float[Array, "batch vocab"]]:
+        """A function of the next tokens; one compiled step serves them one by one."""
+        layer = splice_layer(layer, [splice], n_layers=self.n_layers)
+        n_below, n = layer + 1, self.n_layers
+        spec, start = self.spec, 0
+        cache = decoder.empty_cache(spec=spec, batch=batch, length=length)
+        extend = functools.partial(decoder.extend, self.params, spec=spec)
+
+        def forward(tokens: Tokens) -> Float[Array, "batch vocab"]:
+            nonlocal cache, start
+            tokens = jnp.asarray(tokens)
+            if start + tokens.shape[1] > length:
+                raise ValueError(f"there is room for {length} positions only")
+            x = decoder.embed(self.params, tokens, spec=spec)
+            x, cache = extend(x, cache, start, first=0, stop=n_below)
+            x = jnp.asarray(apply_splice(splice, x), jnp.float32)
+            if n_below < n:
+                x, cache = extend(x, cache, start, first=n_below, stop=n)
+            start += tokens.shape[1]
+            return decoder.unembed(self.params, x[:, -1:], spec=spec)[:, 0]
+
+        return forward
+
 
 def _over_cores(
     run: Callable[..., Any], *batches: Residual | Tokens, axis: int = 0
@@ -252,6 +284,8 @@ def load_decoder(files: ModelFiles, *, dtype: str) -> Decoder:
             f"--backend=jax does not run {str(which)[:80]} of --model={files.name}, "
             f"only {', '.join(FAMILIES)}; use --backend=transformers"
         )
+    if dtype == "auto":
+        dtype = choose_dtype(files, on_cpu=jax.default_backend() == "cpu")
     read = read_spec(family, raw)
     spec = read.spec
     facts = model_facts(

@@ -1,12 +1,12 @@
 """What extraction and evaluation ask of a language model, whatever runs it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm.files import ModelFiles
@@ -16,6 +16,7 @@ Tokens = Int[Array | np.ndarray, "batch time"]
 Residual = Float[Array | np.ndarray, "batch time d_model"]
 Logits = Float[Array | np.ndarray, "batch time vocab"]
 Splice = Callable[[Any], Any]
+Prompt = TypeVar("Prompt", str, Tokens)
 
 
 def identity(residual: Residual) -> Residual:
@@ -145,6 +146,39 @@ class LanguageModel(Protocol):
 
         underflow: log p by way of p, where it can become -inf.
         """
+        ...
+
+    def cached(
+        self,
+        *,
+        batch: int,
+        length: int,
+        layer: int | None = None,
+        splice: Splice = identity,
+    ) -> Callable[[Tokens], Float[Array | np.ndarray, "batch vocab"]]:
+        """A function that takes the next tokens `[batch, time]` of `batch` contexts, at
+        its first call the first ones, and gives the logits after the last of them. It
+        keeps the keys and values of up to `length` positions, so that no token runs
+        twice; `splice` sees the new positions only."""
+        ...
+
+    def tokenize(
+        self, texts: str | Sequence[str], *, bos: bool = True
+    ) -> Int[np.ndarray, "texts time"]: ...
+
+    def decode(self, tokens: Tokens) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 32,
+        layer: int | None = None,
+        splice: Splice = identity,
+        temperature: float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> Prompt:
+        """What the model writes after a prompt, text or tokens, see `Attached`."""
         ...
 
 

@@ -119,7 +119,11 @@ def load_model(
     model = c.model or run.data.get("model")
     revision = c.revision or ("" if c.model else run.data.get("revision"))
     language_model = load(
-        model, revision=revision or None, backend=c.backend, dtype=c.lm_dtype
+        model,
+        revision=revision or None,
+        backend=c.backend,
+        dtype=c.lm_dtype,
+        device=c.device,
     )
     if language_model.d_model != run.sae.d_model:
         raise UserError(

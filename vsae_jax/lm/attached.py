@@ -1,0 +1,184 @@
+"""What a notebook asks of a language model besides, the same for both backends: texts
+to tokens and back, and what the model goes on to write."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from vsae_jax.lm.files import ModelFacts, generation_eos_ids
+from vsae_jax.lm.protocol import Logits, Prompt, Splice, Tokens, identity
+from vsae_jax.lm.tokenizer import encode, load_tokenizer
+from vsae_jax.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Room for keys and values comes in steps of so many positions, so that prompts of
+# other lengths need no other program.
+_ROOM = 128
+
+
+class Attached(ModelFacts, abc.ABC):
+    """The half of a `LanguageModel` that both backends share."""
+
+    @functools.cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """transformers' tokenizer, for chat templates and the like."""
+        return load_tokenizer(self.files)
+
+    def tokenize(
+        self, texts: str | Sequence[str], *, bos: bool = True
+    ) -> Int[np.ndarray, "texts time"]:
+        """The ids of one text or of several, each after BOS.
+
+        Shorter texts are filled with `bos_id` at their end, which changes nothing
+        before it. A special token that a text spells stays text.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        first = [self.bos_id] if bos else []
+        rows = [first + ids for ids in encode(texts, self.tokenizer)]
+        longest = max(map(len, rows), default=0)
+        fill = self.bos_id
+        filled = [ids + [fill] * (longest - len(ids)) for ids in rows]
+        return np.array(filled, np.int32).reshape(len(rows), longest)
+
+    def decode(self, tokens: Tokens) -> list[str]:
+        """The texts of ids `[texts, time]`, special tokens left out."""
+        return self.tokenizer.batch_decode(
+            np.asarray(tokens).tolist(),
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 32,
+        layer: int | None = None,
+        splice: Splice = identity,
+        temperature: float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> Prompt:
+        """What the model writes after a prompt, the prompt left out: text after text,
+        ids `[batch, new]` after ids `[batch, time]`.
+
+        It ends at EOS, which ids hold and text does not; a row that ends before others
+        goes on as EOS. Each token costs one pass over itself: keys and values are kept.
+
+        Args:
+          max_new_tokens: the most that is written.
+          layer: the block whose output is spliced.
+          splice: applied to the prompt's residual stream, `[batch, time, d_model]`,
+            and then to each new token's, `[batch, 1, d_model]`: it must treat every
+            position by itself.
+          temperature: of the softmax that is sampled from; 0 takes the likeliest.
+          key: for a temperature above 0; it is consumed.
+        """
+        _check_choice(max_new_tokens, temperature, key)
+        text = isinstance(prompt, str)
+        tokens = self.tokenize(prompt) if text else np.asarray(prompt)
+        self._check_prompt(tokens, max_new_tokens)
+        length = -(-(tokens.shape[1] + max_new_tokens) // _ROOM) * _ROOM
+        forward = self.cached(
+            batch=len(tokens), length=length, layer=layer, splice=splice
+        )
+        new = _continued(
+            forward,
+            tokens,
+            ends=sorted(self.eos_ids | generation_eos_ids(self.files)),
+            count=max_new_tokens,
+            temperature=temperature,
+            key=key,
+        )
+        result: Any = self.decode(new)[0] if text else new
+        return result
+
+    @abc.abstractmethod
+    def cached(
+        self,
+        *,
+        batch: int,
+        length: int,
+        layer: int | None = None,
+        splice: Splice = identity,
+    ) -> Callable[[Tokens], Logits]:
+        """See `LanguageModel`."""
+
+    def _check_prompt(self, tokens: Int[np.ndarray, "..."], new: int) -> None:
+        if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
+            raise UserError(
+                f"a prompt of shape {list(tokens.shape)} and {tokens.dtype} is neither "
+                "text nor token ids [batch, time]; lm.tokenize(text) makes such"
+            )
+        if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            raise UserError(
+                f"the prompt has token ids from {tokens.min()} to {tokens.max()}, and "
+                f"the vocabulary those from 0 to {self.vocab_size - 1}"
+            )
+        most, length = self.max_positions, tokens.shape[1] + new
+        if most and length > most:
+            raise UserError(
+                f"a prompt of {tokens.shape[1]} tokens and max_new_tokens={new} exceed "
+                f"the {most} positions of {self.name}; make either shorter"
+            )
+
+    def __repr__(self) -> str:
+        kind = (self.files.config.get("architectures") or ["a language model"])[0]
+        most = f", {self.max_positions:,} positions" if self.max_positions else ""
+        return (
+            f"<{type(self).__name__} {self.name}: {kind} in {self.dtype}\n"
+            f" {self.n_layers} blocks, d_model {self.d_model:,}, vocabulary "
+            f"{self.vocab_size:,}{most}\n"
+            f" tokens made of texts start with BOS ({self.bos_id})>"
+        )
+
+
+def _check_choice(count: int, temperature: float, key: Any) -> None:
+    if count < 1:
+        raise UserError(f"max_new_tokens={count} must be at least 1")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise UserError(f"temperature={temperature} must be a finite number from 0 up")
+    if temperature > 0 and key is None:
+        raise UserError(
+            f"temperature={temperature} draws tokens at random: give a key, such as "
+            "key=jax.random.key(0), or temperature=0"
+        )
+
+
+def _continued(
+    forward: Callable[[Tokens], Logits],
+    tokens: Int[np.ndarray, "batch time"],
+    *,
+    ends: Sequence[int],
+    count: int,
+    temperature: float,
+    key: Key[Array, ""] | None,
+) -> Int[np.ndarray, "batch new"]:
+    """Up to `count` tokens of each row, until all rows have come to an end."""
+    ended = np.zeros(len(tokens), bool)
+    new: list[np.ndarray] = []
+    while len(new) < count and not ended.all():
+        logits = forward(new[-1][:, None] if new else tokens)
+        if temperature > 0:
+            assert key is not None
+            own = jax.random.fold_in(key, len(new))
+            token = np.asarray(_sampled(own, logits, temperature))
+        else:
+            token = np.argmax(np.asarray(logits), axis=-1)
+        new.append(np.where(ended, ends[:1] or 0, token).astype(np.int32))
+        ended |= np.isin(new[-1], ends)
+    return np.stack(new, axis=1)
+
+
+@jax.jit
+def _sampled(
+    key: Key[Array, ""], logits: Logits, temperature: Float[Array | float, ""]
+) -> Int[Array, " batch"]:
+    return jax.random.categorical(key, logits / temperature, axis=-1)

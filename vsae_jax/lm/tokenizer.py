@@ -1,0 +1,73 @@
+"""A language model's own tokenizer, and texts as token ids."""
+
+import os
+from typing import TYPE_CHECKING
+
+from vsae_jax.lm.files import (
+    ModelFiles,
+    locate,
+    read_vocab_size,
+    tokenizer_source,
+)
+from vsae_jax.system.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(
+    model: str | ModelFiles, *, revision: str | None = None
+) -> "PreTrainedTokenizerBase":
+    """The model's own tokenizer, checked against the model's vocabulary."""
+    files = locate(model, revision=revision) if isinstance(model, str) else model
+    source = tokenizer_source(files)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            f"the tokenizer of --model={files.name} cannot be read: {one_line(error)}"
+        ) from None
+    _check_vocabulary(tokenizer, model=files.name, vocab_size=read_vocab_size(files))
+    return tokenizer
+
+
+def _check_vocabulary(
+    tokenizer: "PreTrainedTokenizerBase", *, model: str, vocab_size: int
+) -> None:
+    """Refuses a tokenizer with ids that the model does not know.
+
+    Special tokens beyond the vocabulary are let pass: Gemma 3's 1B text model ships
+    the image token of its larger sisters, and plain text does not produce them.
+    """
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer of --model={model} has ids up to {largest} but the model's "
+            f"vocabulary is {vocab_size}: it belongs to another model and would "
+            "scramble the text; put the model's own tokenizer files in its place"
+        )
+
+
+def encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """The ids of each text, no special tokens added; one that is spelt stays text."""
+    # Said outright, so that the tokenizers library does not warn after a fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # The tokenizers library without offsets, which transformers always asks for.
+    encoder = getattr(tokenizer, "backend_tokenizer", None)
+    if encoder is not None:
+        encoder.encode_special_tokens = True
+        encoder.no_truncation()
+        encoder.no_padding()
+        encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]

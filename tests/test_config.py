@@ -18,7 +18,7 @@ from vsae_jax.config import (
     resolve_train,
     sae_config,
 )
-from vsae_jax.config.presets import TRAIN_PRESETS, VARIANTS
+from vsae_jax.config.presets import TRAIN_PRESETS, VARIANTS, default_help
 from vsae_jax.system.errors import UserError
 
 D_MODEL = 512
@@ -79,6 +79,12 @@ def test_a_presets_own_row_for_a_variant_wins_over_the_variant():
 def test_zero_is_a_value_and_not_unset(name, value, variant):
     config = resolved(variant=variant, **{name: value})
     assert getattr(config, name) == value
+
+
+def test_a_default_is_said_by_preset_and_by_the_variants_that_differ():
+    said = default_help("beta", table="train")
+    assert said == "0.1 (vaease 1.0); released 1.0"
+    assert default_help("nested", table="train") == "1.0"
 
 
 def test_zero_switches_off_what_costs():

@@ -14,9 +14,10 @@ from vsae_jax import interop, runs
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.sparsifiers import sparsifier_of
-from vsae_jax.config import SAEConfig
+from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.config.presets import VARIANTS
 from vsae_jax.system.errors import UserError
+from vsae_jax.training.plan import explain, plan
 
 # The formats that cannot say what a variant keeps, and why; of those of today's table
 # that keep negative latents, test_convert.py.
@@ -210,6 +211,20 @@ def test_what_cannot_be_combined_is_refused(flags, said, tiny_rows, tmp_path, ca
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"nested": 2.0}, "--nested changes nothing without --prefixes"),
+        ({"gate_l1": 2.0}, "--gate_l1 changes nothing without --gate=path"),
+        ({"variant": "vaease"}, "no other library's format can hold a gate by sigma"),
+    ],
+)
+def test_what_does_nothing_is_said_at_the_start(flags, said, tiny_rows, capsys):
+    values = {"variant": "topk", **TRAINING, "activations": str(tiny_rows)} | flags
+    explain(plan(TrainConfig(**values)))
+    assert f"note: {said}" in capsys.readouterr().out
 
 
 def test_the_running_threshold_is_a_mean_of_each_batchs_smallest():

@@ -139,6 +139,14 @@ def test_init_is_tied_with_rows_of_the_given_norm(norm):
     assert (p["b_enc"] == 0).all() and (p["b_dec"] == 0).all()
 
 
+def test_a_start_is_times_the_flag_that_its_array_names():
+    c = config(sparsity="jump_relu")
+    theta = sae.init(jax.random.key(0), c, threshold_init=0.5)["params"]["theta"]
+    np.testing.assert_array_equal(theta, np.full(M, 0.5, np.float32))
+    with pytest.raises(TypeError, match="no array starts by .'threshold_innit'"):
+        sae.init(jax.random.key(0), c, threshold_innit=0.5)
+
+
 def test_init_depends_on_the_key_alone():
     first = sae.init(jax.random.key(3), config(relu=True, noise=False))
     second = sae.init(jax.random.key(3), config())

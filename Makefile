@@ -1,8 +1,8 @@
 PYTHON ?= python
 
-.PHONY: check faults format format-check layers lint types test slow study wheel
+.PHONY: check docs docs-again faults format format-check layers lint links types test slow study wheel
 
-check: format-check layers lint types test
+check: format-check layers lint links types test
 
 format:
 	$(PYTHON) -m ruff format .
@@ -30,6 +30,21 @@ slow:
 wheel:
 	$(PYTHON) -m pip wheel --no-deps --wheel-dir dist .
 	$(PYTHON) -m pytest -m slow -n 0 tests/test_release.py
+
+# The site, into build/docs; it fails on a warning. Needs pip install -e '.[docs]'.
+SPHINX = $(PYTHON) -m sphinx -q -W --keep-going -c docs -d build/doctrees
+
+docs:
+	$(SPHINX) -b html . build/docs
+	@echo "build/docs/index.html"
+
+docs-again:
+	rm -rf build/docs build/doctrees build/jupyter
+	$(MAKE) docs
+
+# The links to elsewhere, by asking for each.
+links:
+	$(SPHINX) -b linkcheck -D nb_execution_mode=off . build/links
 
 study:
 	$(PYTHON) -m pytest -m study -n 0

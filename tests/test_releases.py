@@ -83,7 +83,7 @@ def test_the_documents_count_what_is_read():
     read = [p for p in published if p.format in releases.READ]
     names = {p.name.partition("/")[0] for p in published}
     of_read = {p.name.partition("/")[0] for p in read}
-    text = (Path(__file__).parents[1] / "docs" / "guide.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
     said = (
         f"{len(of_read)} of {len(names)} releases ({len(read):,} of "
         f"{len(published):,} autoencoders)"

@@ -7,6 +7,7 @@ layer=, splice=)` take them.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from vsae_jax.autoencoder.reader import Reader, jit_encode
+from vsae_jax.config import Hook
 from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.errors import UserError
 
@@ -25,7 +27,7 @@ Splice = Callable[[Any], Any]
 
 def reconstruct(sae: TrainedSAE) -> Splice:
     """x -> x_hat."""
-    return _checked(sae.reader, partial(_reconstructed, sae.reader))
+    return _OfReader(sae.reader, partial(_reconstructed, sae.reader))
 
 
 def ablate(sae: TrainedSAE, latents: int | Sequence[int]) -> Splice:
@@ -34,7 +36,7 @@ def ablate(sae: TrainedSAE, latents: int | Sequence[int]) -> Splice:
     TransformerLens and SAELens with the error term."""
     reader, chosen = sae.reader, _in_range(sae.reader, latents)
     directions = jnp.asarray(reader.directions[chosen])
-    return _checked(reader, partial(_without, reader, jnp.asarray(chosen), directions))
+    return _OfReader(reader, partial(_without, reader, jnp.asarray(chosen), directions))
 
 
 def steer(sae: TrainedSAE, latent: int, *, by: float) -> Splice:
@@ -42,22 +44,29 @@ def steer(sae: TrainedSAE, latent: int, *, by: float) -> Splice:
     x, so compare it with the norms of the activations."""
     (direction,) = sae.reader.directions[_in_range(sae.reader, [latent])]
     step = jnp.asarray(by, jnp.float32) * (direction / np.linalg.norm(direction))
-    return _checked(sae.reader, lambda residual: residual + step[None, None])
+    return _OfReader(sae.reader, lambda residual: residual + step[None, None])
 
 
-def _checked(reader: Reader, splice: Splice) -> Splice:
-    """The splice, for a residual stream of the autoencoder's width only."""
+@dataclass(frozen=True, eq=False)
+class _OfReader:
+    """A splice, for a residual stream of the autoencoder's width only."""
 
-    def call(residual: Residual) -> Residual:
-        found, expected = residual.shape[-1], reader.config.d_model
+    reader: Reader
+    splice: Splice
+
+    @property
+    def hook(self) -> Hook | None:
+        """Where the autoencoder reads, which a language model compares."""
+        return self.reader.hook
+
+    def __call__(self, residual: Residual) -> Residual:
+        found, expected = residual.shape[-1], self.reader.config.d_model
         if found != expected:
             raise UserError(
                 f"the autoencoder has d_model={expected} but the language model "
                 f"{found}: it is of another model"
             )
-        return splice(residual)
-
-    return call
+        return self.splice(residual)
 
 
 def _in_range(reader: Reader, latents: int | Sequence[int]) -> Int[np.ndarray, " n"]:

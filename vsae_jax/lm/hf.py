@@ -189,7 +189,7 @@ class HFModel(Attached):
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[np.ndarray, "batch time vocab"]]:
         """The logits with each splice; what is below it runs once."""
-        last = splice_layer(layer, splices, n_layers=self.n_layers)
+        last = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
         if layer is None:
             logits = self._forward(tokens).float().cpu().numpy()
             return [logits for _ in splices]
@@ -205,7 +205,7 @@ class HFModel(Attached):
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[np.ndarray, "batch time-1"]]:
         """The next-token loss with each splice, one set of logits at a time."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers)
+        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
         streams = self._spliced(tokens, Hook(layer, site), splices)
         return [np.asarray(self.losses_from([x], layer, tokens).ce[0]) for x in streams]
 

@@ -162,7 +162,7 @@ class Decoder(Attached):
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array, "batch time vocab"]]:
         """The logits with each splice; what is below it runs once."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers)
+        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
         streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.logits_from(stream, layer) for stream in streams]
 
@@ -175,7 +175,7 @@ class Decoder(Attached):
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array, "batch time-1"]]:
         """The next-token loss with each splice; logits come in pieces."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers)
+        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
         streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.losses_from([x], layer, tokens).ce[0] for x in streams]
 

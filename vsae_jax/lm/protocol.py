@@ -251,8 +251,23 @@ def check_layer(layer: int, *, n_layers: int) -> int:
     return layer
 
 
-def splice_layer(layer: int | None, splices: Sequence[Splice], *, n_layers: int) -> int:
-    """The block that splices follow; the last one where nothing is spliced."""
+def splice_layer(
+    layer: int | None,
+    splices: Sequence[Splice],
+    *,
+    n_layers: int,
+    site: Site = "resid_post",
+) -> int:
+    """The block of the splices; the last one where nothing is spliced. Refuses a splice
+    whose `hook`, if it says one, is at another site."""
+    for splice in splices:
+        hook = getattr(splice, "hook", None)
+        if hook is not None and hook.site != site:
+            raise UserError(
+                f"the splice is by an autoencoder of {hook.name} and would be put at "
+                f"{site}; lm.logits and lm.loss take site={hook.site!r}, generate does "
+                "not"
+            )
     if layer is not None:
         return check_layer(layer, n_layers=n_layers)
     if any(splice is not identity for splice in splices):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.scales import Scale
-from vsae_jax import evaluate, extract, features, runs, train
+from vsae_jax import evaluate, extract, features, runs
 from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.runs.series import Arm, open_arms
 from vsae_jax.system.errors import UserError
@@ -82,7 +82,7 @@ class Study:
             say(f"training {name}: {len(arms)} arms")
             configs = [replace(config, out=str(folder)) for config in arms.values()]
             try:
-                grid.run(configs, train=train.run_arms, names=list(arms))
+                grid.run(configs, names=list(arms))
             except UserError as error:
                 # An arm that diverged is a result: it is missing in the tables.
                 if not all(is_over(folder / arm) for arm in arms):

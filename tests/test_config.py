@@ -219,7 +219,7 @@ def bad(config_class, said: str, **fields) -> None:
         ({"held_out": 1.0}, "--held_out=1.0 must be below 1"),
         ({"steps": 0}, "--steps=0 must be at least 1"),
         ({"log_every": 0}, "--log_every=0 must be at least 1"),
-        ({"checkpoint_every": 0}, "--checkpoint_every=0 must be at least 1"),
+        ({"checkpoint_every": -1}, "--checkpoint_every=-1 must be at least 0"),
         ({"lr_warmup_steps": -1}, "--lr_warmup_steps=-1 must be at least 0"),
         ({"beta": 1e300}, "--beta=1e+300 must be a finite number (of float32)"),
         ({"steps": 2**31}, "--steps=2147483648 must be below 2147483648"),

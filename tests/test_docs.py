@@ -91,3 +91,17 @@ def test_the_notes_are_short():
     lines = (ROOT / "BUILD_NOTES.md").read_text().splitlines()
     assert len(lines) <= 200
     assert max(map(len, lines)) <= 160
+
+
+def test_the_lines_of_the_eight_tasks_are_counted():
+    page = (ROOT / "docs" / "eight_tasks.md").read_text()
+    head, *tasks = re.split(r"^## ", page, flags=re.M)
+    table = re.findall(r"^\| (\d)\. [^|]+\|([^|]+)\|([^|]+)\|([^|]+)\|$", head, re.M)
+    assert [row[0] for row in table] == [task[0] for task in tasks]
+    for task, (_, *stated) in zip(tasks, table, strict=True):
+        blocks = re.findall(r"^```(?:python)?\n(.*?)^```", task, re.M | re.S)
+        lines = [[x for x in block.splitlines() if x.strip()] for block in blocks]
+        assert max(len(line) for block in lines for line in block) <= 88
+        counted = [int(n) for n in stated if n.strip() != "none"]
+        assert [len(block) for block in lines] == counted, task.splitlines()[0]
+        assert counted[0] == min(counted)

@@ -17,7 +17,7 @@ from vsae_jax.config import EvalConfig
 from vsae_jax.latents.feature_tables import open_source
 from vsae_jax.latents.logit_effects import effects
 from vsae_jax.latents.loss_effect import of_contexts
-from vsae_jax.latents.token_text import token_texts
+from vsae_jax.lm.token_text import token_texts
 
 
 def read(run):

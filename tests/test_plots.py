@@ -9,9 +9,12 @@ import pytest
 from tiny_arms import KS, NS, make_arms, write_features
 from tiny_runs import D_SAE, call, copied
 
+import vsae_jax
+from vsae_jax import runs
 from vsae_jax.latents import map_statistics
-from vsae_jax.report.figures import features, histograms, lines, maps, style
+from vsae_jax.report.figures import features, histograms, lines, maps, style, training
 from vsae_jax.runs import series as arms_module
+from vsae_jax.system.errors import UserError
 
 
 @pytest.fixture
@@ -351,7 +354,7 @@ def test_a_lone_run_is_drawn(tiny_run, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ({"figures": "umap"}, "--figures=umap is not known; there is core, scr"),
+        ({"figures": "umap"}, "--figures=umap is not known; there is training, core"),
         ({"run": ""}, "--run is not set"),
         ({"run": "nowhere"}, "--run=nowhere is not a folder"),
         ({}, "has no files to draw figures from yet"),
@@ -359,9 +362,46 @@ def test_a_lone_run_is_drawn(tiny_run, tmp_path):
 )
 def test_mistakes_are_one_line(tiny_run, tmp_path, flags, said, capfd):
     run = copied(tiny_run, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
     assert call("plots", **{"run": run} | flags) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert said in line
+
+
+def test_the_training_of_a_grid_is_a_row_of_curves(tiny_grid):
+    arms = arms_module.open_arms(tiny_grid)
+    figure = the_only(training.draw(arms))
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["Loss", "Explained variance", "Dead latents"]
+    last = [runs.read_metrics(a.folder / runs.METRICS)[-1] for a in arms]
+    drawn = [line.get_ydata()[-1] for line in figure.axes[1].get_lines()]
+    assert drawn == [line["explained_variance"] for line in last]
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(arms)
+
+
+def test_a_history_is_plotted(tiny_run):
+    history = runs.read_history(tiny_run / runs.METRICS)
+    several = history | {"step": np.array([10, 20])}
+    several |= {n: np.array([2.0, 1.0]) for n in ("loss", "dead_fraction")}
+    several["explained_variance"] = np.array([0.1, 0.9])
+    figure = vsae_jax.plot_training({"one": several, "other": several})
+    one, other = figure.axes[1].get_lines()
+    assert one.get_xdata().tolist() == [10, 20]
+    assert one.get_ydata().tolist() == [0.1, 0.9]
+    assert one.get_color() != other.get_color()
+    assert figure.axes[0].get_yscale() == "log" and len(figure.legends) == 1
+    for alone in (history, tiny_run):
+        (point,) = vsae_jax.plot_training(alone).axes[2].get_lines()
+        assert point.get_ydata().tolist() == history["dead_fraction"].tolist()
+
+
+def test_the_band_of_a_curve_is_over_seeds(tiny_run):
+    history = runs.read_history(tiny_run / runs.METRICS)
+    seeds = [history | {"loss": np.array([loss])} for loss in (1.0, 3.0)]
+    figure = training.curves_of([(seeds, "topk", {"color": "red"})])
+    assert figure.axes[0].get_lines()[0].get_ydata().tolist() == [2.0]
+    assert "lowest to highest seed" in figure.get_supxlabel()
 
 
 def test_without_matplotlib_it_names_the_extra(tiny_run, monkeypatch, capfd):
@@ -371,6 +411,8 @@ def test_without_matplotlib_it_names_the_extra(tiny_run, monkeypatch, capfd):
     assert call("plots", run=tiny_run) == 2
     said = capfd.readouterr().err
     assert "pip install matplotlib (" in said and "pip install -e '.[analysis]'" in said
+    with pytest.raises(UserError, match=r"pip install matplotlib \("):
+        vsae_jax.plot_training(tiny_run)
 
 
 @pytest.mark.parametrize(

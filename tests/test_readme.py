@@ -14,6 +14,7 @@ from pages import ROOT, blocks, commands, every_command
 from tiny_runs import CONTEXTS, LENGTH, TRAINING, call, copied
 
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
+EIGHT = ROOT / "docs" / "eight_tasks.md"
 # The sizes of the session's other folders, whose programs are compiled by then; of a
 # flag given twice the last counts.
 SMALL = {
@@ -30,7 +31,6 @@ SMALL = {
 }
 SMALLER = {
     "d_sae=512, k=16, steps=1000": ", ".join(f"{n}={v}" for n, v in TRAINING.items()),
-    "layer=2": "layer=0",
 }
 
 
@@ -80,11 +80,34 @@ def test_python_blocks_run(page, followed, monkeypatch, capsys):
         assert names["latents"].shape == (1000, 32)
         assert names["x_hat"].shape == names["rows"].shape == (1000, 16)
         printed = capsys.readouterr().out
-        assert printed.count(" latent ") == len(names["ids"]) > 4
+        assert "'Lily'" in printed or "'L'" in printed
+        assert str(names["mine"]) in printed and names["mine"].d_sae == 32
     else:
         theirs = names["trained"].encode(names["rows"])
+        assert names["without_3"].shape == (10, 100, 16)
+        assert Path("training.svg").is_file() and "".join(names["top"].tokens)
         np.testing.assert_allclose(names["latents"], theirs, rtol=1e-4, atol=1e-4)
         assert names["loss"] > 0 and names["info"].penalties["kl"] > 0
+
+
+def test_our_blocks_of_the_eight_tasks_run(followed, monkeypatch):
+    monkeypatch.chdir(followed)
+    rows = np.random.default_rng(0).normal(size=(500, 16)).astype("f4")
+    names = {"rows": rows}
+    tasks = re.split(r"^## ", EIGHT.read_text(), flags=re.M)[1:]
+    ours = [re.search(r"^```(?:python)?\n(.*?)^```", t, re.M | re.S)[1] for t in tasks]
+    for source in ours:
+        for written, small in SMALLER.items():
+            source = source.replace(written, small)
+        if not source.startswith("python -m"):
+            exec(compile(source, str(EIGHT), "exec"), names)
+            continue
+        for line in source.replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            command = words[2].removeprefix("vsae_jax.")
+            small = [f"--{name}={value}" for name, value in SMALL[command].items()]
+            assert call(command, *words[3:], *small) == 0
+    assert len(ours) >= 7 and Path("my-sae-of-task-8", "config.json").is_file()
 
 
 def test_the_readme_is_short_and_has_the_lines_that_others_look_for():

@@ -21,7 +21,7 @@ from vsae_jax import extract, runs, train
 from vsae_jax.activations.shards import Activations
 from vsae_jax.config import ExtractConfig, TrainConfig
 from vsae_jax.system.errors import Interrupted, UserError
-from vsae_jax.training import plan
+from vsae_jax.training import loop, plan
 from vsae_jax.training.batches import Feed
 
 
@@ -153,7 +153,7 @@ class SignalAfter:
 def test_stopped_and_resumed_is_bit_for_bit(looks, undisturbed, config, monkeypatch):
     with monkeypatch.context() as patch:
         stopping = contextlib.nullcontext(SignalAfter(looks))
-        patch.setattr(train.signals, "caught", lambda: stopping)
+        patch.setattr(loop.signals, "caught", lambda: stopping)
         with pytest.raises(Interrupted, match="is saved in") as stop:
             train.run(config)
     assert stop.value.exit_status == 128 + signal.SIGTERM
@@ -273,7 +273,7 @@ def test_nan_rows_stop_the_run_and_name_the_step(config, monkeypatch):
     monkeypatch.setattr(Feed, "stack", broken)
     with pytest.raises(UserError, match="not finite at step 28; step 20 is saved"):
         train.run(config)
-    with train.Checkpoints(Path(config.out) / runs.CHECKPOINTS) as checkpoints:
+    with loop.Checkpoints(Path(config.out) / runs.CHECKPOINTS) as checkpoints:
         assert checkpoints.steps() == [20]
 
 

@@ -9,6 +9,9 @@ from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import ConvertConfig, ExtractConfig, SAEConfig, TrainConfig
 from vsae_jax.interop.loading import load
 from vsae_jax.lm import load_language_model as language_model
+from vsae_jax.report.training_curves import plot_training
+from vsae_jax.runs import TopLatents, TrainedSAE
+from vsae_jax.training.fit import Fit, fit
 
 open_activations = Activations.open
 __version__ = "0.1.0"
@@ -17,8 +20,12 @@ __all__ = [
     "SAE",
     "ConvertConfig",
     "ExtractConfig",
+    "Fit",
     "SAEConfig",
+    "TopLatents",
     "TrainConfig",
+    "TrainedSAE",
+    "fit",
     "fold",
     "init",
     "keep_top_k",
@@ -26,6 +33,7 @@ __all__ = [
     "language_model",
     "losses",
     "open_activations",
+    "plot_training",
     "runs",
     "sae",
     "splices",

@@ -322,7 +322,6 @@ def _bar(folders: Sequence[Folder]) -> progress.Bar | progress.Lines:
         _most_contexts(m) * m.context_length // n,
         unit="tokens",
         start=there * m.context_length // n,
-        stream=processes.progress_stream(),
     )
 
 

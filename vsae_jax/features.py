@@ -64,7 +64,7 @@ from vsae_jax.latents.feature_tables import (
 from vsae_jax.latents.firings import Limits
 from vsae_jax.latents.logit_effects import logit_effects
 from vsae_jax.latents.loss_effect import loss_effects
-from vsae_jax.latents.token_text import token_texts
+from vsae_jax.lm.token_text import token_texts
 from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.files import TEMPORARY, naming
 

@@ -23,8 +23,8 @@ from vsae_jax.config import MaximiseConfig, cli
 from vsae_jax.config.fields import to_json
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.ascent import Schedule, climb
-from vsae_jax.latents.token_text import token_texts
 from vsae_jax.lm import Traceable
+from vsae_jax.lm.token_text import token_texts
 from vsae_jax.runs.opening import Subject, subject_of
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError

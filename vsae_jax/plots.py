@@ -1,5 +1,6 @@
 """`python -m vsae_jax.plots --run=GRID`: the paper's figures from the files of runs.
 
+    training        loss, explained variance, dead latents: metrics.jsonl over steps
     core            figure 3: evals/core.json over k
     scr, tpp        figures 4 and 5: evals/scr.json, tpp.json over the number of
                     ablated latents (the paper calls it a threshold)
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from vsae_jax.config import PlotsConfig, cli
 from vsae_jax.runs.series import Arm, MissingFile, open_arms
-from vsae_jax.system.errors import UserError, missing_extra
+from vsae_jax.system.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,14 +68,11 @@ def _draw(draw: Draw, arms: Sequence[Arm], out: Path) -> list[Path]:
 
 
 def figures() -> dict[str, Draw]:
-    """Every figure by its name, in the paper's order."""
-    try:
-        from vsae_jax.report.figures import features, histograms, lines, maps
-    except ImportError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise missing_extra("matplotlib", extra="analysis") from None
+    """Every figure by its name: of the training, then in the paper's order."""
+    from vsae_jax.report.figures import features, histograms, lines, maps, training
+
     return {
+        "training": training.draw,
         **{name: partial(lines.draw, name) for name in lines.FIGURES},
         "features": features.pages,
         "max_activations": histograms.max_activations,

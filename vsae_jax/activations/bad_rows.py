@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vsae_jax.activations.shards import Activations, activations_path
+from vsae_jax.activations.given import GivenRows
+from vsae_jax.activations.shards import Activations
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -123,14 +124,11 @@ class Check:
         return total, squares, kept
 
     def _named(self, bad: np.ndarray, *, of: int) -> str:
-        m, first = self._activations.manifest, int(bad[0])
-        context, at = divmod(first, m.rows_per_context)
-        path = activations_path(self._activations.folder, context // m.shard_contexts)
+        path, first = self._activations.located(int(bad[0]))
         return (
             f"{path}: {len(bad)} of {of} rows are NaN, infinite or have a value beyond "
             f"{self._limit:.4g} (--giant={self._giant:g} times the median norm); the "
-            f"first is that of context {context}, position {m.dropped_positions + at}; "
-            "--bad_rows=skip, in a new run, leaves them out"
+            f"first is {first}; --bad_rows=skip, in a new run, leaves them out"
         )
 
 
@@ -169,6 +167,10 @@ def left_out(
     stop = bad_rows == "stop"
     if stop and max_norm_multiple is None:
         return None
-    manifest, folder = activations.manifest.hash, activations.folder.absolute()
-    found = _left_out(folder, manifest, giant, max_norm_multiple, stop)
+    if isinstance(activations, GivenRows):
+        check = Check(activations, giant=giant)
+        found = check.survey(max_norm_multiple=max_norm_multiple, stop=stop)
+    else:
+        manifest, folder = activations.manifest.hash, activations.folder.absolute()
+        found = _left_out(folder, manifest, giant, max_norm_multiple, stop)
     return found if len(found.rows) else None

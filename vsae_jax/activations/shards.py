@@ -12,6 +12,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,6 +34,21 @@ from vsae_jax.system.files import (
     open_verified,
     replace_file,
     sync_folder,
+)
+
+# What a run's config.json says of its activations.
+_OF_RUNS = (
+    "model",
+    "revision",
+    "weights_hash",
+    "hook_name",
+    "layer",
+    "context_length",
+    "bos",
+    "dropped_positions",
+    "center_residual",
+    "dataset",
+    "dtype",
 )
 
 
@@ -58,6 +74,9 @@ class Activations:
     Each file's checksum, size, shape and dtype are verified before its first use, and
     an error names the file. Any number of threads may read.
     """
+
+    # Whether rows can be read only once, one after the other.
+    in_order = False
 
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
@@ -135,6 +154,18 @@ class Activations:
                 sha256=shard.tokens_sha256,
             )
         return self._verified[path]
+
+    def located(self, row: int) -> tuple[Path, str]:
+        """Where a row lies: its file, and what to call it there."""
+        m = self.manifest
+        context, at = divmod(row, m.rows_per_context)
+        path = activations_path(self.folder, context // m.shard_contexts)
+        return path, f"that of context {context}, position {m.dropped_positions + at}"
+
+    def described(self) -> dict[str, Any]:
+        """What a run's config.json says of them."""
+        m = self.manifest
+        return {"manifest": m.hash, **{name: getattr(m, name) for name in _OF_RUNS}}
 
     def verify(self, shards: Sequence[int]) -> None:
         """Reads both files of these shards and compares checksums; the first damaged

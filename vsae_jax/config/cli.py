@@ -5,7 +5,6 @@ flags, and two commands never collide.
 """
 
 import dataclasses
-import difflib
 import errno
 import inspect
 import itertools
@@ -20,7 +19,7 @@ import jax
 from absl import flags
 
 from vsae_jax.config.fields import REQUIRED, as_flag
-from vsae_jax.system.errors import Interrupted, UserError, one_line
+from vsae_jax.system.errors import Interrupted, UserError, did_you_mean, one_line
 
 # How XLA begins to say that an allocation failed.
 _NO_MEMORY = "RESOURCE_EXHAUSTED"
@@ -78,7 +77,8 @@ def parse(config_class: type, argv: Sequence[str]) -> list[Any]:
     try:
         rest = values(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
-        raise UserError(_unknown_flag(error.flagname, list(values))) from None
+        near = did_you_mean(error.flagname, values, prefix="--")
+        raise UserError(f"unknown flag --{error.flagname}{near} (see --help)") from None
     except flags.Error as error:
         raise UserError(f"{one_line(error)} (see --help)") from None
     if rest:
@@ -189,12 +189,6 @@ def _syntax(option: Any) -> str:
         return "|".join(str(value) for value in typing.get_args(option))
     names = {bool: "true|false", int: "INTEGER", float: "NUMBER", str: "TEXT"}
     return names[option]
-
-
-def _unknown_flag(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean --{near[0]}?" if near else ""
-    return f"unknown flag --{name}{hint} (see --help)"
 
 
 def _out_of_memory(error: BaseException, config_class: type) -> str:

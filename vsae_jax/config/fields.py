@@ -5,7 +5,7 @@ import types
 import typing
 from typing import Any
 
-from vsae_jax.system.errors import UserError
+from vsae_jax.system.errors import UserError, did_you_mean
 
 _FLOAT32_END = 2.0**128
 # The `default_help` of a flag without which a command does nothing.
@@ -87,6 +87,21 @@ def from_json(
             f"{where}: {config_class.__name__} does not match this version at "
             f"{', '.join(wrong)}"
         )
+    return config_class(**values)
+
+
+def from_keywords(config_class: type, values: dict[str, Any], *, of: str) -> Any:
+    """A config from the keywords of a call of the function `of`: unknown ones and
+    values of another type are refused by name."""
+    hints = typing.get_type_hints(config_class)
+    values = {n: v.item() if hasattr(v, "item") else v for n, v in values.items()}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{of} has no keyword {name}{did_you_mean(name, hints)}")
+        if value is not None and not _fits(value, hints[name]):
+            hint = hints[name]
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise UserError(f"{name}={value!r} is not {wanted.replace('typing.', '')}")
     return config_class(**values)
 
 

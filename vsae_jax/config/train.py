@@ -336,7 +336,10 @@ class TrainConfig:
         group="record",
     )
     checkpoint_every: int = flag(
-        "steps between checkpoints", 1000, runtime=True, group="record"
+        "steps between checkpoints; 0: none, and a kill costs the whole run",
+        1000,
+        runtime=True,
+        group="record",
     )
     log_every: int = flag(
         "steps between lines of metrics.jsonl", 50, runtime=True, group="record"
@@ -361,8 +364,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")
-        check_at_least(self, 1, "buffer_rows")
-        check_at_least(self, 1, "checkpoint_every", "log_every", "steps_per_dispatch")
+        check_at_least(self, 1, "buffer_rows", "log_every", "steps_per_dispatch")
+        check_at_least(self, 0, "checkpoint_every")
         check_at_least(self, 0, "beta", "noise_std", "l1", "auxk", "dead_after_tokens")
         check_at_least(self, 0, "seed", "data_seed", "adam_b1", "adam_b2")
         check_at_least(self, 0, "threshold_decay", "l0", "target_l0", "closed_below")

@@ -21,11 +21,11 @@ def load(path_or_hub_id: str | Path, *, revision: str | None = None) -> TrainedS
     or OpenAI's files or Gemma Scope's, in float32: a local folder, a hub id
     (`owner/name[/folder]`) at `revision`, or one of SAELens' names (`release/id`).
     Nothing that the files say is run."""
-    folder, ae = read(path_or_hub_id, revision=revision)
-    trained = _trained(folder, ae)
-    return dataclasses.replace(
-        trained, sae=dataclasses.replace(ae.config, dtype="float32")
-    )
+    found = hub.find(path_or_hub_id, revision=revision)
+    interop.recognised(found.folder)
+    opened = open_any(found.folder)
+    source, data = opened.source | found.source, found.data | opened.data
+    return dataclasses.replace(opened, source=source, data=data).in_float32()
 
 
 def read(name: str | Path, *, revision: str | None = None) -> tuple[Path, Autoencoder]:
@@ -41,32 +41,22 @@ def open_any(folder: Path) -> TrainedSAE:
     """A run, or an autoencoder of any format, whose `train` is None where it was not
     trained here."""
     found = [f for f in interop.READ.values() if f.weights(folder)]
-    if len(found) != 1 or found[0] is run_folder and not _imported(folder):
+    if len(found) != 1 or found[0] is run_folder:
         return runs.open_run(folder)
-    ae = interop.read(folder)
-    where, train = str(folder / sidecar.NOTE), ae.train
-    if train is not None:
-        train = from_json(TrainConfig, train, where=where, may_lack=RUNTIME_FIELDS)
-    return dataclasses.replace(_trained(folder, ae), train=train)
-
-
-def _trained(folder: Path, ae: Autoencoder) -> TrainedSAE:
-    """What was read, once it gave finite numbers and no more latents than k."""
+    ae, train = interop.read(folder), None
+    if ae.train is not None:
+        where = str(folder / sidecar.NOTE)
+        train = from_json(TrainConfig, ae.train, where=where, may_lack=RUNTIME_FIELDS)
+    # Finite numbers, and no more latents than k.
     check.sane(ae, check.generated_rows(ae, count=_ROWS))
     return TrainedSAE(
         folder=folder,
         sae=ae.config,
         variables=jax.tree.map(jnp.asarray, ae.variables),
         data=ae.data,
+        train=train,
         layer_norm=ae.layer_norm,
+        latent_scale=ae.latent_scale,
         notes=ae.notes,
+        source=ae.source,
     )
-
-
-def _imported(folder: Path) -> bool:
-    """Whether a folder of ours holds what was not trained here, or as it is."""
-    stored = runs.read_json(folder / runs.CONFIG)
-    imported = stored.get("imported")
-    if not isinstance(imported, dict):
-        return False
-    return "train" not in stored or imported.get("layer_norm") is True

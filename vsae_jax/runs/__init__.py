@@ -3,7 +3,6 @@
 from vsae_jax.runs.folder import (
     CHECKPOINTS,
     CONFIG,
-    DATA,
     DIVERGED,
     EVALS,
     GRID,
@@ -13,16 +12,17 @@ from vsae_jax.runs.folder import (
     holds_other_files,
     keep_metrics_up_to,
     metrics_line,
-    open_run,
+    read_history,
     read_json,
     read_metrics,
     read_parameters,
     run_folders,
     versions,
+    write_autoencoder,
     write_json,
     write_parameters,
 )
-from vsae_jax.runs.trained import TrainedSAE
+from vsae_jax.runs.trained import TopLatents, TrainedSAE, open_run
 
 __all__ = [
     "SUMMARY",
@@ -32,18 +32,20 @@ __all__ = [
     "EVALS",
     "CONFIG",
     "CHECKPOINTS",
-    "DATA",
     "DIVERGED",
+    "TopLatents",
     "TrainedSAE",
     "holds_other_files",
     "keep_metrics_up_to",
     "metrics_line",
     "open_run",
+    "read_history",
     "read_json",
     "read_metrics",
     "read_parameters",
     "run_folders",
     "versions",
+    "write_autoencoder",
     "write_json",
     "write_parameters",
 ]

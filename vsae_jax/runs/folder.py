@@ -11,14 +11,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from vsae_jax.autoencoder import sae
-from vsae_jax.config import RUNTIME_FIELDS, SAEConfig, TrainConfig, read_hook
-from vsae_jax.config.fields import difference, from_json
-from vsae_jax.runs.trained import TrainedSAE
+from vsae_jax.config import SAEConfig
+from vsae_jax.config.fields import difference, to_json
 from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.system.files import TEMPORARY, replace_file
 from vsae_jax.system.locks import LOCK
@@ -31,67 +30,6 @@ _JSON_LIMIT = 2**26
 _LINE_LIMIT = 2**20
 # Bytes in the name of a file, on all common file systems.
 _NAME_LIMIT = 255
-# What evaluation reads of a run's `data`.
-DATA = {
-    "manifest": str,
-    "model": str,
-    "revision": str,
-    "dataset": str,
-    "hook_name": str,
-    "layer": int,
-    "context_length": int,
-    "bos": str,
-    "dropped_positions": int,
-    "center_residual": bool,
-    "held_out_contexts": list,
-}
-
-
-def open_run(folder: str | Path) -> TrainedSAE:
-    """A finished run from its folder."""
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} is not a run folder: it has no {CONFIG}")
-    if not (folder / PARAMETERS).is_file():
-        raise UserError(f"the run in {folder} is not finished: train it to the end")
-    stored = read_json(folder / CONFIG)
-    where = str(folder / CONFIG)
-    missing = {"train", "sae", "data"} - stored.keys()
-    if missing:
-        raise UserError(f"{where} lacks {', '.join(sorted(missing))}")
-    sae = from_json(SAEConfig, stored["sae"], where=where)
-    _check_data(stored["data"], where)
-    return TrainedSAE(
-        folder=folder,
-        train=from_json(
-            TrainConfig, stored["train"], where=where, may_lack=RUNTIME_FIELDS
-        ),
-        sae=sae,
-        data=stored["data"],
-        variables=read_parameters(folder / PARAMETERS, sae),
-    )
-
-
-def _check_data(data: Any, where: str) -> None:
-    data = data if isinstance(data, dict) else {}
-    wrong = [n for n, kind in DATA.items() if type(data.get(n)) is not kind]
-    if not wrong and min(data["layer"], data["dropped_positions"]) < 0:
-        wrong.append("layer or dropped_positions")
-    hook = None if wrong else read_hook(data["hook_name"])
-    if hook is not None and hook.layer != data["layer"]:
-        wrong.append("hook_name or layer")
-    if not wrong and data["context_length"] <= data["dropped_positions"]:
-        wrong.append("context_length")
-    if not wrong and not _is_range(data["held_out_contexts"]):
-        wrong.append("held_out_contexts")
-    if wrong:
-        names = ", ".join(wrong)
-        raise UserError(f"{where}: data does not match this version at {names}")
-
-
-def _is_range(ends: list[Any]) -> bool:
-    """Whether a list from JSON is [start, stop] of at least one context."""
-    return [type(i) for i in ends] == [int, int] and 0 <= ends[0] < ends[1]
 
 
 def holds_other_files(folder: Path) -> bool:
@@ -134,6 +72,23 @@ def write_parameters(path: Path, variables: Mapping[str, Mapping[str, Array]]) -
     arrays = {n: np.array(a, np.float32, order="C") for n, a in flat.items()}
     # Not save_file, which makes a file that only its owner may read.
     replace_file(path, save(arrays))
+
+
+def write_autoencoder(
+    folder: Path,
+    config: SAEConfig,
+    variables: Mapping[str, Mapping[str, Array]],
+    *,
+    data: Mapping[str, Any],
+    train: Mapping[str, Any] | None,
+    **imported: Any,
+) -> None:
+    """config.json and sae.safetensors of what was not trained in this folder;
+    `imported` is what only such a one can have."""
+    value = {} if train is None else {"train": train}
+    value |= {"sae": to_json(config), "data": data}
+    write_parameters(folder / PARAMETERS, variables)
+    write_json(folder / CONFIG, value | {"imported": imported, "versions": versions()})
 
 
 def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]]:
@@ -196,6 +151,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if damaged:
         print(f"note: {damaged} lines of {path} are damaged and left out")
     return lines
+
+
+def read_history(path: Path) -> dict[str, Float[np.ndarray, " intervals"]]:
+    """The columns of metrics.jsonl that every line has, `step` first."""
+    lines = read_metrics(path)
+    names = [n for n in (lines[0] if lines else {}) if all(n in line for line in lines)]
+    return {name: np.array([line[name] for line in lines]) for name in names}
 
 
 def _metrics_line(data: bytes) -> dict[str, Any] | None:

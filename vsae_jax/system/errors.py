@@ -1,7 +1,10 @@
 """What is said to a user: one line, and an exit status."""
 
+import difflib
+from collections.abc import Iterable
 
-class UserError(Exception):
+
+class UserError(ValueError):
     """A user's mistake. The message is one line: what was wrong, its value,
     what would be right, and how to go on. Commands print it and exit with 2."""
 
@@ -18,6 +21,12 @@ def one_line(error: BaseException) -> str:
     """The error's text on a single line, shortened to 400 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 400 else text[:397] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean NAME?` for the known name that is nearest, if any is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def missing_extra(package: str, *, extra: str) -> UserError:

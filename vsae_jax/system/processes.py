@@ -5,8 +5,6 @@ first; what only some can know (a signal) is told to all.
 """
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError, one_line
 
 # How long a process that fails waits for the others at its end, in seconds.
@@ -45,8 +44,7 @@ def joined(config: Any) -> Iterator[None]:
         ) from None
     with contextlib.ExitStack() as stack:
         if not first():
-            silent = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(silent))
+            stack.enter_context(progress.silent())
         with _naming_the_lost():
             yield
 
@@ -73,11 +71,6 @@ def count() -> int:
 def first() -> bool:
     """Whether this is the process that writes what is written once."""
     return jax.process_index() == 0
-
-
-def progress_stream() -> Any:
-    """Where a progress bar is drawn: on stderr by the first process only."""
-    return sys.stderr if first() else sys.stdout
 
 
 def wait(where: str) -> None:

@@ -1,8 +1,11 @@
 """Progress of a long command: a bar on a terminal, otherwise a line now and then."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -10,6 +13,18 @@ from tqdm import tqdm
 LINE_EVERY_S = 10.0
 # What is shown beside the rate: numbers, or words made of several.
 Numbers = Mapping[str, float | str]
+_OUT: ContextVar[Any] = ContextVar("where progress is written", default=None)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Within the block nothing is printed, and no progress is written."""
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        before = _OUT.set(nothing)
+        try:
+            yield
+        finally:
+            _OUT.reset(before)
 
 
 def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | Lines":
@@ -20,7 +35,7 @@ def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | 
     terminal, else one line every ten seconds and one at the end. The rate is from the
     first update on, before which programs are compiled.
     """
-    out = sys.stderr if stream is None else stream
+    out = stream or _OUT.get() or sys.stderr
     kind = Bar if out.isatty() else Lines
     return kind(total, unit=unit, start=start, stream=out)
 

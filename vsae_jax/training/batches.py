@@ -6,13 +6,14 @@ With --stream they come from the language model instead. On a mesh each device g
 rows of a batch; of several processes each reads its own.
 """
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vsae_jax.activations.bad_rows import Check
 from vsae_jax.activations.further import FurtherRows
@@ -27,6 +28,20 @@ from vsae_jax.training.plan import PlannedRun
 # Of a device's free memory, what rows may take.
 _SHARE = 0.5
 _ROWS_AT_ONCE = 2**16
+
+
+class InOrder:
+    """Rows as they come, with the names of `ShuffledRows`."""
+
+    def __init__(self, read: Callable[[int, int], np.ndarray]):
+        self._read = read
+
+    def take(self, position: int, count: int) -> Shaped[np.ndarray, "count d_model"]:
+        """The rows `position` to `position + count`."""
+        return self._read(position, position + count)
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 class Feed:
@@ -65,7 +80,9 @@ class Feed:
                 "processes each reads only its own: --feed=stream"
             )
         self._resident: Array | None = None
-        if not c.stream and _on_device(c.feed, self._n_rows * row_bytes):
+        if planned.activations.in_order:
+            self._rows = InOrder(self._read)
+        elif not c.stream and _on_device(c.feed, self._n_rows * row_bytes):
             self._resident, self._rows = self._put(), self._numbers
         else:
             own = Part(self._batch, *self._own)

@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,12 @@ from vsae_jax.config import TrainConfig
 from vsae_jax.config.fields import to_json
 from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
+from vsae_jax.training.loop import run_arms
 from vsae_jax.training.plan import PlannedRun, plan, run_name
 
 
-def run(
-    arms: Sequence[TrainConfig],
-    *,
-    train: Callable[[Sequence[PlannedRun]], None],
-    names: Sequence[str] = (),
-) -> Path:
-    """Trains all arms by `train`; started again, it goes on. `names` are those of the
+def run(arms: Sequence[TrainConfig], *, names: Sequence[str] = ()) -> Path:
+    """Trains all arms; started again, it goes on. `names` are those of the
     arms' folders; unset, the swept fields and their values.
 
     Writes `grid.json` (the arms and the fields that differ between them) and, also when
@@ -39,7 +35,7 @@ def run(
     processes.in_turn(_write_grid, folder, swept, arms)
     print(f"grid of {len(arms)} arms over {', '.join(swept)}, to {folder}")
     try:
-        train(planned)
+        run_arms(planned)
     finally:
         rows = [
             _last_metrics(arm, swept=swept)

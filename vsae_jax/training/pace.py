@@ -5,6 +5,7 @@ calls before it, however many steps `--steps_per_dispatch` allows. What a run be
 does not depend on it.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,17 +48,14 @@ def chunks(begin: int, config: TrainConfig, pace: Pace) -> Iterator[Chunk]:
     """Calls from step `begin` to the end, cut at every log line and checkpoint; each
     as long as `pace` says when it is asked for."""
     while begin < config.steps:
-        stop = min(
-            begin + pace.at_once,
-            _next(begin, config.log_every),
-            _next(begin, config.checkpoint_every),
-            config.steps,
-        )
+        ends = _next(begin, config.log_every), _next(begin, config.checkpoint_every)
+        stop = int(min(begin + pace.at_once, *ends, config.steps))
         last = stop == config.steps
         log = last or stop % config.log_every == 0
-        yield Chunk(begin, stop, log, last or stop % config.checkpoint_every == 0)
+        every = config.checkpoint_every
+        yield Chunk(begin, stop, log, every > 0 and (last or stop % every == 0))
         begin = stop
 
 
-def _next(step: int, every: int) -> int:
-    return (step // every + 1) * every
+def _next(step: int, every: int) -> float:
+    return (step // every + 1) * every if every else math.inf

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from vsae_jax import runs
 from vsae_jax.activations.bad_rows import LeftOut, left_out
+from vsae_jax.activations.given import GivenRows
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.penalties import PENALTIES
@@ -34,20 +35,6 @@ from vsae_jax.training.step import TrainState, init_state
 
 # A few seconds of two cores.
 _CPU_OPERATIONS = 10**11
-# What a run's config.json says of its activations.
-_OF_MANIFEST = (
-    "model",
-    "revision",
-    "weights_hash",
-    "hook_name",
-    "layer",
-    "context_length",
-    "bos",
-    "dropped_positions",
-    "center_residual",
-    "dataset",
-    "dtype",
-)
 
 
 class PlannedRun(NamedTuple):
@@ -68,14 +55,18 @@ class PlannedRun(NamedTuple):
     left_out: LeftOut | None = None
 
 
-def plan(config: TrainConfig) -> PlannedRun:
-    """Opens the activations, checks them against the preset and resolves the config."""
-    layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
-    place = config.activations or default_activations(
-        ExtractConfig().model, Hook(layer)
-    )
-    activations = Activations.open(place)
-    _check_preset(config.preset, activations)
+def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:
+    """Opens the activations, or takes those that are given; checks them against the
+    preset and resolves the config."""
+    if given is None:
+        layer = presets.EXTRACT_PRESETS[config.preset]["layer"]
+        place = config.activations or default_activations(
+            ExtractConfig().model, Hook(layer)
+        )
+        activations = Activations.open(place)
+        _check_preset(config.preset, activations)
+    else:
+        place, activations = "", given
     resolved = resolve_train(config, d_model=activations.d_model)
     folder = Path(config.out or f"runs/{run_name(config)}")
     resolved = replace(resolved, activations=str(place), out=str(folder))
@@ -130,7 +121,9 @@ def _check_preset(preset: str, activations: Activations) -> None:
 
 def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
     """What the run is trained on, for config.json; the last contexts are held out."""
-    m = activations.manifest
+    if activations.in_order:  # they have no end
+        rows = config.steps * config.batch_size
+        return activations.described() | {"train_rows": rows}
     n_contexts = activations.n_contexts
     held_out = max(math.ceil(n_contexts * config.held_out), 1)
     if held_out >= n_contexts:
@@ -139,8 +132,7 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
             f"{config.held_out} holds out all of them; extract more tokens"
         )
     return {
-        "manifest": m.hash,
-        **{name: getattr(m, name) for name in _OF_MANIFEST},
+        **activations.described(),
         "train_rows": (n_contexts - held_out) * activations.rows_per_context,
         "held_out_contexts": [n_contexts - held_out, n_contexts],
     }
@@ -195,7 +187,8 @@ def steps_at_once(arms: Sequence[PlannedRun]) -> int:
     signal is heard within seconds. A step of an arm has six matrix products, and
     with each latent of a batch about a thousand other operations."""
     c = arms[0].train
-    asked = min(c.steps_per_dispatch, c.log_every, c.checkpoint_every, c.steps)
+    most = c.log_every, c.checkpoint_every or c.steps, c.steps
+    asked = min(c.steps_per_dispatch, *most)
     if jax.default_backend() != "cpu":
         return asked
     operations = sum(

@@ -31,6 +31,7 @@ SMALL = {
 }
 SMALLER = {
     "d_sae=512, k=16, steps=1000": ", ".join(f"{n}={v}" for n, v in TRAINING.items()),
+    "layer=2": "layer=0",
 }
 
 

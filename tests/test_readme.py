@@ -4,6 +4,7 @@ on a tiny model under the names of those that they load."""
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path

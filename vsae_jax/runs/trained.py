@@ -48,7 +48,7 @@ _DATA = {
 
 class TopLatents(NamedTuple):
     """The strongest latents of each token of a text, the largest |f| first: their
-    numbers and values. `print` shows them as a table."""
+    numbers and values. `print` shows those that fire as a table."""
 
     tokens: list[str]
     latents: Int[np.ndarray, "tokens n"]
@@ -56,7 +56,8 @@ class TopLatents(NamedTuple):
 
     def __str__(self) -> str:
         cells = [
-            [repr(token), *(f"{i} ({v:.3g})" for i, v in zip(*row, strict=True))]
+            [repr(token)]
+            + [f"{i} ({v:.3g})" if v else "" for i, v in zip(*row, strict=True)]
             for token, *row in zip(*self, strict=True)
         ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -2,7 +2,7 @@ PYTHON ?= python
 
 .PHONY: check docs docs-again faults format format-check layers lint links types test slow study wheel
 
-check: format-check layers lint links types test
+check: format-check layers lint types test
 
 format:
 	$(PYTHON) -m ruff format .

@@ -195,7 +195,7 @@ def _problem(m: Manifest) -> str:
     if min(m.layer, m.skip_positions, m.num_tokens, m.bos_id) < 0:
         return "layer, skip_positions, num_tokens or bos_id is negative"
     if m.hook.layer != m.layer:
-        return f"hook_name is {m.hook_name!r} and layer {m.layer}"
+        return f"it was edited: hook_name is {m.hook_name!r} and layer {m.layer}"
     if min(m.d_model, m.vocab_size, m.shard_contexts, m.rows_per_context) < 1:
         return "d_model, vocab_size, shard_contexts or rows_per_context is below 1"
     if len(m.mean) != (m.d_model if m.shards else 0):

@@ -158,9 +158,10 @@ def _decode(
     return x_hat * std + mean
 
 
-def _floats(array: Any, width: int, name: str) -> Array | np.ndarray:
+def _floats(array: Any, width: int, name: str) -> Array:
     """The array, of floats `[..., width]`; refuses what would silently be read wrongly,
-    such as the bit patterns that a shard of bfloat16 holds."""
+    such as the bit patterns that a shard of bfloat16 holds. NumPy's is copied: JAX
+    may read it only after it was given back, and changed."""
     if type(array).__module__.partition(".")[0] == "torch":
         raise ValueError(
             "this is a torch tensor; give a NumPy or JAX array: "
@@ -178,4 +179,4 @@ def _floats(array: Any, width: int, name: str) -> Array | np.ndarray:
             f"the array has shape {list(array.shape)}, expected {name}={width} as its "
             "last axis"
         )
-    return array
+    return array if isinstance(array, jax.Array) else jnp.array(array)

@@ -7,6 +7,7 @@ and admits headers of 100 MB.
 
 import hashlib
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,9 @@ def check_keys(config: Mapping[str, Any], known: str, *, where: Path) -> None:
     """Refuses what a config says besides the names in `known`: it might change what is
     computed."""
     if unknown := sorted(config.keys() - set(known.split())):
+        expected = textwrap.shorten(known.replace(" ", ", "), 300, placeholder=" ...")
         raise UserError(
-            f"{where} has what is not known: {listed(unknown)}; expected "
-            f"{known.replace(' ', ', ')}"
+            f"{where} has what is not known: {listed(unknown)}; expected {expected}"
         )
 
 

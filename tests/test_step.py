@@ -239,28 +239,37 @@ def test_every_interpreter_compiles_the_same_program():
     assert len(programs) == 1 and len(programs.pop()) == 65
 
 
+SHAPES = [(8, 24, 16), (48, 40, 33), (64, 256, 128)]
+VARIANTS = [
+    {"variant": "relu"},
+    {"variant": "vsae"},
+    {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 1},
+    {"variant": "vsae_topk", "variance": "learned"},
+    {"variant": "vsae_topk", "decoder_norm": "free", "subtract_b_dec": False},
+    {"variant": "batch_topk", "auxk": 0.5, "dead_after_tokens": 1},
+    {"variant": "vsae_batch_topk", "variance": "learned"},
+    {"variant": "jump_relu"},
+    {"variant": "vsae_jump_relu", "target_l0": 0.0},
+    {"variant": "gated"},
+    {"variant": "matryoshka", "prefixes": "1:5:9"},
+    {"variant": "vaease"},
+]
+
+
+# Each variant in one shape and each shape with four variants; the rest is slow.
 @pytest.mark.parametrize(
-    "d_model, d_sae, batch", [(8, 24, 16), (48, 40, 33), (64, 256, 128)]
-)
-@pytest.mark.parametrize(
-    "switches",
+    "shape, switches",
     [
-        {"variant": "relu"},
-        {"variant": "vsae"},
-        {"variant": "topk", "auxk": 0.5, "dead_after_tokens": 1},
-        {"variant": "vsae_topk", "variance": "learned"},
-        {"variant": "vsae_topk", "decoder_norm": "free", "subtract_b_dec": False},
-        {"variant": "batch_topk", "auxk": 0.5, "dead_after_tokens": 1},
-        {"variant": "vsae_batch_topk", "variance": "learned"},
-        {"variant": "jump_relu"},
-        {"variant": "vsae_jump_relu", "target_l0": 0.0},
-        {"variant": "gated"},
-        {"variant": "matryoshka", "prefixes": "1:5:9"},
-        {"variant": "vaease"},
+        pytest.param(
+            shape, switches, marks=() if i % len(SHAPES) == j else pytest.mark.slow
+        )
+        for i, switches in enumerate(VARIANTS)
+        for j, shape in enumerate(SHAPES)
     ],
 )
-def test_every_shape_trains_in_bfloat16(d_model, d_sae, batch, switches):
+def test_every_shape_trains_in_bfloat16(shape, switches):
     """XLA on a CPU has products of bfloat16 that it compiles and cannot run."""
+    d_model, d_sae, batch = shape
     options = {"d_sae": d_sae, "k": 4, "steps": 3, "batch_size": batch} | switches
     config = resolve_train(TrainConfig(**options), d_model=d_model)
     static = sae_config(config, d_model=d_model, dtype="bfloat16")

@@ -46,6 +46,8 @@ html_theme = "furo"
 html_title = "vsae_jax"
 html_copy_source = False
 html_show_sphinx = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_extra_path = ["redirect"]
 # What a page's fenced text holds is prose, commands or an equation.
 highlight_language = "none"
@@ -80,6 +82,15 @@ def as_rst(block: str) -> str:
     return text
 
 
+def short_names(app, what, name, obj, options, signature, returned):
+    """A signature in which an array of JAX has the name that users write."""
+    parts = (
+        part and part.replace("jaxlib._jax.", "") for part in (signature, returned)
+    )
+    return tuple(parts)
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", short_names)
     # Before napoleon, which makes lists of the sections.
     app.connect("autodoc-process-docstring", plain_text, priority=100)

@@ -14,7 +14,9 @@ import pytest
 from pages import ROOT, blocks, commands, every_command
 from tiny_runs import CONTEXTS, LENGTH, TRAINING, call, copied
 
-README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guide.md"
+README = ROOT / "README.md"
+# The second goes on where the first ends.
+PYTHON = [ROOT / "docs" / f"{name}.md" for name in ("own_activations", "python")]
 EIGHT = ROOT / "docs" / "eight_tasks.md"
 # The sizes of the session's other folders, whose programs are compiled by then; of a
 # flag given twice the last counts.
@@ -68,17 +70,17 @@ def test_the_glossary_has_every_number_of_a_run(followed):
     assert {*core, *line} - {"step"} - said == set()
 
 
-@pytest.mark.parametrize("page", [README, GUIDE], ids=lambda page: page.name)
-def test_python_blocks_run(page, followed, monkeypatch, capsys):
+@pytest.mark.parametrize("pages", [[README], PYTHON], ids=["README", "site"])
+def test_python_blocks_run(pages, followed, monkeypatch, capsys):
     monkeypatch.chdir(followed)
     names = {}
-    sources = blocks(page, "python")
+    sources = [source for page in pages for source in blocks(page, "python")]
     for source in sources:
         for written, small in SMALLER.items():
             source = source.replace(written, small)
-        exec(compile(source, str(page), "exec"), names)
+        exec(compile(source, "a block", "exec"), names)
     assert len(sources) >= 2
-    if page == README:
+    if pages == [README]:
         assert names["latents"].shape == (1000, 32)
         assert names["x_hat"].shape == names["rows"].shape == (1000, 16)
         printed = capsys.readouterr().out

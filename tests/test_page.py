@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -146,6 +147,25 @@ def test_every_view_opens_without_an_error_or_a_request(browser, pages):
             page.go(place)
             assert len(page.text()) > 20
         page.assert_quiet()
+
+
+@pytest.mark.parametrize("place", ["", "#/table", "#/prompts", "#/a/9"])
+def test_axe_finds_nothing_serious(browser, pages, place):
+    """The checks of accessibility that browsers' own tools run."""
+    of_axe = pytest.importorskip("axe_core_python", reason="needs axe-core-python")
+    page = Page(browser, pages["both"], place)
+    page.run((resources.files(of_axe) / "axe.min.js").read_text("utf-8"))
+    found = browser.execute_async_script(
+        "const done = arguments[0];"
+        "axe.run(document).then(done, error => done({error: String(error)}))"
+    )
+    assert len(found["passes"]) > 5, found.get("error")
+    serious = {
+        one["id"]: [node["html"][:200] for node in one["nodes"]]
+        for one in found["violations"]
+        if one["impact"] in ("serious", "critical")
+    }
+    assert serious == {}
 
 
 def test_a_planted_latent_shows_its_tokens_in_colour(browser, pages):

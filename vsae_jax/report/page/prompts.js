@@ -19,6 +19,7 @@ function promptText(side, prompt, painted, list) {
     const node = token(side.text(id), 0, { most: 1, label });
     painted.push({ node, found, values });
     node.setAttribute("role", "button");
+    node.setAttribute("aria-label", `${JSON.stringify(side.text(id))}, ${label}`);
     node.tabIndex = found.length ? 0 : -1;
     const choose = () => {
       document.querySelector(".t.chosen")?.classList.remove("chosen");

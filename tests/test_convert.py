@@ -270,7 +270,9 @@ def test_what_is_not_known_is_asked_for(
         with pytest.raises(UserError, match=said):
             evaluate.run(EvalConfig(**note, **flags))
     known = {"layer": 0, "model": str(tiny_model)}
-    with pytest.raises(UserError, match="was not trained here; name activations"):
+    with pytest.raises(
+        UserError, match="names no folder of activations; name activations"
+    ):
         evaluate.run(EvalConfig(run=str(out), **known))
     core = evaluate.run(EvalConfig(**note, **known))["out"]
     assert weights.is_file() and core["l0"] == pytest.approx(4)

@@ -84,7 +84,7 @@ def test_its_repr_says_what_it_is(tiny_run, trained):
         f"TrainedSAE topk: d_model {D_MODEL}, d_sae {D_SAE}, k 4",
         f"  of {trained.data['model']}, blocks.0.hook_resid_post",
         "  trained on 640 rows in 20 steps, seed 0",
-        f"  explained variance {metrics[-1]['explained_variance']:.4f}",
+        f"  explained variance {metrics[-1]['explained_variance']:.4f} in training",
         f"  in {tiny_run}",
     ]
 

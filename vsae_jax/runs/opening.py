@@ -258,10 +258,12 @@ def _tokens_of_text(
 
 def open_activations(run: TrainedSAE, c: OpenOptions) -> Activations:
     """The run's activations, or others whose contexts start as the run's do."""
-    other = "name activations to evaluate on with --activations, or text with --text"
+    other = "name activations of its model with --activations"
+    if "text" in getattr(c, "__dataclass_fields__", ()):  # it has the flag
+        other += ", or text with --text"
     own = run.train.activations if run.train else ""
     if not c.activations and not own:
-        raise UserError(f"{run.folder} was not trained here; {other}")
+        raise UserError(f"{run.folder} names no folder of activations; {other}")
     folder = Path(c.activations or own)
     if not c.activations and not folder.is_dir():
         raise UserError(f"{folder}, which {run.folder} names, is not here; {other}")

@@ -191,6 +191,10 @@ class TrainedSAE:
         """
         if isinstance(texts, str):
             return self.top_latents([texts], lm, n=n)[0]
+        if not isinstance(lm, LanguageModel):
+            raise UserError(
+                f"lm is a {type(lm).__name__}; give vsae_jax.language_model(path)"
+            )
         reader, tokenizer = self.reader, load_tokenizer(lm.files)
         lm.check(reader.place)
         begin = [lm.bos_id] if reader.has_bos else []
@@ -251,7 +255,9 @@ class TrainedSAE:
             rows = f"{c.steps * c.batch_size:,} rows"
             lines.append(f"trained on {rows} in {c.steps:,} steps, seed {c.seed}")
         if self.explained_variance is not None:
-            lines.append(f"explained variance {self.explained_variance:.4f}")
+            evaluated = (self.folder / EVALS / "core.json").is_file()
+            where = "on held-out tokens" if evaluated else "in training"
+            lines.append(f"explained variance {self.explained_variance:.4f} {where}")
         saved = self.folder.is_dir()
         return "\n  ".join([*lines, f"in {self.folder}" if saved else "not saved"])
 

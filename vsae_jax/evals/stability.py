@@ -26,7 +26,7 @@ from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.config import RUNTIME_FIELDS, TrainConfig
 from vsae_jax.config.fields import to_json
 from vsae_jax.evals import Subject
-from vsae_jax.latents.matching import CLOSE, by_chance
+from vsae_jax.latents.matching import CLOSE, by_chance, unit_rows
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
@@ -113,8 +113,8 @@ def _latents(subject: Subject, rows: Float[np.ndarray, "rows d_model"]) -> _Late
     variance = np.maximum(squares / len(rows) - mean**2, 0)
     params = subject.run.variables["params"]
     return _Latents(
-        decoder=_unit(np.asarray(params["w_dec"])),
-        encoder=_unit(np.asarray(params["w_enc"]).T),
+        decoder=unit_rows(np.asarray(params["w_dec"])),
+        encoder=unit_rows(np.asarray(params["w_enc"]).T),
         alive=fired >= ENOUGH,
         magnitude=magnitude,
         mean=mean,
@@ -212,8 +212,3 @@ def _mean(pairs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _settings(rows: Float[np.ndarray, "rows d_model"]) -> dict[str, Any]:
     return {"rows": len(rows), "least_firings": ENOUGH}
-
-
-def _unit(w: Float[np.ndarray, "rows d_model"]) -> Float[np.ndarray, "rows d_model"]:
-    w = w.astype(np.float64)
-    return w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-30)

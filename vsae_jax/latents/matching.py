@@ -70,7 +70,7 @@ def match(
     """
     partner, cosine = np.full(len(w_a), -1), np.zeros(len(w_a))
     a, b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
-    cosines = _unit(w_a[a]) @ _unit(w_b[b]).T
+    cosines = unit_rows(w_a[a]) @ unit_rows(w_b[b]).T
     i, j = linear_sum_assignment(cosines, maximize=True)
     partner[a[i]], cosine[a[i]] = b[j], cosines[i, j]
     return partner, cosine
@@ -84,7 +84,7 @@ def by_chance(
     matched in the same way. (Directions uniform on the sphere would put chance too low:
     activations, and so decoder rows, fill some dimensions more than others.)"""
     rng = np.random.default_rng(0)
-    mixed = [rng.standard_normal((len(w), len(w))) @ _unit(w) for w in (w_a, w_b)]
+    mixed = [rng.standard_normal((len(w), len(w))) @ unit_rows(w) for w in (w_a, w_b)]
     alive_a, alive_b = (np.ones(len(w), bool) for w in mixed)
     partner, cosine = match(*mixed, alive_a=alive_a, alive_b=alive_b)
     return cosine[partner >= 0]
@@ -136,6 +136,7 @@ def _start(a: TrainedSAE, b: TrainedSAE) -> tuple[str, bool | None]:
     return f"They started from different weights ({which}).", False
 
 
-def _unit(w: np.ndarray) -> np.ndarray:
+def unit_rows(w: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
+    """The rows, each of norm 1, in float64."""
     w = w.astype(np.float64)
     return w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-30)

@@ -58,7 +58,7 @@ class Feed:
             self._read = self._further.read
         elif c.bad_rows == "stop":
             self._read = Check(planned.activations, giant=c.giant).rows
-        self._batch, self._mesh = planned.train.batch_size, planned.mesh
+        self._batch, self._mesh = c.batch_size, planned.mesh
         self._own = own_rows(planned.mesh, self._batch)
         self.dtype = np.dtype(READ[planned.data["dtype"]])
         row_bytes = planned.sae.d_model * self.dtype.itemsize
@@ -66,7 +66,7 @@ class Feed:
         order = {
             "n_rows": self._n_rows,
             "row_bytes": row_bytes,
-            "seed": planned.train.data_seed,
+            "seed": c.data_seed,
             "left_out": planned.left_out.rows if planned.left_out else (),
             "forward": c.stream,
         }

@@ -88,6 +88,7 @@ def common(study: Study) -> dict[str, Any]:
     norm = signal_to_noise.recommended(study)
     return {
         "activations": str(study.rows_path("paper", study.layer)),
+        "max_norm_multiple": study.scale.text.max_norm_multiple,
         "d_sae": c.d_sae,
         "k": c.k,
         "steps": c.steps,
@@ -102,51 +103,73 @@ def common(study: Study) -> dict[str, Any]:
 
 def grids(study: Study) -> dict[str, Arms]:
     """The search for learning rates, and the arms with what it found."""
+    return tuned(study, kinds(study), TUNING, GRID)
+
+
+def tuned(
+    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
+) -> dict[str, Arms]:
+    """Two grids of these kinds of arms: of the search for learning rates (none where
+    there is one rate), and of the arms of every seed with what it found."""
     c, shared = study.scale.controlled, common(study)
-    rates = best_rates(study)
-    tuning = {
+    rates = best_rates(study, of, tuning)
+    search = {
         f"{kind}_lr-{lr:g}_seed-{_TUNING_SEED}": TrainConfig(
-            **(shared | fields | {"lr": lr, "seed": _TUNING_SEED})
+            **(shared | {"steps": c.tuning_steps or c.steps})
+            | fields
+            | {"lr": lr, "seed": _TUNING_SEED}
         )
-        for kind, fields in kinds(study).items()
+        for kind, fields in of.items()
         for lr in c.lrs
     }
     arms = {
         f"{kind}_seed-{seed}": TrainConfig(
             **(shared | fields | {"lr": rates.get(kind, c.lrs[0]), "seed": seed})
         )
-        for kind, fields in kinds(study).items()
+        for kind, fields in of.items()
         for seed in range(c.seeds)
     }
-    return ({TUNING: tuning} if len(c.lrs) > 1 else {}) | {GRID: arms}
+    return ({tuning: search} if len(c.lrs) > 1 else {}) | {grid: arms}
 
 
-def best_rates(study: Study) -> dict[str, float]:
-    """Of each kind the learning rate with the best explained variance on held-out
-    rows; empty before the search."""
+def best_rates(
+    study: Study,
+    of: Mapping[str, Mapping[str, Any]] | None = None,
+    tuning: str = TUNING,
+) -> dict[str, float]:
+    """Of each kind (unset: those of the ablation) the learning rate with the best
+    explained variance on text that nothing else is evaluated on, where the scale sets
+    some aside; else on held-out rows. Empty before the search."""
     lrs = study.scale.controlled.lrs
     if len(lrs) == 1:
-        return dict.fromkeys(kinds(study), lrs[0])
-    if not (study.grid(TUNING) / "grid.json").is_file():
+        return dict.fromkeys(kinds(study) if of is None else of, lrs[0])
+    if not (study.grid(tuning) / "grid.json").is_file():
         return {}
     best: dict[str, tuple[float, float]] = {}
-    for arm in study.metrics(TUNING).items():
-        name, seeds = arm
+    for name, seeds in study.metrics(tuning).items():
         kind, rate = name.rsplit("_lr-", 1)
         found = seeds[_TUNING_SEED]["explained_variance"], float(rate)
         best[kind] = max(best.get(kind, (-math.inf, 0.0)), found)
     return {kind: rate for kind, (_, rate) in best.items()}
 
 
+def trained(
+    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
+) -> None:
+    """Searches the rates of these kinds, trains their arms, and evaluates both."""
+    if tuning in (search := tuned(study, of, tuning, grid)):
+        study.train(tuning, search[tuning])
+        study.evaluate(tuning, "core", text=study.tuning_text())
+    study.train(grid, tuned(study, of, tuning, grid)[grid])
+    study.evaluate(grid, "core")
+
+
 def run(study: Study) -> Section:
     """Trains, evaluates and compares."""
     study.rows("paper", study.layer)
-    signal_to_noise.measured(study)
-    if TUNING in grids(study):
-        study.train(TUNING, grids(study)[TUNING])
-        study.evaluate(TUNING, "core")
-    study.train(GRID, grids(study)[GRID])
-    study.evaluate(GRID, "core")
+    if not study.scale.controlled.norm:
+        signal_to_noise.measured(study)
+    trained(study, kinds(study), TUNING, GRID)
     study.evaluate(GRID, "scr,tpp")
     found = study.metrics(GRID, "core,scr,tpp")
     effects = {name: of_switches(found, name) for name in ("topk", "vsae")}
@@ -190,14 +213,17 @@ def pick(seeds: Mapping[int, Mapping[str, Any]], measure: str) -> dict[int, floa
 
 def _setting(study: Study) -> str:
     c, rates = study.scale.controlled, best_rates(study)
-    at_the_edge = sum(rate == max(c.lrs) for rate in rates.values())
+    largest, least = (
+        sum(rate == edge(c.lrs) for rate in rates.values()) for edge in (max, min)
+    )
     return (
         f"d_sae {c.d_sae}, k {c.k}, {c.steps} steps of {c.batch_size} rows, root mean "
         f"square row norm {signal_to_noise.recommended(study):g}, seeds 0 to "
         f"{c.seeds - 1}; evaluated at the mean on {study.scale.eval_tokens:,} held-out "
         "tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
         f"Learning rates tried for every kind: {', '.join(f'{r:g}' for r in c.lrs)}; "
-        f"the largest was the best of {at_the_edge} of {len(rates)} kinds."
+        f"the largest was the best of {largest}, the least of {least} of {len(rates)} "
+        "kinds."
     )
 
 

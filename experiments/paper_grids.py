@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.ablation import pick
 from experiments.paired import Interval, difference
 from experiments.report import Section
+from experiments.scales import Figures
 from experiments.study import Arms, Study
 from vsae_jax.config import Preset, TrainConfig, Variant
 from vsae_jax.runs.series import Arm
@@ -45,15 +46,21 @@ def _arms(study: Study, preset: Preset, layer: int) -> Arms:
                     name = f"variant-{variant}_k-{k}_{size}seed-{seed}"
                     arms[name] = TrainConfig(
                         activations=str(study.rows_path(preset, layer)),
+                        max_norm_multiple=study.scale.text.max_norm_multiple,
                         preset=preset,
                         variant=variant,
                         k=k,
-                        d_sae=d_sae,
-                        steps=f.steps,
-                        batch_size=f.batch_size,
                         seed=seed,
+                        **_size(f, preset, d_sae),
                     )
     return arms
+
+
+def _size(f: Figures, preset: Preset, d_sae: int) -> dict[str, int]:
+    """The scale's dictionary and budget, or those of the released code itself."""
+    if preset == "released" and f.released_to_the_letter:
+        return {}
+    return {"d_sae": d_sae, "steps": f.steps, "batch_size": f.batch_size}
 
 
 def trained(study: Study, *evals: str) -> list[str]:
@@ -71,7 +78,7 @@ def trained(study: Study, *evals: str) -> list[str]:
 def with_first_k(study: Study, name: str) -> list[Arm]:
     """The arms of a grid with the smallest k and d_sae."""
     f = study.scale.figures
-    wanted = {"k": f.k[0], "d_sae": f.d_sae[0]}
+    wanted = {"k": f.k[0]} | ({"d_sae": f.d_sae[0]} if len(f.d_sae) > 1 else {})
     return [
         arm
         for arm in study.arms(name)

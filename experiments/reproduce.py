@@ -1,4 +1,4 @@
-"""`python -m experiments.reproduce --scale=smoke|standin|paper`: the whole study.
+"""`python -m experiments.reproduce --scale=smoke|standin|real|paper`: the whole study.
 
 Extracts, trains every grid, evaluates, draws, and writes `report.md`, `report.html` and
 `figures/`; stopped or killed, the same command goes on. `--only` takes some of the
@@ -6,8 +6,9 @@ parts (and writes `report_<parts>.md`), `--dry_run` prints what would be done an
 it would take.
 
 `smoke` needs nothing but this repository. `standin` takes any small GPT-NeoX and any
-stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `paper`
-needs the hub and a GPU.
+stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `real`
+has the paper's shapes on a language model and texts from disk (`--model`, `--dataset`,
+`--labelled`), and wants a GPU. `paper` needs the hub and a GPU.
 """
 
 import dataclasses
@@ -33,13 +34,14 @@ from experiments import (
     questions,
     report,
     signal_to_noise,
+    stability,
     without_topk,
 )
 from experiments.scales import SCALES, Scale
 from experiments.study import Study, say
 from vsae_jax.activations import text
 from vsae_jax.config import cli
-from vsae_jax.config.fields import flag
+from vsae_jax.config.fields import REQUIRED, flag
 from vsae_jax.system.errors import UserError
 
 # In the order in which they need each other.
@@ -48,6 +50,7 @@ PARTS: dict[str, ModuleType] = {
     for module in (
         signal_to_noise,
         ablation,
+        stability,
         cross,
         ground_truth,
         without_topk,
@@ -70,7 +73,7 @@ _SETS_OF_PAPER = "bias_in_bios,amazon_reviews,ag_news"
 class ReproduceConfig:
     """Runs the study: trains, evaluates and compares, and writes a report."""
 
-    scale: Literal["smoke", "standin", "paper"] = flag("how large", "smoke")
+    scale: Literal["smoke", "standin", "real", "paper"] = flag("how large", "smoke")
     out: str = flag("folder; unset: experiments/results/<scale>", "")
     only: str = flag("comma list of parts; unset: all", "")
     dry_run: bool = flag("print arms, steps, disk, memory and time; do nothing", False)
@@ -119,6 +122,12 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
 def open_study(c: ReproduceConfig) -> Study:
     """The study that the flags describe; nothing is written."""
     scale = _with_text(SCALES[c.scale], c)
+    for name in ("model", "dataset"):
+        if getattr(scale.text, name) == REQUIRED:
+            raise UserError(
+                f"--scale={c.scale} needs --{name}: a local "
+                f"{'folder' if name == 'model' else 'file of text'} or a hub id"
+            )
     labelled = {}
     sets = c.labelled or (_SETS_OF_PAPER if c.scale == "paper" else "")
     if sets:

@@ -1,28 +1,39 @@
-"""The study's three sizes: what is trained, on how much, how often.
+"""The study's four sizes: what is trained, on how much, how often.
 
 * `smoke`: minutes on two cores, from the bundled model and its stories; shows that all
   of it runs, and nothing about the question.
 * `standin`: hours on two cores, with any small model and any stories.
+* `real`: the paper's shapes on a real language model from disk, such as SmolLM2-135M,
+  with your own text: half an hour of a large GPU.
 * `paper`: Pythia-70M, TinyStories, the paper's shapes; needs a network and a GPU.
 """
 
 from dataclasses import dataclass
 
+from vsae_jax.config.fields import REQUIRED
+
 
 @dataclass(frozen=True)
 class Text:
-    """What is read: "" is the bundled model, and its stories."""
+    """What is read: "" is the bundled model, and its stories.
+
+    max_norm_multiple: as in train, for every arm. tuning_documents: how many of the
+    last documents are set aside for the search for learning rates.
+    """
 
     model: str = ""
     backend: str = "jax"
     dataset: str = ""
     layers: tuple[int, ...] = (2,)
     num_tokens: int = 390_000
+    max_norm_multiple: float | None = None
+    tuning_documents: int = 0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """The paper's own comparison: presets by layer, variants, sizes, k."""
+    """The paper's own comparison: presets by layer, variants, sizes, k.
+    released_to_the_letter: preset `released` at its own d_sae, steps and batch."""
 
     d_sae: tuple[int, ...]
     k: tuple[int, ...]
@@ -30,6 +41,7 @@ class Figures:
     steps: int
     batch_size: int
     feature_tokens: int
+    released_to_the_letter: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Controlled:
     lrs: learning rates that every kind of arm is tried with.
     smaller: d_sae of TopK arms with fewer latents.
     kinds: those of the ablation; all, unset. crossed: switches of the full cross.
+    norm: that of all but the map; the one that the map recommends, unset.
+    tuning_steps: of the search for learning rates; `steps`, unset.
     """
 
     d_sae: int
@@ -59,6 +73,24 @@ class Controlled:
     cross_seeds: int
     kinds: tuple[str, ...] = ()
     crossed: tuple[str, ...] = ("noise", "relu", "decoder", "auxk", "penalty")
+    norm: float = 0.0
+    tuning_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Stability:
+    """Whether latents come back with another seed, besides the ablation's arms.
+
+    tokens: held-out ones that latents fire on. lengths: further training lengths of
+    TopK and the vSAE. l1: of a ReLU SAE, in shares of the norm. noises: standard
+    deviations beside 1. batch_topk: those variants too.
+    """
+
+    tokens: int
+    lengths: tuple[int, ...] = ()
+    l1: tuple[float, ...] = ()
+    noises: tuple[float, ...] = ()
+    batch_topk: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,7 @@ class Scale:
     text: Text
     figures: Figures
     controlled: Controlled
+    stability: Stability
     truth: Truth
     eval_tokens: int
     train_size: int
@@ -90,6 +123,13 @@ class Scale:
     samples: int
 
 
+_STABILITY = Stability(
+    tokens=100_000,
+    lengths=(2_500, 5_000, 20_000),
+    l1=(0.01, 0.03, 0.1),
+    noises=(0.3, 3.0),
+    batch_topk=True,
+)
 SMOKE = Scale(
     text=Text(num_tokens=60_000),
     figures=Figures(
@@ -121,6 +161,7 @@ SMOKE = Scale(
         ),
         crossed=("noise",),
     ),
+    stability=Stability(tokens=3_000),
     truth=Truth(
         d_model=32,
         n_features=64,
@@ -164,6 +205,7 @@ STANDIN = Scale(
         cross_steps=300,
         cross_seeds=3,
     ),
+    stability=Stability(tokens=100_000),
     truth=Truth(
         d_model=64,
         n_features=256,
@@ -177,6 +219,59 @@ STANDIN = Scale(
     eval_tokens=25_000,
     train_size=1000,
     test_size=400,
+    samples=10_000,
+)
+REAL = Scale(
+    text=Text(
+        model=REQUIRED,
+        dataset=REQUIRED,
+        layers=(7, 14),
+        num_tokens=2_200_000,
+        max_norm_multiple=5.0,
+        tuning_documents=600,
+    ),
+    figures=Figures(
+        d_sae=(2304,),
+        k=(64, 128, 256, 512),
+        seeds=3,
+        steps=20_000,
+        batch_size=1024,
+        feature_tokens=100_000,
+        released_to_the_letter=True,
+    ),
+    controlled=Controlled(
+        d_sae=2304,
+        k=64,
+        other_k=(16, 32, 128),
+        smaller=(288, 576, 1152),
+        seeds=5,
+        steps=10_000,
+        batch_size=1024,
+        lrs=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        norms=(0.0, 0.3, 1.0, 4.0, 12.0),
+        map_betas=(0.0, 0.01, 0.1, 1.0),
+        map_lrs=(1e-3, 4e-3),
+        map_steps=3_000,
+        map_seeds=2,
+        cross_steps=2_000,
+        cross_seeds=3,
+        norm=100.0,
+        tuning_steps=4_000,
+    ),
+    stability=_STABILITY,
+    truth=Truth(
+        d_model=128,
+        n_features=512,
+        group=8,
+        active=8,
+        n_rows=1_000_000,
+        steps=5000,
+        batch_size=512,
+        seeds=5,
+    ),
+    eval_tokens=25_000,
+    train_size=4000,
+    test_size=1000,
     samples=10_000,
 )
 PAPER = Scale(
@@ -211,6 +306,7 @@ PAPER = Scale(
         cross_steps=5_000,
         cross_seeds=3,
     ),
+    stability=_STABILITY,
     truth=Truth(
         d_model=256,
         n_features=2048,
@@ -226,4 +322,4 @@ PAPER = Scale(
     test_size=1000,
     samples=20_000,
 )
-SCALES = {"smoke": SMOKE, "standin": STANDIN, "paper": PAPER}
+SCALES = {"smoke": SMOKE, "standin": STANDIN, "real": REAL, "paper": PAPER}

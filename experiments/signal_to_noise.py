@@ -71,6 +71,7 @@ def grids(study: Study) -> dict[str, Arms]:
     c = study.scale.controlled
     shared: dict[str, Any] = {
         "activations": str(study.rows_path("paper", study.layer)),
+        "max_norm_multiple": study.scale.text.max_norm_multiple,
         "d_sae": c.d_sae,
         "k": c.k,
         "steps": c.map_steps,
@@ -132,9 +133,11 @@ def _explained(seeds: Mapping[int, Mapping[str, float]]) -> float:
 
 
 def recommended(study: Study) -> float:
-    """The smallest norm at which the vSAE with a unit decoder and some beta is within
-    0.03 of TopK's explained variance; where there is none, or nothing is evaluated yet,
-    the largest."""
+    """The scale's own norm; where it has none, the smallest at which the vSAE with a
+    unit decoder and some beta is within 0.03 of TopK's explained variance; where there
+    is none, or nothing is evaluated yet, the largest."""
+    if norm := study.scale.controlled.norm:
+        return norm
     if not (study.grid(GRID) / runs.GRID).is_file():
         return norms(study)[-1]
     close = [

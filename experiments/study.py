@@ -9,18 +9,24 @@ Everything that is there and finished is left alone, so that a study that was st
 goes on.
 """
 
+import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 from experiments.scales import Scale
 from vsae_jax import evaluate, extract, features, runs
+from vsae_jax.activations import text
 from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
 from vsae_jax.runs.series import Arm, open_arms
 from vsae_jax.system.errors import UserError
+from vsae_jax.system.files import replace_file
 from vsae_jax.training import grid
 
 if TYPE_CHECKING:
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
 Arms = dict[str, TrainConfig]
 BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
 STORIES = BUNDLED / "sampled_stories.jsonl"
+_ON_ROWS = ("core", "stability", "predictability")
 _SEED = re.compile(r"(.*)_seed-(\d+)")
 
 
@@ -80,7 +87,10 @@ class Study:
         folder = self.grid(name)
         if not all(is_over(folder / arm) for arm in arms):
             say(f"training {name}: {len(arms)} arms")
-            configs = [replace(config, out=str(folder)) for config in arms.values()]
+            given: dict[str, Any] = {"out": str(folder)}
+            # Minutes a grid there, and its checkpoints would fill a disk.
+            given |= {"checkpoint_every": 0} if jax.default_backend() == "gpu" else {}
+            configs = [replace(config, **given) for config in arms.values()]
             try:
                 grid.run(configs, names=list(arms))
             except UserError as error:
@@ -98,8 +108,22 @@ class Study:
         """The arms of a grid that did not diverge."""
         return open_arms(self.grid(name))
 
-    def evaluate(self, name: str, evals: str) -> None:
-        """Evaluates the arms of a grid, where any of them is not yet."""
+    def tuning_text(self) -> str:
+        """A file of the last documents, which nothing is trained or evaluated on but
+        the search for learning rates; "" where the scale sets none aside."""
+        n, path = self.scale.text.tuning_documents, self.out / "texts" / "tuning.jsonl"
+        if not n:
+            return ""
+        if not path.is_file():
+            found = text.documents(self.dataset, split="train", text_column="text")
+            lines = (json.dumps({"text": each}) + "\n" for each in deque(found, n))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(path, "".join(lines).encode())
+        return str(path)
+
+    def evaluate(self, name: str, evals: str, **fields: Any) -> None:
+        """Evaluates the arms of a grid, where any of them is not yet; `fields` are
+        further flags of `evaluate`."""
         files = [f"{each}.json" for each in evals.split(",")]
         paths = [a.folder / runs.EVALS / f for a in self.arms(name) for f in files]
         if not all(path.is_file() for path in paths):
@@ -108,10 +132,11 @@ class Study:
                 EvalConfig(
                     run=str(self.grid(name)),
                     evals=evals,
-                    num_tokens=self.scale.eval_tokens,
                     train_size=self.scale.train_size,
                     test_size=self.scale.test_size,
-                    **({} if evals == "core" else self.labelled),
+                    **{"num_tokens": self.scale.eval_tokens}
+                    | ({} if evals in _ON_ROWS else self.labelled)
+                    | fields,
                 )
             )
 

@@ -260,14 +260,22 @@ def test_the_page_escapes_and_needs_nothing_else(tmp_path):
 def test_the_plan_of_every_scale(scale, tmp_path, capsys):
     """Counts every grid once, writes nothing, needs neither hub nor GPU."""
     out = tmp_path / "out"
+    given = {"model": "m", "dataset": "d.jsonl"} if scale == "real" else {}
     argv = ["reproduce", f"--scale={scale}", "--dry_run", f"--out={out}"]
+    argv += [f"--{name}={value}" for name, value in given.items()]
     assert cli.run(reproduce.command, ReproduceConfig, argv) == 0
     text = capsys.readouterr().out
-    study = open_study(ReproduceConfig(scale=scale, out=str(out)))
+    study = open_study(ReproduceConfig(scale=scale, out=str(out), **given))
     arms = {n: a for part in PARTS.values() for n, a in part.grids(study).items()}
     total = sum(map(len, arms.values()))
     assert f"| all | {total:,} |" in text
     assert not out.exists()
+
+
+def test_the_real_scale_asks_for_a_model_and_a_text(capsys):
+    argv = ["reproduce", "--scale=real", "--dry_run", "--model=m"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 2
+    assert "--scale=real needs --dataset" in capsys.readouterr().err
 
 
 def test_the_plan_counts_steps_and_operations(tmp_path):

@@ -7,8 +7,10 @@ which is faster on a CPU: an arm's step then is its single run's, bit for bit.
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -67,25 +69,32 @@ def compile_pass(
     is vmap, loop or auto (vmap on a GPU). Arms lie on `mesh` already."""
     if how == "auto":
         how = "vmap" if jax.default_backend() == "gpu" else "loop"
-    start, compiled = time.monotonic(), {}
-    groups, work = [], 0
+    start, lowered = time.monotonic(), {}
+    waiting = []
     for config, members in _same_switches(arms).items():
         sets = [members] if how == "vmap" else [(place,) for place in members]
         for places in sets:
             state = _stack([arms[place].state for place in places], mesh)
             numbers = _stack([arms[place].numbers for place in places], mesh)
             kind = config, len(places)
-            if kind not in compiled:
+            if kind not in lowered:
                 lie = None if mesh is None else shardings(state, mesh)
                 steps = compile_steps(config, arms=len(places), places=lie)
                 with tracing(mesh):
-                    compiled[kind] = steps.lower(state, rows, 1, numbers).compile()
-                work = max(work, _work_bytes(compiled[kind]))
-            groups.append(Group(places, numbers, state, compiled[kind]))
+                    lowered[kind] = steps.lower(state, rows, 1, numbers)
+            waiting.append((kind, places, numbers, state))
+    # Programs compile side by side: each keeps about one core busy for seconds.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = pool.map(lambda program: program.compile(), lowered.values())
+        compiled = dict(zip(lowered, programs, strict=True))
+    groups = [
+        Group(places, numbers, state, compiled[kind])
+        for kind, places, numbers, state in waiting
+    ]
     return Plan(
         groups=groups,
         state_bytes=sum(bytes_each(group.state) for group in groups),
-        work_bytes=work,
+        work_bytes=max(map(_work_bytes, compiled.values())),
         functions=len(compiled),
         seconds=time.monotonic() - start,
     )

@@ -1,0 +1,229 @@
+"""Does sampling make latents reproducible: do they come back with another seed?
+
+Two TopK autoencoders that differ in their seeds alone share about a third of their
+latents (Paulo and Belrose, arXiv 2501.16615). Here every kind of arm is trained from
+several seeds, and the latents of every two runs are paired one to one
+(`evaluate --evals=stability`).
+
+The primary outcome, named before the run: the share of the latents whose decoder row
+has a cosine above 0.7 with its partner's, vSAE against TopK at the same d_sae, k and
+budget. What could explain it away stands beside it: the price in explained variance
+(TopK over k), the number of alive latents (TopK with fewer), the training length, the
+learning rate (each kind has its own best), beta, noise, relu and penalty one by one,
+another block, massive rows, and directions that crowd.
+
+Command:
+
+    python -m experiments.reproduce --scale=real --model=DIR --dataset=FILE \
+        --only=stability
+
+The paper has no such test.
+"""
+
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from experiments import ablation
+from experiments.paired import Interval, interval
+from experiments.report import Section, Table
+from experiments.study import Arms, Study
+from vsae_jax.config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TUNING, GRID, LENGTHS = "stability_tuning", "stability", "stability_lengths"
+PRIMARY = "decoder_cosine_above_0.7"
+EVALS = ("stability",)
+# Measure -> how a table calls it.
+MEASURES = {
+    "explained_variance": "expl. var.",
+    "explained_variance_standardised": "standardised",
+    "alive": "alive",
+    "latents_that_return": "latents that return",
+    PRIMARY: "share that returns",
+    "decoder_cosine_median": "median cosine",
+    "both_above_0.7": "encoder too",
+    "correlation_above_0.7": "by correlation",
+    "activation_in_returning": "of activation",
+    "nearest_within_run_median": "nearest within a run",
+}
+_FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
+
+
+def kinds(study: Study) -> dict[str, dict[str, Any]]:
+    """Kinds of arms beside those of the ablation."""
+    s, common = study.scale.stability, ablation.common(study)
+    topk, vsae = (ablation.KINDS[name] for name in ("topk", "vsae"))
+    found: dict[str, dict[str, Any]] = {
+        f"vsae_noise-{std:g}": vsae | {"noise_std": std} for std in s.noises
+    }
+    for share in s.l1:
+        found[f"relu_l1-{share:g}"] = {
+            "variant": "relu",
+            "l1": share * common["input_scale"],
+        }
+    if s.batch_topk:
+        found["batch_topk"] = {"variant": "batch_topk", "auxk": 0.0}
+        found["batch_vsae"] = {"variant": "vsae_batch_topk", "beta": 0.1}
+    if study.scale.text.max_norm_multiple is not None:
+        for name, fields in (("topk", topk), ("vsae", vsae)):
+            found[f"{name}_all-rows"] = fields | {"max_norm_multiple": None}
+    for layer in study.scale.text.layers[1:]:
+        place = {"activations": str(study.rows_path("paper", layer))}
+        for name in ("topk", "topk_noise", "topk_kl", "vsae", "vsae_no_noise"):
+            found[f"{name}_layer-{layer}"] = ablation.KINDS[name] | place
+    return found
+
+
+def grids(study: Study) -> dict[str, Arms]:
+    """Those of the ablation, and its own."""
+    own = ablation.tuned(study, kinds(study), TUNING, GRID) if kinds(study) else {}
+    lengths = {LENGTHS: _lengths(study)} if study.scale.stability.lengths else {}
+    return ablation.grids(study) | own | lengths
+
+
+def _lengths(study: Study) -> Arms:
+    """TopK and the vSAE, trained for longer and shorter."""
+    shared, rates = ablation.common(study), ablation.best_rates(study)
+    c = study.scale.controlled
+    return {
+        f"{kind}_steps-{steps}_seed-{seed}": TrainConfig(
+            **shared
+            | ablation.KINDS[kind]
+            | {"steps": steps, "checkpoint_every": steps, "log_every": steps // 4}
+            | {"lr": rates.get(kind, c.lrs[0]), "seed": seed}
+        )
+        for kind in ("topk", "vsae")
+        for steps in study.scale.stability.lengths
+        for seed in range(c.seeds)
+    }
+
+
+def trained(study: Study) -> list[str]:
+    """Trains what is missing and evaluates it; returns the grids' names."""
+    for layer in study.scale.text.layers:
+        study.rows("paper", layer)
+    names = [ablation.GRID]
+    ablation.trained(study, ablation.kinds(study), ablation.TUNING, ablation.GRID)
+    if kinds(study):
+        ablation.trained(study, kinds(study), TUNING, GRID)
+        names.append(GRID)
+    if study.scale.stability.lengths:
+        study.train(LENGTHS, _lengths(study))
+        study.evaluate(LENGTHS, "core")
+        names.append(LENGTHS)
+    for name in names:
+        for each in EVALS:
+            study.evaluate(name, each, num_tokens=study.scale.stability.tokens)
+    return names
+
+
+def run(study: Study) -> Section:
+    """The table of kinds, what the primary outcome says, and its price as a figure."""
+    found = measured(study, trained(study))
+    return Section(
+        "Do latents come back with another seed?",
+        "sampling organises latents (Baker and Li 1.1, 2.3)",
+        "no comparison of seeds",
+        [
+            _setting(study, found),
+            _verdict(found),
+            study.save("stability_price", draw(found)),
+            _table(found),
+        ],
+    )
+
+
+def measured(
+    study: Study, names: list[str]
+) -> dict[str, dict[int, Mapping[str, float | None]]]:
+    """Each kind of arm of these grids: its metrics by seed."""
+    found: dict[str, dict[int, Any]] = {}
+    for name in names:
+        found |= study.metrics(name, ",".join(("core", *EVALS)))
+    return found
+
+
+def _mean(seeds: Mapping[int, Mapping[str, Any]], measure: str) -> float | None:
+    values = list(ablation.pick(seeds, measure).values())
+    return statistics.fmean(values) if values else None
+
+
+def _effect(found: Mapping[str, Any], kind: str, base: str) -> Interval:
+    """Of the primary outcome, over seeds."""
+    a, b = (ablation.pick(found[name], PRIMARY) for name in (kind, base))
+    return interval([a[seed] - b[seed] for seed in a.keys() & b.keys()])
+
+
+def _setting(study: Study, found: Mapping[str, Any]) -> str:
+    c = study.scale.controlled
+    chance = _mean(found["topk"], "decoder_cosine_by_chance_median")
+    return (
+        f"Every two of {c.seeds} seeds, latents that fire 20 times or more on "
+        f"{study.scale.stability.tokens:,} held-out tokens, paired one to one by the "
+        f"cosine of their decoder rows. By chance the median cosine of a pair is "
+        f"{chance:.2f}. A run's number is the mean over its pairs, an interval is over "
+        "runs, which share pairs: it is narrower than independent pairs would make it."
+        if chance is not None
+        else "No pairs."
+    )
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"Share that returns, vSAE - TopK: {_effect(found, 'vsae', 'topk')}"
+        " (the primary outcome)."
+    ]
+    for base in ("topk", "vsae"):
+        others = [kind for kind in found if kind.startswith(f"{base}_")]
+        effects = {kind: _effect(found, kind, base) for kind in others}
+        ranked = sorted(effects.items(), key=lambda item: -item[1].mean)
+        named = "; ".join(f"{kind} {e}" for kind, e in ranked)
+        lines.append(f"Against `{base}`: {named or 'nothing'}.")
+    return "\n\n".join(lines)
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    rows = [["arm", "seeds", *MEASURES.values()]]
+    for kind, seeds in found.items():
+        cells = []
+        for measure in MEASURES:
+            value = _mean(seeds, measure)
+            digits = 0 if measure in ("alive", "latents_that_return") else 3
+            cells.append("-" if value is None else f"{value:.{digits}f}")
+        rows.append([kind, str(len(seeds)), *cells])
+    return rows
+
+
+def draw(found: Mapping[str, Any]) -> "Figure":
+    """Each kind of arm by explained variance and by the latents that return."""
+    from vsae_jax.report.figures import style
+
+    with style.applied():
+        figure = style.figure(9, 4.2)
+        for ax, x in zip(
+            figure.subplots(1, 2),
+            ("explained_variance", "explained_variance_standardised"),
+            strict=True,
+        ):
+            for kind, seeds in found.items():
+                at = _mean(seeds, x), _mean(seeds, "latents_that_return")
+                if None in at:
+                    continue
+                family = kind.split("_", 1)[0]
+                colour = style.VERMILLION if family == "vsae" else style.GREY
+                mark = _FAMILIES.get(family, "o")
+                ax.plot(*at, mark, color=colour, markersize=4)
+                ax.annotate(
+                    kind, at, fontsize=5, xytext=(3, 2), textcoords="offset points"
+                )
+            ax.set_xlabel(f"{MEASURES[x]} (better →)")
+        figure.axes[0].set_ylabel("latents that return (better ↑)")
+        style.caption(
+            figure,
+            "Latents of one run whose decoder row has a cosine above 0.7 with its "
+            "partner's in a run of another seed; means over pairs of seeds.",
+        )
+    return figure

@@ -24,9 +24,23 @@ class Interval(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        digits = 4 if abs(self.mean) < 10 else 1
+        """Two digits of what the interval leaves open; four of a single value."""
+        half = (self.high - self.low) / 2
+        size = half if half > 0 else abs(self.mean) / 1000
+        digits = min(max(1 - math.floor(math.log10(size)), 0), 6) if size > 0 else 1
         mean, low, high = (f"{value:+.{digits}f}" for value in self[:3])
         return f"{mean} [{low}, {high}]" if self.n > 1 else f"{mean} (n=1)"
+
+    @property
+    def p(self) -> float:
+        """Two-sided, of Student's t, for a mean of 0; NaN for a single value."""
+        half = (self.high - self.low) / 2
+        if self.n < 2 or math.isnan(half):
+            return math.nan
+        if half == 0:
+            return 0.0 if self.mean else 1.0
+        quantile = float(student.ppf((1 + _LEVEL) / 2, self.n - 1))
+        return float(2 * student.sf(abs(self.mean) * quantile / half, self.n - 1))
 
     @property
     def sign(self) -> int:
@@ -48,3 +62,13 @@ def interval(values: Sequence[float]) -> Interval:
     quantile = float(student.ppf((1 + _LEVEL) / 2, n - 1))
     half = quantile * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down: the p of each, corrected for their number."""
+    order = sorted(range(len(ps)), key=lambda i: ps[i])
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min((len(ps) - rank) * ps[i], 1.0))
+        corrected[i] = largest
+    return corrected

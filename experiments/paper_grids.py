@@ -31,7 +31,7 @@ def grids(study: Study) -> dict[str, Arms]:
     return {
         f"{preset}-{layer}": _arms(study, preset, layer)
         for preset in PRESETS
-        for layer in study.scale.text.layers
+        for layer in study.scale.figures.layers or study.scale.text.layers
     }
 
 

@@ -1,7 +1,9 @@
 """What the study found, as `report.md` and as one self-contained page."""
 
 import base64
+import csv
 import html
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +13,8 @@ from vsae_jax.runs import series
 from vsae_jax.system.files import replace_file
 
 Table = list[list[str]]
+# A longer table is a file beside the report.
+MOST_ROWS = 12
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 _CODE = re.compile(r"`([^`]+)`")
 _BOLD = re.compile(r"\*\*(.+?)\*\*")
@@ -38,15 +42,40 @@ class Section(NamedTuple):
 def write(
     stem: Path, title: str, summary: str, sections: Sequence[Section]
 ) -> list[Path]:
-    """Writes `stem`.md and `stem`.html, in the folder that holds the figures; returns
-    both."""
+    """Writes `stem`.md and `stem`.html, in the folder that holds the figures, and long
+    tables as `tables/*.csv`; returns the first two."""
     texts = {
         stem.with_suffix(".md"): markdown(stem.parent, title, summary, sections),
         stem.with_suffix(".html"): page(title, summary, sections),
     }
-    for path, text in texts.items():
+    tables = {
+        stem.parent / name: _as_csv(rows)
+        for section in sections
+        for name, rows in long_tables(section).items()
+    }
+    for path, text in (texts | tables).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text.encode())
     return list(texts)
+
+
+def long_tables(section: Section) -> dict[str, Table]:
+    """The tables that do not stand in report.md, by the names of their files."""
+    tables = [part for part in section.parts if isinstance(part, list)]
+    name = re.sub(r"[^a-z0-9]+", "_", section.title.lower()).strip("_")
+    return {
+        f"tables/{name}_{number}.csv": rows
+        for number, rows in enumerate(tables, start=1)
+        if len(rows) > 1 + MOST_ROWS
+    }
+
+
+def _as_csv(rows: Table) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(
+        [_BOLD.sub(r"\1", cell) for cell in row] for row in rows
+    )
+    return file.getvalue()
 
 
 def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -> str:
@@ -55,9 +84,13 @@ def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -
     for section in sections:
         lines += [f"## {section.title}", *_facts(section, "**{}:** {}")]
         lines.append(f"```\n{section.command}\n```")
+        files = {id(rows): name for name, rows in long_tables(section).items()}
         for part in section.parts:
             if isinstance(part, Path):
                 lines.append(f"![{part.stem}]({part.relative_to(out).as_posix()})")
+            elif id(part) in files:
+                name = files[id(part)]
+                lines.append(f"[{name}]({name}): {len(part) - 1} rows.")
             else:
                 lines.append(part if isinstance(part, str) else series.markdown(part))
     return "\n\n".join(lines) + "\n"

@@ -31,6 +31,7 @@ from experiments import (
     ground_truth,
     labels,
     plan,
+    primary,
     questions,
     report,
     signal_to_noise,
@@ -60,12 +61,13 @@ PARTS: dict[str, ModuleType] = {
         fig6_7_features,
         fig8_9_histograms,
         fig10_11_tsne,
+        primary,
         questions,
         claims,
     )
 }
 # What a reader wants first.
-_FIRST = ("questions", "claims")
+_FIRST = ("claims", "primary", "questions")
 _SETS_OF_PAPER = "bias_in_bios,amazon_reviews,ag_news"
 
 

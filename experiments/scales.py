@@ -33,7 +33,8 @@ class Text:
 @dataclass(frozen=True)
 class Figures:
     """The paper's own comparison: presets by layer, variants, sizes, k.
-    released_to_the_letter: preset `released` at its own d_sae, steps and batch."""
+    released_to_the_letter: preset `released` at its own d_sae, steps and batch.
+    layers: those of the text, unset."""
 
     d_sae: tuple[int, ...]
     k: tuple[int, ...]
@@ -42,6 +43,7 @@ class Figures:
     batch_size: int
     feature_tokens: int
     released_to_the_letter: bool = False
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,13 +125,6 @@ class Scale:
     samples: int
 
 
-_STABILITY = Stability(
-    tokens=100_000,
-    lengths=(2_500, 5_000, 20_000),
-    l1=(0.01, 0.03, 0.1),
-    noises=(0.3, 3.0),
-    batch_topk=True,
-)
 SMOKE = Scale(
     text=Text(num_tokens=60_000),
     figures=Figures(
@@ -225,7 +220,7 @@ REAL = Scale(
     text=Text(
         model=REQUIRED,
         dataset=REQUIRED,
-        layers=(7, 14),
+        layers=(14, 7),
         num_tokens=2_200_000,
         max_norm_multiple=5.0,
         tuning_documents=600,
@@ -238,6 +233,7 @@ REAL = Scale(
         batch_size=1024,
         feature_tokens=100_000,
         released_to_the_letter=True,
+        layers=(14,),
     ),
     controlled=Controlled(
         d_sae=2304,
@@ -245,20 +241,26 @@ REAL = Scale(
         other_k=(16, 32, 128),
         smaller=(288, 576, 1152),
         seeds=5,
-        steps=10_000,
+        steps=6_000,
         batch_size=1024,
-        lrs=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        lrs=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         norms=(0.0, 0.3, 1.0, 4.0, 12.0),
-        map_betas=(0.0, 0.01, 0.1, 1.0),
+        map_betas=(0.0, 0.1, 1.0),
         map_lrs=(1e-3, 4e-3),
-        map_steps=3_000,
+        map_steps=2_000,
         map_seeds=2,
         cross_steps=2_000,
         cross_seeds=3,
         norm=100.0,
-        tuning_steps=4_000,
+        tuning_steps=3_000,
     ),
-    stability=_STABILITY,
+    stability=Stability(
+        tokens=100_000,
+        lengths=(2_000, 20_000),
+        l1=(0.01, 0.03, 0.1),
+        noises=(0.3, 3.0),
+        batch_topk=True,
+    ),
     truth=Truth(
         d_model=128,
         n_features=512,
@@ -306,7 +308,7 @@ PAPER = Scale(
         cross_steps=5_000,
         cross_seeds=3,
     ),
-    stability=_STABILITY,
+    stability=Stability(tokens=100_000),
     truth=Truth(
         d_model=256,
         n_features=2048,

@@ -66,6 +66,13 @@ def norms(study: Study) -> list[float]:
     return [max(round(norm, 2), 1.0) for norm in found]
 
 
+def unit(study: Study) -> float:
+    """Of the norms the one nearest sqrt(d_model), where a coordinate is about 1."""
+    multiples = study.scale.controlled.norms
+    nearest = min(multiples, key=lambda m: abs(math.log(m)) if m else math.inf)
+    return norms(study)[multiples.index(nearest)]
+
+
 def grids(study: Study) -> dict[str, Arms]:
     """TopK and the vSAE at every norm, decoder, learning rate and seed."""
     c = study.scale.controlled

@@ -23,7 +23,7 @@ from experiments import (
     signal_to_noise,
 )
 from experiments.effects import effects_figure
-from experiments.paired import Interval, difference, interval
+from experiments.paired import Interval, difference, holm, interval
 from experiments.reproduce import PARTS, ReproduceConfig, open_study
 from experiments.scales import SCALES
 from experiments.study import STORIES, kind_and_seed, measures
@@ -89,6 +89,33 @@ def test_a_single_seed_proves_nothing():
     assert found.sign == 0
     assert str(found) == "+5.0000 (n=1)"
     assert difference({0: 5.0, 1: 5.0}, {0: 4.0, 1: 4.0}).sign == 0
+
+
+def test_an_interval_has_two_digits_of_what_it_leaves_open():
+    assert str(Interval(0.123456, 0.123, 0.1239, 5)) == "+0.12346 [+0.12300, +0.12390]"
+    assert str(Interval(-217.2, -228.4, -206.0, 5)) == "-217 [-228, -206]"
+
+
+def test_p_is_scipys_and_holm_is_a_step_down():
+    values = [0.3, -0.1, 0.4, 0.2, 0.25]
+    assert interval(values).p == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    # 3 p, then 2 p, then p, none below the one before.
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_a_long_table_is_a_file_beside_the_report(tmp_path):
+    long = [["arm", "value"], *([f"a{i}", "**1**"] for i in range(13))]
+    short = [["arm"], ["b"]]
+    section = report.Section("All arms", "", "", [long, short])
+    report.write(tmp_path / "report", "t", "s", [section])
+    text = (tmp_path / "report.md").read_text()
+    assert "[tables/all_arms_1.csv](tables/all_arms_1.csv): 13 rows." in text
+    assert "a12" not in text
+    assert "| b |" in text
+    lines = (tmp_path / "tables/all_arms_1.csv").read_text().splitlines()
+    assert lines[:2] == ["arm,value", "a0,1"]
+    assert len(lines) == 14
 
 
 UP, DOWN = Interval(1, 0.5, 1.5, 3), Interval(-1, -1.5, -0.5, 3)

@@ -1,0 +1,84 @@
+"""The primary outcomes: one a question, named here before anything was run.
+
+Command:
+
+    python -m experiments.reproduce --scale=standin --only=primary --out=DIR
+
+Their p values are corrected for their number by Holm's method; every other interval of
+the report is exploratory, and about one in twenty excludes 0 by chance.
+"""
+
+from typing import NamedTuple
+
+from experiments import ablation, questions, signal_to_noise, stability
+from experiments.paired import Interval, difference, holm
+from experiments.report import Section
+from experiments.study import Arms, Study
+
+
+class Outcome(NamedTuple):
+    """A question, the contrast and the measure that answer it, and the difference."""
+
+    question: str
+    contrast: str
+    found: Interval | None
+
+
+def grids(study: Study) -> dict[str, Arms]:
+    """Those of the parts that it reads."""
+    return signal_to_noise.grids(study) | stability.grids(study)
+
+
+def run(study: Study) -> Section:
+    """One row a question."""
+    signal_to_noise.measured(study)
+    stability.trained(study)
+    study.evaluate(ablation.GRID, "scr,tpp")
+    outcomes = of(study)
+    corrected = iter(holm([o.found.p for o in outcomes if o.found]))
+    rows = [["question", "vSAE's part - without it", "difference", "p (Holm)"]]
+    for o in outcomes:
+        p = f"{next(corrected):.2g}" if o.found else "-"
+        rows.append([o.question, o.contrast, str(o.found or "not measured"), p])
+    return Section("Primary outcomes", "", "", [rows])
+
+
+def of(study: Study) -> list[Outcome]:
+    """The outcomes, of what is trained and evaluated."""
+    core = study.metrics(ablation.GRID)
+    returns = study.metrics(ablation.GRID, "stability")
+
+    def between(found: dict, kind: str, base: str, measure: str) -> Interval | None:
+        a, b = (ablation.pick(found.get(name, {}), measure) for name in (kind, base))
+        return difference(a, b) if a.keys() & b.keys() else None
+
+    cells = [
+        cell
+        for cell in signal_to_noise.cells(study)
+        if cell.decoder == "unit" and cell.beta > 0
+    ]
+    closest = min(cells, key=lambda cell: abs(cell.norm - signal_to_noise.unit(study)))
+    equal = questions.at_equal_alive(core, "vsae") if "vsae" in core else {}
+    return [
+        Outcome(
+            "Does sampling make latents reproducible?",
+            "`vsae` - `topk`, share of latents that return with another seed",
+            between(returns, "vsae", "topk", stability.PRIMARY),
+        ),
+        Outcome(
+            "What kills latents?",
+            "`topk_kl` - `topk`, alive latents",
+            between(core, "topk_kl", "topk", "alive"),
+        ),
+        Outcome(
+            "Where does sigma = 1 train?",
+            f"vSAE - TopK at norm {closest.norm:g}, beta {closest.beta:g}, explained "
+            "variance",
+            closest.difference("explained_variance"),
+        ),
+        Outcome(
+            "Does anything variational beat TopK?",
+            "`vsae` - TopK with as many alive latents, loss recovered",
+            equal.get("ce_loss_score"),
+        ),
+    ]

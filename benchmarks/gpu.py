@@ -3,8 +3,10 @@
 Torch runs the peers' TopK and vSAE steps, written here from the equations: eager, with
 `torch.compile` and with its CUDA graphs, in float32 (TF32) and under bfloat16 autocast.
 Each library has a process of its own, one after the other, on rows that lie on the
-device. Torch is timed by CUDA events, JAX by waiting for the last of many steps.
-`--platform=cpu --quick` runs the same code at tiny sizes.
+device. Torch is timed by CUDA events, JAX by waiting for the last of many steps. Beside
+them: a grid against its arms one after another, the ways to select, and what share of a
+step is the least time that the device would need. `--platform=cpu --quick` runs the
+same code at tiny sizes.
 """
 
 import datetime
@@ -26,24 +28,30 @@ from vsae_jax.config.fields import check_above_zero, check_at_least, flag
 from vsae_jax.system.errors import UserError
 
 SHAPES = (
-    "2048x64x1024,8192x256x1024,8192x256x8192,2048x256x8192,8192x512x8192,2048x512x1024"
+    "2048x64x1024,8192x256x8192,8192x256x1024,2048x256x8192,2048x512x1024,8192x512x8192"
 )
+# variant, kind, dtype of the operands
 TORCH = (
     ("topk", "eager", "bfloat16"),
     ("topk", "compiled", "bfloat16"),
     ("topk", "cudagraphs", "bfloat16"),
-    ("topk", "eager", "float32"),
     ("vsae_topk", "eager", "bfloat16"),
     ("vsae_topk", "compiled", "bfloat16"),
+    ("vsae_topk", "cudagraphs", "bfloat16"),
+    ("topk", "eager", "float32"),
 )
+# and how we select
 OURS = (
-    ("topk", "matmul", "bfloat16"),
-    ("topk", "single", "bfloat16"),
-    ("vsae_topk", "single", "bfloat16"),
-    ("topk", "single", "float32"),
-    ("vsae_topk", "grid", "bfloat16"),
+    ("topk", "single", "bfloat16", "auto"),
+    ("vsae_topk", "single", "bfloat16", "auto"),
+    ("vsae_topk", "grid", "bfloat16", "auto"),
+    ("vsae_topk", "turns", "bfloat16", "auto"),
+    ("topk", "single", "float32", "auto"),
+    ("topk", "select", "float32", "auto"),
+    ("topk", "select", "float32", "lax"),
 )
-_TORCH_SHARE = 0.65
+# Of the budget; most of it is compiling.
+_SHARES = {"jax": 0.6, "torch": 0.4}
 _GRACE_SECONDS = 60
 
 
@@ -57,8 +65,8 @@ class GpuConfig:
     d_model: int = flag("width of the activations", 512)
     arms: int = flag("arms of the grid", 16)
     torch_python: str = flag("interpreter that has torch; unset: this one", "")
-    budget_seconds: float = flag("for all; what it does not reach is named", 400.0)
-    rounds: int = flag("measurements of each step", 5)
+    budget_seconds: float = flag("for all; what it does not reach is named", 270.0)
+    rounds: int = flag("measurements of each step", 3)
     out: str = flag("JSON file for what was measured", "gpu.json")
 
     def __post_init__(self):
@@ -75,15 +83,11 @@ def command(configs: Sequence[GpuConfig]) -> None:
     cases = [case for shape in _shapes(config) for case in _cases(config, shape)]
     environment: dict[str, Any] = {"hardware": _hardware(config)}
     results: list[dict[str, Any]] = []
-    for library in ("torch", "jax"):
+    for library in _SHARES:
         mine = [case for case in cases if case.library == library]
         versions, measured = _run(config, library, mine)
         environment |= versions
         results += measured
-    print(f"{environment}, load average {os.getloadavg()[0]:.1f}")
-    for shape in dict.fromkeys(case.shape for case in cases):
-        print(f"\n## d_model {cases[0].d_model}, {shape}\n")
-        print(markdown(_rows([r for r in results if Case(**r["of"]).shape == shape])))
     record = {
         "date": datetime.date.today().isoformat(),
         "config": asdict(config),
@@ -91,6 +95,11 @@ def command(configs: Sequence[GpuConfig]) -> None:
         "results": results,
     }
     Path(config.out).write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{environment}, load average {os.getloadavg()[0]:.1f}")
+    for shape in _shapes(config):
+        of_shape = [r for r in results if Case(**r["of"]).shape == _name(shape)]
+        rows = _rows(of_shape, _least_ms(environment, cases[0].d_model, shape))
+        print(f"\nd_model {cases[0].d_model}, {_name(shape)}\n{markdown(rows)}")
 
 
 def _shapes(config: GpuConfig) -> list[Shape]:
@@ -98,7 +107,8 @@ def _shapes(config: GpuConfig) -> list[Shape]:
 
 
 def _cases(config: GpuConfig, shape: Shape) -> list[Case]:
-    steps = [("torch", *step) for step in TORCH] + [("jax", *step) for step in OURS]
+    steps = [("torch", *step, "auto") for step in TORCH]
+    steps += [("jax", *step) for step in OURS]
     return [
         Case(
             library=library,
@@ -108,11 +118,12 @@ def _cases(config: GpuConfig, shape: Shape) -> list[Case]:
             d_model=32 if config.quick else config.d_model,
             **shape._asdict(),
             platform=config.platform,
-            seconds=0.02 if config.quick else 0.3,
+            seconds=0.02 if config.quick else 0.2,
             rounds=1 if config.quick else config.rounds,
-            arms=config.arms if kind == "grid" else 1,
+            arms=config.arms if kind in ("grid", "turns") else 1,
+            top_k=top_k,
         )
-        for library, variant, kind, mode in steps
+        for library, variant, kind, mode, top_k in steps
     ]
 
 
@@ -121,8 +132,7 @@ def _run(
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """One library's process: versions, and each case with its result or why not."""
     own = config.torch_python if library == "torch" else ""
-    share = _TORCH_SHARE if library == "torch" else 1 - _TORCH_SHARE
-    budget = config.budget_seconds * share
+    budget = config.budget_seconds * _SHARES[library]
     request = {"budget_seconds": budget, "cases": [case._asdict() for case in cases]}
     process = subprocess.Popen(
         [
@@ -155,27 +165,49 @@ def _run(
     ]
 
 
-_PLATFORMS = {"gpu": "cuda", "cpu": "cpu"}
+def _name(shape: Shape) -> str:
+    return "x".join(map(str, shape))
 
 
-def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each step of a shape, beside the fastest torch of its variant."""
-    floor = next(
-        (r["ms"] for r in results if r["of"]["kind"] == "matmul" and "ms" in r), 0
-    )
+def _least_ms(limits: dict[str, Any], d: int, shape: Shape) -> float:
+    """The least time of a bfloat16 step on the device as it was measured: that of its
+    five products, or that of moving what cannot stay on the chip, if that is more.
+
+    Moved are, read and written in float32, the weights and Adam's two moments, and the
+    gradients, which wait for their norm; each batch's z, f and its gradient, written by
+    one product and read by another, in two bytes.
+    """
+    m, _, batch = shape
+    products = 10 * batch * d * m / limits["bfloat16_flop_per_second"]
+    moved = 2 * 2 * batch * m * 3 + 2 * 4 * 2 * d * m * 4
+    return 1e3 * max(products, moved / limits["copy_bytes_per_second"])
+
+
+_PLATFORMS = {"gpu": "cuda,cpu", "cpu": "cpu"}
+
+
+def _rows(results: Sequence[dict[str, Any]], least_ms: float) -> list[dict[str, Any]]:
+    """One row for each step of a shape, for one arm of several, beside the fastest
+    torch of its variant."""
     rows = []
     for result in results:
         case = Case(**result["of"])
         name = f"{case.library} {case.variant} {case.kind}"
-        if case.kind == "matmul":
-            name = "the five products"
-        row = {"step": name, "mode": case.mode}
+        if case.arms > 1:
+            name += f", 1 of {case.arms}"
+        if case.top_k != "auto":
+            name += f", {case.top_k}"
+        row = {"step": name, "mode": case.mode} | dict.fromkeys(_COLUMNS)
+        rows.append(row)
         if "skipped" in result:
-            rows.append(
-                row | dict.fromkeys(_COLUMNS) | {"ms a step": result["skipped"]}
-            )
+            row["ms a step"] = result["skipped"]
             continue
-        ms = result["ms"] / case.arms
+        low, ms, high = (result[n] / case.arms for n in ("low_ms", "ms", "high_ms"))
+        row["ms a step"] = f"{ms:.3f} ({low:.3f} to {high:.3f})"
+        row["peak MB"] = result["peak_bytes"] / 1e6
+        row["first call s"] = result["first_seconds"]
+        if case.kind == "select":
+            continue
         torch = [
             r["ms"]
             for r in results
@@ -183,15 +215,10 @@ def _rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             and r["of"]["variant"] == case.variant
             and "ms" in r
         ]
-        values = (
-            f"{ms:.3f} ({result['low_ms'] / case.arms:.3f} to "
-            f"{result['high_ms'] / case.arms:.3f})",
-            1e3 * case.batch / ms,
-            min(torch) / ms if torch else None,
-            floor / ms if floor else None,
-            result["first_seconds"],
-        )
-        rows.append(row | dict(zip(_COLUMNS, values, strict=True)))
+        row["activations/s"] = 1e3 * case.batch / ms
+        row["times the fastest torch"] = min(torch) / ms if torch else None
+        if case.mode == "bfloat16":
+            row["of the least time"] = least_ms / ms
     return rows
 
 
@@ -199,7 +226,8 @@ _COLUMNS = (
     "ms a step",
     "activations/s",
     "times the fastest torch",
-    "of the matmul floor",
+    "of the least time",
+    "peak MB",
     "first call s",
 )
 

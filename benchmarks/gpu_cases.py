@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """One step to time. kind: eager, compiled or cudagraphs of torch; single or grid of
-    ours; matmul for the floor. seconds: length of each of `rounds` measurements."""
+    """One step to time. kind: eager, compiled or cudagraphs of torch; single, grid
+    (arms at once) or turns (arms one after another) of ours, or select, the selection
+    alone. top_k: our way to select. seconds: length of each of `rounds` measurements.
+    """
 
     library: str
     kind: str
@@ -25,6 +27,7 @@ class Case(NamedTuple):
     seconds: float
     rounds: int
     arms: int = 1
+    top_k: str = "auto"
 
     @property
     def shape(self) -> str:
@@ -34,11 +37,12 @@ class Case(NamedTuple):
 def answer_all(
     measure: Callable[[Case], dict[str, float]],
     *,
-    versions: dict[str, str],
+    versions: Callable[[list[Case]], dict[str, Any]],
     errors: tuple[type[Exception], ...],
 ) -> None:
-    """Measures the cases on standard input until the budget is spent; one that fails by
-    one of `errors` is named with its message."""
+    """Says what `versions` gives for the cases on standard input, then measures them
+    until the budget is spent; one that fails by one of `errors` is named with its
+    message."""
     # What a library prints must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -47,16 +51,17 @@ def answer_all(
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 
-    answer(versions)
     request = json.load(sys.stdin)
     end = time.monotonic() + request["budget_seconds"]
-    for number, fields in enumerate(request["cases"]):
+    cases = [Case(**fields) for fields in request["cases"]]
+    answer(versions(cases))
+    for number, case in enumerate(cases):
         if time.monotonic() > end:
             answer({"case": number, "skipped": "the time was spent"})
             continue
         start = time.monotonic()
         try:
-            result: dict[str, Any] = dict(measure(Case(**fields)))
+            result: dict[str, Any] = dict(measure(case))
         except errors as error:
             lines = str(error).splitlines() or [""]
             result = {"skipped": f"{type(error).__name__}: {lines[0][:200]}"}

@@ -1,31 +1,86 @@
-"""Our step, a grid of it and the products that bound it, for `benchmarks.gpu`."""
+"""Our step, a grid of it, its selection and the device's limits, for `benchmarks.gpu`.
+
+All programs are compiled first, several at a time: the device is not timed meanwhile.
+"""
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from benchmarks.gpu_cases import Case, answer_all
-from benchmarks.ours import Product, first_state, resolved
+from benchmarks.ours import first_state, resolved
+from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.training.step import Numbers, compile_steps, hparams
 
 DISPATCH = 10
+# Batches that a selection is timed on, so that none is in the cache.
+BATCHES = 4
+COMPILE_AT_ONCE = 6
+
+_programs: dict[Case, Future] = {}
+
+
+def prepare(cases: list[Case]) -> dict[str, Any]:
+    """Versions and limits; the cases' programs begin to be compiled."""
+    limits = measure_limits(quick=cases[0].platform == "cpu")
+    pool = ThreadPoolExecutor(COMPILE_AT_ONCE)
+    start = time.monotonic()
+    for case in cases:
+        _programs[case] = pool.submit(_compiled, case)
+    for program in _programs.values():
+        program.exception()  # waits for it; `measure` raises it
+    return {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "compiling all of ours, s": time.monotonic() - start,
+        **limits,
+    }
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Milliseconds a step (of all arms; of the five products for `matmul`) and seconds
-    of the first call, which compiles."""
-    run, per_call = _products(case) if case.kind == "matmul" else _training(case)
-    first_seconds = _seconds(run, 1)
+    """Milliseconds a step (of all arms) or a selection, bytes that the program holds at
+    once, and seconds to compile it, beside others."""
+    start, work, per_call, seconds = _programs[case].result()
+    state = start(jax.random.key(0))
+
+    def run() -> Any:
+        nonlocal state
+        state = work(state)
+        return state
+
+    _seconds(run, 2)
     count = max(round(case.seconds / _seconds(run, 1)), 1)
     ms = [1e3 * _seconds(run, count) / count / per_call for _ in range(case.rounds)]
     return {
         "ms": sorted(ms)[len(ms) // 2],
         "low_ms": min(ms),
         "high_ms": max(ms),
-        "first_seconds": first_seconds,
+        "first_seconds": seconds,
+        "peak_bytes": work.peak_bytes(),
+    }
+
+
+def measure_limits(*, quick: bool) -> dict[str, float]:
+    """Bytes a second of a large copy, read and written, and bfloat16 operations a
+    second of a large product: both on random numbers."""
+    key, size = jax.random.key(1), 512 if quick else 8192
+    a = jax.random.normal(key, (size, size), jnp.bfloat16)
+    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+    rows = jax.random.normal(key, (4 * size, 2 * size))
+    copy = jax.jit(lambda rows: rows + 1)
+    best = {}
+    for name, run in (("product", lambda: product(a)), ("copy", lambda: copy(rows))):
+        _seconds(run, 3)
+        best[name] = min(_seconds(run, 10) / 10 for _ in range(3))
+    return {
+        "copy_bytes_per_second": 2 * rows.nbytes / best["copy"],
+        "bfloat16_flop_per_second": 2 * size**3 / best["product"],
     }
 
 
@@ -37,7 +92,50 @@ def _seconds(run: Callable[[], Any], count: int) -> float:
     return time.perf_counter() - start
 
 
-def _training(case: Case) -> tuple[Callable[[], Any], int]:
+class _Work:
+    """`state -> state` by a compiled program; of several states in turns."""
+
+    def __init__(self, program: Any, arguments: tuple[Any, ...], turns: bool = False):
+        self._program, self._arguments, self._turns = program, arguments, turns
+
+    def in_turns(self) -> "_Work":
+        return _Work(self._program, self._arguments, True)
+
+    def peak_bytes(self) -> int:
+        m = self._program.memory_analysis()
+        taken = m.argument_size_in_bytes + m.output_size_in_bytes
+        return taken + m.temp_size_in_bytes - m.alias_size_in_bytes
+
+    def __call__(self, state: Any) -> Any:
+        if self._turns:
+            return [self._program(one, *self._arguments) for one in state]
+        return self._program(state, *self._arguments)
+
+
+def _compiled(case: Case) -> tuple[Callable[[Any], Any], _Work, int, float]:
+    """What makes a state from a key, what works on it, the steps or selections in one
+    call of that, and the seconds to compile it."""
+    if case.kind == "turns":
+        make, work, per_call, seconds = _programs[single(case)].result()
+        keys = jax.random.split(jax.random.key(0), case.arms)
+        return lambda _: [make(key) for key in keys], work.in_turns(), per_call, seconds
+    of_kind = _selection if case.kind == "select" else _training
+    start, program, arguments, per_call = of_kind(case)
+    key = jax.random.key(0)
+    begin = time.monotonic()
+    state = jax.eval_shape(start, key)
+    compiled = program.lower(state, *arguments).compile()
+    seconds = time.monotonic() - begin
+    start = jax.jit(start).lower(key).compile()
+    return start, _Work(compiled, arguments), per_call, seconds
+
+
+def single(case: Case) -> Case:
+    """The case of one arm, whose program arms in turns share."""
+    return case._replace(kind="single", arms=1)
+
+
+def _training(case: Case) -> tuple[Callable[[Any], Any], Any, tuple[Any, ...], int]:
     config, static = resolved(
         case.variant,
         case.mode,
@@ -45,26 +143,25 @@ def _training(case: Case) -> tuple[Callable[[], Any], int]:
         d_sae=case.d_sae,
         k=case.k,
         batch=case.batch,
+        top_k=case.top_k,
     )
-    key = jax.random.key(0)
     shape = (DISPATCH, case.batch, case.d_model)
-    rows = jax.random.normal(key, shape, jnp.bfloat16)
-    scale = float(config.input_scale) / case.d_model**0.5
-    if case.kind == "grid":
-        keys = jax.random.split(key, case.arms)
-        state = jax.vmap(lambda k: first_state(k, static, scale=scale))(keys)
-        numbers = _arms(hparams(config), case.arms)
-        steps = compile_steps(static, arms=case.arms)
-    else:
-        state = first_state(key, static, scale=scale)
-        numbers, steps = hparams(config), compile_steps(static)
-
-    def run() -> Any:
-        nonlocal state
-        state = steps(state, rows, DISPATCH, numbers)
-        return state
-
-    return run, DISPATCH
+    rows = jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+    start = partial(
+        first_state,
+        static=static,
+        scale=float(config.input_scale) / case.d_model**0.5,
+    )
+    numbers = hparams(config)
+    if case.kind != "grid":
+        return start, compile_steps(static), (rows, DISPATCH, numbers), DISPATCH
+    numbers = _arms(numbers, case.arms)
+    return (
+        lambda key: jax.vmap(start)(jax.random.split(key, case.arms)),
+        compile_steps(static, arms=case.arms),
+        (rows, DISPATCH, numbers),
+        DISPATCH,
+    )
 
 
 def _arms(numbers: Numbers, arms: int) -> Numbers:
@@ -77,18 +174,22 @@ def _arms(numbers: Numbers, arms: int) -> Numbers:
     }
 
 
-def _products(case: Case) -> tuple[Callable[[], Any], int]:
-    """The five products of a dense step: x w_enc, f w_dec, e w_dec', f' e, x' g."""
-    sizes = {"b": case.batch, "d": case.d_model, "m": case.d_sae}
-    forms = ("bdm", "bmd", "bdm", "mbd", "dbm")
-    products = [Product(form, sizes, case.mode) for form in forms]
+def _selection(case: Case) -> tuple[Callable[[Any], Any], Any, tuple[Any, ...], int]:
+    """f in bfloat16 of z in float32, by one program for several batches."""
 
-    def run() -> Any:
-        return [product() for product in products]
+    def start(key: Any) -> tuple[Any, Any]:
+        shape = (BATCHES, case.batch, case.d_sae)
+        return jax.random.normal(key, shape), jnp.zeros(shape, jnp.bfloat16)
 
-    return run, 1
+    def program(state: tuple[Any, Any], k: Any) -> tuple[Any, Any]:
+        def select(z: Any) -> Any:
+            f, _ = keep_top_k(z, k, k_max=case.k, method=case.top_k)  # pyright: ignore
+            return f.astype(jnp.bfloat16)
+
+        return state[0], lax.map(select, state[0])
+
+    return start, jax.jit(program, donate_argnums=0), (jnp.int32(case.k),), BATCHES
 
 
 if __name__ == "__main__":
-    versions = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    answer_all(measure, versions=versions, errors=(jax.errors.JaxRuntimeError,))
+    answer_all(measure, versions=prepare, errors=(Exception,))

@@ -25,6 +25,8 @@ def measure(case: Case) -> dict[str, float]:
     device = torch.device("cuda" if case.platform == "gpu" else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
+    # Or, after eight shapes of one function, torch would no longer compile it.
+    torch.compiler.reset()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -153,5 +155,6 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    answer_all(measure, versions={"torch": torch.__version__}, errors=(RuntimeError,))
+    versions = {"torch": torch.__version__}
+    answer_all(measure, versions=lambda cases: versions, errors=(RuntimeError,))
     sys.exit()

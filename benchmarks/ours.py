@@ -26,7 +26,14 @@ def make(task: Task) -> tuple[Steps, dict[str, str]]:
 
 
 def resolved(
-    variant: Any, mode: Any, *, d_model: int, d_sae: int, k: int, batch: int
+    variant: Any,
+    mode: Any,
+    *,
+    d_model: int,
+    d_sae: int,
+    k: int,
+    batch: int,
+    top_k: Any = "auto",
 ) -> tuple[TrainConfig, SAEConfig]:
     """The paper's preset at these sizes; products have operands of the mode's dtype."""
     config = resolve_train(
@@ -36,6 +43,7 @@ def resolved(
             d_sae=d_sae,
             batch_size=batch,
             dead_after_tokens=NEVER_DEAD,
+            top_k=top_k,
         ),
         d_model=d_model,
     )

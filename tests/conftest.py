@@ -45,8 +45,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of a test's time is LLVM making fast programs that run once. XLA's own
-    passes, which decide what is computed, stay; the study compiles as users do."""
-    if config.option.markexpr != "study":
+    passes, which decide what is computed, stay; the study and a GPU compile as users
+    do."""
+    on_gpu = "cuda" in os.environ.get("JAX_PLATFORMS", "")
+    if config.option.markexpr != "study" and not on_gpu:
         flags = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 

@@ -24,7 +24,7 @@ def runs_of(job: str) -> list[str]:
 
 def test_the_version_is_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
-    assert PROJECT["tool"]["hatch"]["version"]["path"] == "vsae_jax/__init__.py"
+    assert PROJECT["tool"]["hatch"]["version"]["path"] == "vsae_jax/system/version.py"
     assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert re.fullmatch(r"\d+\.\d+\.\d+", vsae_jax.__version__)
     assert f"## [{vsae_jax.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

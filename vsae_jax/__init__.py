@@ -11,10 +11,11 @@ from vsae_jax.interop.loading import load
 from vsae_jax.lm import load_language_model as language_model
 from vsae_jax.report.training_curves import plot_training
 from vsae_jax.runs import TopLatents, TrainedSAE
+from vsae_jax.system import version
 from vsae_jax.training.fit import Fit, fit
 
 open_activations = Activations.open
-__version__ = "0.1.0"
+__version__ = version.VERSION
 
 __all__ = [
     "SAE",

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder import gate
 from vsae_jax.autoencoder.arrays import ArraySpec, transpose_of
-from vsae_jax.autoencoder.matmul import affine, plain_affine
+from vsae_jax.autoencoder.matmul import affine, plain_affine, product
 from vsae_jax.config import SAEConfig
 
 Params = Mapping[str, Array]
@@ -75,5 +75,5 @@ def _carry(
 
 _carry.defvjp(
     lambda b, b_dec, w: (b, w),
-    lambda w, g: (g, -(w @ g), jnp.zeros_like(w)),
+    lambda w, g: (g, -product(w, g), jnp.zeros_like(w)),
 )

@@ -23,7 +23,7 @@ def plain_affine(
     x: Float[Array, "n i"], w: Float[Array, "i o"], b: Float[Array, " o"], dtype: Dtype
 ) -> Float[Array, "n o"]:
     """x @ w + b as one would write it, its gradients by autodiff: the reference."""
-    return _product(x.astype(dtype), w.astype(dtype)) + b[None, :]
+    return product(x.astype(dtype), w.astype(dtype)) + b[None, :]
 
 
 def affine(
@@ -41,8 +41,8 @@ def affine(
 def _affine(x: Array, w: Array, b: Array, dtype: Dtype) -> Array:
     w = w.astype(dtype)
     # Training holds the decoder, which is tall, as the transposed of what is stored.
-    product = _product(x.astype(dtype), by_rows(w) if w.shape[0] > w.shape[1] else w)
-    return product + b[None, :]
+    w = by_rows(w) if w.shape[0] > w.shape[1] else w
+    return product(x.astype(dtype), w) + b[None, :]
 
 
 def by_rows(a: Float[Array, "n i"]) -> Float[Array, "n i"]:
@@ -58,7 +58,7 @@ def by_rows(a: Float[Array, "n i"]) -> Float[Array, "n i"]:
 def column_sums(a: Float[Array, "n o"]) -> Float[Array, " o"]:
     """The sum over rows, in float32, as a product: XLA's own on a CPU takes columns
     one after another. Sixteen equal rows, since one would be done in float32."""
-    return _product(jnp.ones((_TILE, len(a)), a.dtype), a)[0]
+    return product(jnp.ones((_TILE, len(a)), a.dtype), a)[0]
 
 
 def column_counts(mask: Bool[Array, "n o"]) -> Float[Array, " o"]:
@@ -68,7 +68,9 @@ def column_counts(mask: Bool[Array, "n o"]) -> Float[Array, " o"]:
     return column_sums(lax.bitcast_convert_type(bits, jnp.bfloat16))
 
 
-def _product(a: Array, b: Array) -> Array:
+def product(a: Any, b: Any) -> Array:
+    """a @ b in float32 of floating-point arrays. Those of float32 are not rounded: a
+    GPU's default is TF32."""
     exact = a.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else None
     return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
@@ -83,10 +85,10 @@ def _backward(dtype: Dtype, saved: tuple[Array, Array], g: Array) -> tuple[Array
     g = g.astype(dtype)
     # Behind the barrier, or XLA would turn the product around after all.
     if x.size <= g.size:
-        dw = lax.optimization_barrier(_product(by_rows(x.T), g))
+        dw = lax.optimization_barrier(product(by_rows(x.T), g))
     else:
-        dw = lax.optimization_barrier(_product(by_rows(g.T), x)).T
-    return _product(g, w.T), dw, column_sums(g)
+        dw = lax.optimization_barrier(product(by_rows(g.T), x)).T
+    return product(g, w.T), dw, column_sums(g)
 
 
 _affine.defvjp(_forward, _backward)

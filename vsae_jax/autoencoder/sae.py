@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.autoencoder import decoder, encoder, gate, posterior
 from vsae_jax.autoencoder.arrays import ArraySpec, ones
+from vsae_jax.autoencoder.matmul import product
 from vsae_jax.autoencoder.sparsifiers import SPARSIFIERS, Numbers, sparsifier_of
 from vsae_jax.config import SAEConfig
 
@@ -260,6 +261,6 @@ def geometric_median(
     def closer(_: Any, point: Array) -> Array:
         distance = jnp.linalg.norm(x - point[None, :], axis=1)
         weight = 1.0 / jnp.maximum(distance, 1e-6)
-        return weight @ x / jnp.sum(weight)
+        return product(weight, x) / jnp.sum(weight)
 
     return lax.fori_loop(0, steps, closer, jnp.mean(x, axis=0))

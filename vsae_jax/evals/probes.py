@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
+from vsae_jax.autoencoder.matmul import product
 from vsae_jax.evals.sampling import Sample
 
 
@@ -147,7 +148,7 @@ def _no_score(probe: Probe) -> Float[Array, ""]:
 
 
 def _accuracy(x: Array, rows: Array, labels: Array, probe: Probe) -> Array:
-    logits = x[rows] @ probe.w + probe.b[None, :]
+    logits = product(x[rows], probe.w) + probe.b[None, :]
     return jnp.mean((logits > 0) == (labels > 0.5))
 
 
@@ -218,7 +219,7 @@ def _loss(
     probe: Probe, x: Array, labels: Array, use: Array, weight: Array, l1: float
 ) -> Array:
     """Mean binary cross-entropy with logits over rows and outputs, and the L1."""
-    logits = x @ probe.w + probe.b[None, :]
+    logits = product(x, probe.w) + probe.b[None, :]
     positive = weight[None, :] * labels * jax.nn.softplus(-logits)
     negative = (1 - labels) * jax.nn.softplus(logits)
     entropy = jnp.mean(positive + negative, axis=1)

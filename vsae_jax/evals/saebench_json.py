@@ -7,13 +7,13 @@ number, as in SAEBench's files.
 
 import time
 import uuid
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from vsae_jax.evals import Subject, ablation, sparse_probing
 from vsae_jax.evals.encoding import CONTEXT
 from vsae_jax.evals.tasks import mean_metrics
+from vsae_jax.system.version import VERSION
 
 TYPES = {
     "core": "core",
@@ -55,7 +55,7 @@ def in_their_schema(
         "datetime_epoch_millis": int(time.time() * 1000),
         "eval_result_metrics": metrics,
         "eval_result_details": details,
-        "sae_bench_commit_hash": f"vsae_jax {metadata.version('vsae_jax')}",
+        "sae_bench_commit_hash": f"vsae_jax {VERSION}",
         "sae_lens_id": subject.run.folder.resolve().name,
         "sae_lens_release_id": "vsae_jax",
         "sae_lens_version": None,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vsae_jax.autoencoder.matmul import product
 from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.lm import Traceable
 
@@ -89,7 +90,7 @@ def _objective(
     """The latent's pre-activation at the last position."""
     scaled = jnp.where(allowed[None, :], logits / temperature, -jnp.inf)
     table = lm.embedding
-    x = jax.nn.softmax(scaled, axis=-1) @ table
+    x = product(jax.nn.softmax(scaled, axis=-1), table)
     if bos_id is not None:
         x = jnp.concatenate([table[bos_id][None, :], x])
     last = lm.at_from(x[None], [reader.place])[0][:, -1:]

@@ -22,6 +22,7 @@ from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.system.files import TEMPORARY, replace_file
 from vsae_jax.system.locks import LOCK
 from vsae_jax.system.strict_json import read_object, refuse_constant
+from vsae_jax.system.version import VERSION
 
 CONFIG, METRICS, PARAMETERS = "config.json", "metrics.jsonl", "sae.safetensors"
 CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summary.csv"
@@ -184,5 +185,6 @@ def metrics_line(line: Mapping[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computes, for the record."""
-    names = ("vsae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {name: metadata.version(name) for name in names}
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {name: metadata.version(name) for name in names}
+    return {"vsae_jax": VERSION} | found

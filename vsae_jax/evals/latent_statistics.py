@@ -71,11 +71,13 @@ def averages(latents: PerLatent) -> dict[str, float]:
     }
 
 
-def rounded(latents: PerLatent) -> dict[str, list[float | None]]:
-    """The numbers for JSON: six significant digits, None for NaN."""
+def rounded(
+    latents: PerLatent, *, digits: int = _DIGITS
+) -> dict[str, list[float | None]]:
+    """The numbers for JSON: significant digits, None for NaN."""
 
     def short(value: Any) -> float | None:
-        return float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if np.isfinite(value) else None
 
     return {name: [short(v) for v in values] for name, values in latents.items()}
 

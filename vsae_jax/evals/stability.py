@@ -3,53 +3,106 @@
 For every two runs of a grid that differ in nothing but their seeds, on held-out rows.
 Latents that fire at least `ENOUGH` times in their run are paired one to one
 (Hungarian assignment), once by the cosine of their decoder rows and once by the
-correlation of their activations over the rows. Beside each stands what chance gives:
-as many random directions, spread as the decoder's rows are; activations whose rows
-were shifted against each other; and the nearest other latent of the same run, which
-says how crowded directions are. A run's numbers are means over its pairs.
+correlation of their activations over the rows. Beside each stands what chance gives,
+once for all runs that differ in their seeds alone: as many random directions, spread as
+the decoder's rows are; activations whose rows were shifted against each other. The
+nearest other latent of the same run says how crowded directions are. A run's numbers
+are means over its pairs.
 
-"Both above 0.7" is the measure of Paulo and Belrose (arXiv 2501.16615): encoder and
-decoder cosine of a pair that was matched by its decoder.
+"Both above 0.7" and "same partner" are the measure of Paulo and Belrose
+(arXiv 2501.16615): encoder and decoder cosine of a pair that was matched by its
+decoder, and by its encoder too. "Nearest in the other run" asks, as Gerasimov et al.
+(arXiv 2606.12138) do, whether there is a like latent, whoever else claims it. After
+them, too: do the latents that do not return fill the same subspace in both runs?
 """
 
 import itertools
-from collections.abc import Sequence
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from vsae_jax.autoencoder.reader import Reader, jit_encode
-from vsae_jax.config import RUNTIME_FIELDS, TrainConfig
+from vsae_jax.config import RUNTIME_FIELDS
 from vsae_jax.config.fields import to_json
-from vsae_jax.evals import Subject
+from vsae_jax.evals import Subject, latent_statistics
+from vsae_jax.evals.held_out import check_counts, held_out
+from vsae_jax.evals.tasks import mean_metrics
 from vsae_jax.latents.matching import CLOSE, by_chance, unit_rows
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
+from vsae_jax.system.threads import in_threads
 
 # Firings on the rows below which a latent is left out: its correlation is noise.
 ENOUGH = 20
+# Of the squared norm of latents that do not return: the subspace that holds it.
+_SPANNED = 0.9
 _ROWS_AT_ONCE = 4096
+# Products of activations on the device: 16 pairs of 8,192 latents.
+_PRODUCT_BYTES = 2**32
+_DIGITS = 3
 
 
 class _Latents(NamedTuple):
-    """A run's latents: unit rows of its decoder and encoder, which fire often enough on
-    the rows, and sum of magnitudes, mean and standard deviation of each there."""
+    """A run's latents that fire often enough on the rows: their places, unit rows of
+    decoder and encoder, and sum of magnitudes, mean and standard deviation of each.
 
-    decoder: Float[np.ndarray, "d_sae d_model"]
-    encoder: Float[np.ndarray, "d_sae d_model"]
-    alive: Bool[np.ndarray, " d_sae"]
-    magnitude: Float[np.ndarray, " d_sae"]
-    mean: Float[np.ndarray, " d_sae"]
-    std: Float[np.ndarray, " d_sae"]
+    rate: of all latents, the share of the rows on which they fire.
+    """
+
+    which: Int[np.ndarray, " n"]
+    decoder: Float[np.ndarray, "n d_model"]
+    encoder: Float[np.ndarray, "n d_model"]
+    magnitude: Float[np.ndarray, " n"]
+    mean: Float[np.ndarray, " n"]
+    std: Float[np.ndarray, " n"]
+    rate: Float[np.ndarray, " d_sae"]
+
+
+class _Pair(NamedTuple):
+    """Places of two runs among the subjects, and by how many rows those of the second
+    are shifted against those of the first."""
+
+    a: int
+    b: int
+    shift: int = 0
+
+
+class _Match(NamedTuple):
+    """Latents i of one run and j of another, one to one, and what made them a pair."""
+
+    i: Int[np.ndarray, " pairs"]
+    j: Int[np.ndarray, " pairs"]
+    value: Float[np.ndarray, " pairs"]
+
+    @property
+    def turned(self) -> "_Match":
+        """The same seen from the other run."""
+        return _Match(self.j, self.i, self.value)
+
+
+class _Part(NamedTuple):
+    """Numbers of the run at `place`: of what it finds in the run at `other`, or (None)
+    of itself and of its kind. per_latent: `[d_sae]` each, NaN where there is none."""
+
+    place: int
+    other: int | None
+    metrics: dict[str, float | None]
+    per_latent: Mapping[str, Float[np.ndarray, " d_sae"]] = {}
 
 
 def check(subjects: Sequence[Subject]) -> None:
-    """Refuses runs of which no two differ in nothing but their seeds."""
-    if not _pairs(subjects):
+    """Refuses runs of which no two differ in nothing but their seeds, and tokens of
+    which none counts."""
+    check_counts(subjects[0])
+    if not _kinds(subjects):
         raise UserError(
             "--evals=stability needs runs that differ in nothing but seeds; train "
             "a grid with --seed=0,1,2 and give its folder as --run"
@@ -57,68 +110,81 @@ def check(subjects: Sequence[Subject]) -> None:
 
 
 def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    """`{"metrics", "pairs", "config"}` of each; no metrics of a run without a pair."""
-    rows = _rows(subjects[0])
-    latents = [_latents(subject, rows) for subject in subjects]
-    found: list[list[dict[str, Any]]] = [[] for _ in subjects]
-    pairs = _pairs(subjects)
-    with progress.bar(len(pairs), unit="pairs of runs") as bar:
-        for a, b in pairs:
-            joint = _correlations(
-                subjects[a], subjects[b], latents[a], latents[b], rows
-            )
-            for one, other, c in ((a, b, joint), (b, a, [x.T for x in joint])):
-                name = subjects[other].run.folder.name
-                measured = _compared(latents[one], latents[other], *c)
-                found[one].append({"with": name, "metrics": measured})
-            bar.update(1)
+    """`{"metrics", "pairs", "per_latent", "config"}` of each; no metrics of a run
+    without a pair."""
+    rows, kinds = held_out(subjects[0]).x, _kinds(subjects)
+    parts: list[list[_Part]] = [[] for _ in subjects]
+    with progress.bar(sum(map(len, kinds)), unit="pairs of runs") as bar:
+        for found in in_threads(_work(subjects, kinds, rows)):
+            for part in found:
+                parts[part.place].append(part)
+            bar.update(int(any(part.other is not None for part in found)))
+    config = {"rows": len(rows), "least_firings": ENOUGH, "subspace_share": _SPANNED}
     return [
-        {"metrics": _mean(each), "pairs": each, "config": s.config | _settings(rows)}
-        for s, each in zip(subjects, found, strict=True)
+        _result(subjects, each) | {"config": subject.config | config}
+        for subject, each in zip(subjects, parts, strict=True)
     ]
 
 
-def _pairs(subjects: Sequence[Subject]) -> list[tuple[int, int]]:
-    """Places of runs that differ in their seeds and in nothing else."""
-    kinds = [_kind_and_seed(s.run.train) for s in subjects]
-    return [
-        (i, j)
-        for (i, one), (j, other) in itertools.combinations(enumerate(kinds), 2)
-        if one and other and one[0] == other[0] and one[1] != other[1]
-    ]
+def _kinds(subjects: Sequence[Subject]) -> list[list[_Pair]]:
+    """Runs that differ in their seeds and in nothing else, in pairs, by what they have
+    in common."""
+    kinds: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for place, subject in enumerate(subjects):
+        if subject.run.train is not None:
+            config = to_json(subject.run.train)
+            seed = config.pop("seed")
+            kind = {n: v for n, v in config.items() if n not in RUNTIME_FIELDS}
+            kinds[json.dumps(kind, sort_keys=True)].append((place, seed))
+    pairs = (
+        [_Pair(i, j) for (i, s), (j, t) in itertools.combinations(each, 2) if s != t]
+        for each in kinds.values()
+    )
+    return [each for each in pairs if each]
 
 
-def _kind_and_seed(config: TrainConfig | None) -> tuple[dict[str, Any], int] | None:
-    if config is None:
-        return None
-    kind = {n: v for n, v in to_json(config).items() if n not in RUNTIME_FIELDS}
-    return kind, kind.pop("seed")
+def _work(
+    subjects: Sequence[Subject],
+    kinds: Sequence[Sequence[_Pair]],
+    rows: Float[np.ndarray, "rows d_model"],
+) -> Iterator[Callable[[], list[_Part]]]:
+    """What is to be computed, kind by kind: only one kind's latents are encoded at a
+    time, each run's once."""
+    for pairs in kinds:
+        places = sorted({place for pair in pairs for place in (pair.a, pair.b)})
+        readers = {i: subjects[i].reader for i in places}
+        latents = {i: _latents(readers[i], rows) for i in places}
+        for i in places:
+            yield partial(_alone, i, latents[i])
+        # By chance of the first pair alone: it hardly differs between a kind's pairs.
+        alive = (
+            p for p in pairs if latents[p.a].which.size and latents[p.b].which.size
+        )
+        shifted = [p._replace(shift=len(rows) // 2) for p in itertools.islice(alive, 1)]
+        for pair, products in _products(readers, [*shifted, *pairs], rows):
+            a, b = latents[pair.a], latents[pair.b]
+            if pair.shift:
+                yield partial(_by_chance, places, a, b, products, len(rows))
+            else:
+                yield partial(_compared, pair, a, b, products, len(rows))
 
 
-def _rows(subject: Subject) -> Float[np.ndarray, "rows d_model"]:
-    """The held-out rows x that count."""
-    found = []
-    for tokens, keep, _ in subject.batches():
-        values = jnp.asarray(subject.lm.at(tokens, [subject.reader.place])[0])
-        found.append(np.asarray(subject.reader.rows(values))[keep.reshape(-1)])
-    return np.concatenate(found)
-
-
-def _latents(subject: Subject, rows: Float[np.ndarray, "rows d_model"]) -> _Latents:
-    sums = np.zeros((4, subject.run.sae.d_sae))
-    for part in _parts(rows):
-        sums += np.asarray(_sums(subject.reader, part), np.float64)
-    fired, magnitude, total, squares = sums
+def _latents(reader: Reader, rows: Float[np.ndarray, "rows d_model"]) -> _Latents:
+    sums = np.zeros((4, reader.config.d_sae))
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        sums += np.asarray(_sums(reader, rows[start : start + _ROWS_AT_ONCE]))
+    which = np.flatnonzero(sums[0] >= ENOUGH)
+    _, magnitude, total, squares = sums[:, which]
     mean = total / len(rows)
-    variance = np.maximum(squares / len(rows) - mean**2, 0)
-    params = subject.run.variables["params"]
+    params = reader.variables["params"]
     return _Latents(
-        decoder=unit_rows(np.asarray(params["w_dec"])),
-        encoder=unit_rows(np.asarray(params["w_enc"]).T),
-        alive=fired >= ENOUGH,
+        which=which,
+        decoder=unit_rows(np.asarray(params["w_dec"])[which]),
+        encoder=unit_rows(np.asarray(params["w_enc"]).T[which]),
         magnitude=magnitude,
         mean=mean,
-        std=np.sqrt(variance),
+        std=np.sqrt(np.maximum(squares / len(rows) - mean**2, 0)),
+        rate=sums[0] / len(rows),
     )
 
 
@@ -129,86 +195,198 @@ def _sums(reader: Reader, x: Float[Array, "rows d_model"]) -> Float[Array, "4 d_
     return jnp.stack([jnp.sum(values, axis=0) for values in each])
 
 
-@jit_encode
 def _products(
-    a: Reader,
-    b: Reader,
-    x: Float[Array, "rows d_model"],
-    y: Float[Array, "rows d_model"],
-) -> Float[Array, "d_a d_b"]:
-    return jnp.matmul(a.encode(x).T, b.encode(y), precision=jax.lax.Precision.HIGHEST)
-
-
-def _correlations(
-    a: Subject,
-    b: Subject,
-    of_a: _Latents,
-    of_b: _Latents,
+    readers: Mapping[int, Reader],
+    pairs: Sequence[_Pair],
     rows: Float[np.ndarray, "rows d_model"],
-) -> list[Float[np.ndarray, "d_a d_b"]]:
-    """Of activations on the same rows, and on rows shifted by half of them."""
-    shifted = np.roll(rows, len(rows) // 2, axis=0)
-    found = []
-    for others in (rows, shifted):
-        total = np.zeros((a.run.sae.d_sae, b.run.sae.d_sae))
-        for x, y in zip(_parts(rows), _parts(others), strict=True):
-            total += np.asarray(_products(a.reader, b.reader, x, y))
-        covariance = total / len(rows) - np.outer(of_a.mean, of_b.mean)
-        found.append(covariance / np.maximum(np.outer(of_a.std, of_b.std), 1e-30))
-    return found
+) -> Iterator[tuple[_Pair, Float[np.ndarray, "d_a d_b"]]]:
+    """Each pair's sum over rows of the products of its activations. They add up on the
+    device, for as many pairs at once as `_PRODUCT_BYTES` hold."""
+    d_sae = readers[pairs[0].a].config.d_sae
+    at_once = max(_PRODUCT_BYTES // (4 * d_sae**2), 1)
+    for first in range(0, len(pairs), at_once):
+        some = pairs[first : first + at_once]
+        totals = [jnp.zeros((d_sae, d_sae)) for _ in some]
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = np.arange(start, min(start + _ROWS_AT_ONCE, len(rows)))
+            runs = {one for p in some for one in ((p.a, 0), (p.b, p.shift))}
+            f = {
+                (i, shift): readers[i].encode(rows[(part - shift) % len(rows)])
+                for i, shift in runs
+            }
+            for n, (a, b, shift) in enumerate(some):
+                totals[n] = _added(totals[n], f[a, 0], f[b, shift])
+        for pair in some:
+            yield pair, np.asarray(totals.pop(0))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _added(
+    total: Float[Array, "d_a d_b"],
+    f_a: Float[Array, "rows d_a"],
+    f_b: Float[Array, "rows d_b"],
+) -> Float[Array, "d_a d_b"]:
+    return total + jnp.matmul(f_a.T, f_b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _correlation(
+    a: _Latents, b: _Latents, products: Float[np.ndarray, "d_a d_b"], rows: int
+) -> Float[np.ndarray, "n_a n_b"]:
+    mean = products[np.ix_(a.which, b.which)].astype(np.float64) / rows
+    mean -= np.outer(a.mean, b.mean)
+    return mean / np.maximum(np.outer(a.std, b.std), 1e-30)
+
+
+def _alone(place: int, latents: _Latents) -> list[_Part]:
+    """How crowded a run's directions are, and how often its latents fire."""
+    metrics: dict[str, float | None] = {}
+    if latents.which.size:
+        within = latents.decoder @ latents.decoder.T
+        np.fill_diagonal(within, -1)
+        metrics = _spread("nearest_within_run", within.max(axis=1))
+    return [_Part(place, None, metrics, {"firing_rate": latents.rate})]
+
+
+def _by_chance(
+    places: Sequence[int],
+    a: _Latents,
+    b: _Latents,
+    products: Float[np.ndarray, "d_a d_b"],
+    rows: int,
+) -> list[_Part]:
+    """What chance gives two runs of a kind, for all runs of the kind."""
+    correlation = _matched(_correlation(a, b, products, rows)).value
+    metrics = {
+        **_spread("decoder_cosine_by_chance", by_chance(a.decoder, b.decoder)),
+        **_spread("correlation_by_chance", correlation),
+    }
+    return [_Part(place, None, metrics) for place in places]
 
 
 def _compared(
+    pair: _Pair,
     a: _Latents,
     b: _Latents,
-    correlation: Float[np.ndarray, "d_a d_b"],
-    by_chance_correlation: Float[np.ndarray, "d_a d_b"],
-) -> dict[str, float]:
-    """What run a's latents find in run b."""
-    if not a.alive.any() or not b.alive.any():
-        return {}
-    both = np.ix_(a.alive, b.alive)
-    decoder, encoder = a.decoder[a.alive], a.encoder[a.alive]
-    cosine = decoder @ b.decoder[b.alive].T
-    i, j = linear_sum_assignment(cosine, maximize=True)
-    matched = cosine[i, j]
-    both_close = matched > CLOSE
-    both_close &= np.sum(encoder[i] * b.encoder[b.alive][j], axis=1) > CLOSE
-    magnitude = a.magnitude[a.alive]
-    share = magnitude[i][matched > CLOSE].sum() / magnitude.sum()
-    within = decoder @ decoder.T
-    np.fill_diagonal(within, -1)
-    found = {
-        "decoder_cosine": matched,
-        "decoder_cosine_by_chance": by_chance(decoder, b.decoder[b.alive]),
-        "correlation": _matched(correlation[both]),
-        "correlation_by_chance": _matched(by_chance_correlation[both]),
-        "nearest_within_run": within.max(axis=1),
+    products: Float[np.ndarray, "d_a d_b"],
+    rows: int,
+) -> list[_Part]:
+    """What each of two runs finds in the other: one matching, read from both sides."""
+    if not a.which.size or not b.which.size:
+        return [_Part(pair.a, pair.b, {}), _Part(pair.b, pair.a, {})]
+    cosines = a.decoder @ b.decoder.T
+    decoder, encoder = _matched(cosines), _matched(a.encoder @ b.encoder.T)
+    firing = _matched(_correlation(a, b, products, rows))
+    both = decoder.value > CLOSE
+    both &= np.sum(a.encoder[decoder.i] * b.encoder[decoder.j], axis=1) > CLOSE
+    same = np.full(len(a.which), -1)
+    same[encoder.i] = encoder.j
+    of_both = {
+        "latents_that_return": float((decoder.value > CLOSE).sum()),
+        "latents_that_return_by_correlation": float((firing.value > CLOSE).sum()),
+        "both_above_0.7": float(both.mean()),
+        "same_partner_both_above_0.7": float(
+            (both & (same[decoder.i] == decoder.j)).mean()
+        ),
+        **_spread("decoder_cosine", decoder.value),
+        **_spread("correlation", firing.value),
+    }
+    ones = _one_sided(a, b, cosines, decoder, firing)
+    others = _one_sided(b, a, cosines.T, decoder.turned, firing.turned)
+    return [
+        _Part(pair.a, pair.b, of_both | ones[0], ones[1]),
+        _Part(pair.b, pair.a, of_both | others[0], others[1]),
+    ]
+
+
+def _one_sided(
+    a: _Latents,
+    b: _Latents,
+    cosines: Float[np.ndarray, "n_a n_b"],
+    decoder: _Match,
+    firing: _Match,
+) -> tuple[dict[str, float | None], dict[str, Float[np.ndarray, " d_sae"]]]:
+    """What differs by the side from which a pair is looked at: numbers of a run's
+    latents, and of each one."""
+    close = decoder.value > CLOSE
+    nearest = cosines.max(axis=1)
+    lost, lost_there = (
+        np.delete(rows, taken[close], axis=0)
+        for rows, taken in ((a.decoder, decoder.i), (b.decoder, decoder.j))
+    )
+    inside, by_chance = _in_span(lost, lost_there)
+    metrics = {
+        "alive": float(len(a.which)),
+        "activation_in_returning": float(
+            a.magnitude[decoder.i][close].sum() / a.magnitude.sum()
+        ),
+        **_spread("nearest_in_other_run", nearest),
+        "not_returning_in_their_subspace": inside,
+        "not_returning_in_their_subspace_by_chance": by_chance,
+    }
+    per_latent = {}
+    for name, which, values in (
+        ("decoder_cosine", a.which[decoder.i], decoder.value),
+        ("correlation", a.which[firing.i], firing.value),
+        ("nearest_in_other_run", a.which, nearest),
+    ):
+        per_latent[name] = np.full(len(a.rate), np.nan)
+        per_latent[name][which] = values
+    return metrics, per_latent
+
+
+def _in_span(
+    rows: Float[np.ndarray, "n d_model"], others: Float[np.ndarray, "m d_model"]
+) -> tuple[float | None, float | None]:
+    """The share of the squared norm of `rows` in the fewest principal directions that
+    hold `_SPANNED` of that of `others`, and what a random direction has there."""
+    if not len(rows) or not len(others):
+        return None, None
+    size, directions = np.linalg.eigh(others.T @ others)
+    held = np.cumsum(size[::-1]) / size.sum()
+    count = int(np.searchsorted(held, _SPANNED)) + 1
+    inside = np.square(rows @ directions[:, -count:]).sum() / np.square(rows).sum()
+    return float(inside), count / rows.shape[1]
+
+
+def _matched(values: Float[np.ndarray, "a b"]) -> _Match:
+    i, j = linear_sum_assignment(values, maximize=True)
+    return _Match(i, j, values[i, j])
+
+
+def _spread(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float | None]:
+    return {
+        f"{name}_median": float(np.median(values)),
+        f"{name}_above_0.7": float((values > CLOSE).mean()),
+    }
+
+
+def _result(subjects: Sequence[Subject], parts: Sequence[_Part]) -> dict[str, Any]:
+    """A run's numbers, from those of its pairs and of itself and its kind."""
+    pairs = [part for part in parts if part.other is not None]
+    metrics = mean_metrics([part.metrics for part in pairs])
+    for part in parts:
+        if part.other is None and metrics:
+            metrics |= part.metrics
+    names = dict.fromkeys(name for part in parts for name in part.per_latent)
+    per_latent = {
+        name: _mean_known([p.per_latent[name] for p in parts if name in p.per_latent])
+        for name in names
     }
     return {
-        "alive": float(a.alive.sum()),
-        "latents_that_return": float((matched > CLOSE).sum()),
-        "both_above_0.7": float(both_close.mean()),
-        "activation_in_returning": float(share),
-        **{f"{name}_median": float(np.median(x)) for name, x in found.items()},
-        **{f"{name}_above_0.7": float((x > CLOSE).mean()) for name, x in found.items()},
+        "metrics": metrics,
+        "pairs": [
+            {"with": subjects[p.other].run.folder.name, "metrics": p.metrics}
+            for p in pairs
+            if p.other is not None
+        ],
+        "per_latent": latent_statistics.rounded(per_latent, digits=_DIGITS),
     }
 
 
-def _matched(values: Float[np.ndarray, "a b"]) -> Float[np.ndarray, " pairs"]:
-    i, j = linear_sum_assignment(values, maximize=True)
-    return values[i, j]
-
-
-def _parts(rows: Float[np.ndarray, "rows d_model"]) -> list[np.ndarray]:
-    return [rows[i : i + _ROWS_AT_ONCE] for i in range(0, len(rows), _ROWS_AT_ONCE)]
-
-
-def _mean(pairs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    each = [pair["metrics"] for pair in pairs if pair["metrics"]]
-    names = each[0] if each else {}
-    return {name: float(np.mean([one[name] for one in each])) for name in names}
-
-
-def _settings(rows: Float[np.ndarray, "rows d_model"]) -> dict[str, Any]:
-    return {"rows": len(rows), "least_firings": ENOUGH}
+def _mean_known(
+    each: Sequence[Float[np.ndarray, " d_sae"]],
+) -> Float[np.ndarray, " d_sae"]:
+    """The mean of those that are not NaN; NaN where all are."""
+    known = np.isfinite(each)
+    total = np.where(known, each, 0).sum(axis=0)
+    return np.where(known.any(axis=0), total, np.nan) / np.maximum(known.sum(axis=0), 1)

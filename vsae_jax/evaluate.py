@@ -17,6 +17,7 @@ from vsae_jax.evals import (
     absorption,
     core,
     on_texts,
+    predictability,
     saebench_json,
     stability,
     summary,
@@ -26,7 +27,7 @@ from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
 from vsae_jax.system.errors import UserError
 
-EVALS = ("core", *on_texts.EVALS, "absorption", "stability")
+EVALS = ("core", *on_texts.EVALS, "absorption", "stability", "predictability")
 COLUMNS = {
     "ce_loss_score": "loss recovered",
     "kl_div_score": "KL score",
@@ -45,6 +46,8 @@ _OF_TEXTS = {
     "tpp_threshold_20_total_metric": "TPP 20",
     "decoder_cosine_median": "returns, cosine",
     "correlation_median": "returns, corr.",
+    "auc_by_token_median": "AUC by token",
+    "auc_by_bigram_median": "AUC by bigram",
 }
 
 
@@ -139,6 +142,8 @@ def _checked(
         absorption.check(subjects)
     if "stability" in names:
         stability.check(subjects)
+    if "predictability" in names:
+        predictability.check(subjects)
     return on_texts.read(subjects, sets, quirks) if sets else []
 
 
@@ -162,6 +167,8 @@ def _evaluated(
         yield "absorption", results
     if "stability" in names:
         yield "stability", stability.run(subjects)
+    if "predictability" in names:
+        yield "predictability", predictability.run(subjects)
 
 
 def _write(

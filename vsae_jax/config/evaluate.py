@@ -28,7 +28,9 @@ class EvalConfig(OpenOptions):
         default_help=REQUIRED,
     )
     evals: str = flag(
-        "comma list of core, sparse_probing, scr, tpp, absorption and stability", "core"
+        "comma list of core, sparse_probing, scr, tpp, absorption, stability and "
+        "predictability",
+        "core",
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
     revision: str = flag("hub revision; unset: the manifest's", "")

@@ -9,7 +9,15 @@ from vsae_jax.runs.opening import OTHERS
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
 
-_NAMES = ("core", "sparse_probing", "scr", "tpp", "absorption", "stability")
+_NAMES = (
+    "core",
+    "sparse_probing",
+    "scr",
+    "tpp",
+    "absorption",
+    "stability",
+    "predictability",
+)
 _CORE = (
     "ce_loss_score",
     "kl_div_score",

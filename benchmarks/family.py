@@ -128,15 +128,19 @@ def point(folder: Path, *, closed_below: float) -> Point:
     first, last = (n * activations.rows_per_context for n in (start, stop))
     x = np.asarray(activations.rows(first, min(last, first + ROWS)), np.float32)
     config = dataclasses.replace(run.config, closed_below=closed_below)
-    reader = Reader(run.variables, config)
-    error, l0, alive = 0.0, 0.0, np.zeros(run.config.d_sae, bool)
+    return on_rows(Reader(run.variables, config), x, seed=run.train.seed)
+
+
+def on_rows(reader: Reader, x: np.ndarray, *, seed: int) -> Point:
+    """What an autoencoder gives on raw rows `[rows, d_model]`."""
+    error, fired, alive = 0.0, 0, np.zeros(reader.config.d_sae, bool)
     for rows in np.array_split(x, max(len(x) // 2000, 1)):
         f = reader.encode(rows)
         error += float(np.square(rows - np.asarray(reader.decode(f))).sum())
         on = np.asarray(f) != 0
-        l0, alive = l0 + on.sum() / len(x), alive | on.any(axis=0)
+        fired, alive = fired + int(on.sum()), alive | on.any(axis=0)
     variance = float(np.square(x - x.mean(axis=0)).sum())
-    return Point(run.train.seed, l0, 1 - error / variance, float(alive.mean()))
+    return Point(seed, fired / len(x), 1 - error / variance, float(alive.mean()))
 
 
 def at_l0(points: Sequence[Point], l0: float) -> list[Point]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from experiments import ablation, recovery, synthetic
 from experiments.effects import effects_table
@@ -68,7 +69,7 @@ MEASURES = {
 }
 COMPARED = {name: MEASURES[name] for name in ("recovered", "duplicates", "merged")}
 FILE = "recovery.json"
-_ROWS, _BATCH = 20_480, 2048
+ROWS, _BATCH = 20_480, 2048
 # Not a seed of the features: theirs would give them themselves.
 _RANDOM = 2**31 - 1
 Found = Mapping[str, Mapping[int, Mapping[str, float]]]
@@ -109,9 +110,10 @@ def run(study: Study) -> Section:
         study.train(_grid(way), grids(study)[_grid(way)])
         found[way] = _measured(study, way)
     parts: list[str | Table | Path] = [_setting(study)]
-    parts.append(study.save("ground_truth", _figure(found)))
+    panels = {f"Features fire {in_words(way)}": found[way] for way in found}
+    parts.append(study.save("ground_truth", figure(panels)))
     for way, of_way in found.items():
-        parts.append(f"Features that fire {_in_words(way)}, mean ± sd over seeds:")
+        parts.append(f"Features that fire {in_words(way)}, mean ± sd over seeds:")
         parts.append(_values(study, way, of_way))
         parts.append("Differences to `topk`, paired over seeds, 95 % intervals:")
         effects = {k: compare(of_way, k, "topk") for k in of_way if k != "topk"}
@@ -131,7 +133,7 @@ def compare(found: Found, kind: str, other: str) -> dict[str, Interval]:
     a, b = found.get(kind, {}), found.get(other, {})
     if not a.keys() & b.keys():
         return {}
-    return {name: difference(_of(a, name), _of(b, name)) for name in COMPARED}
+    return {name: difference(of(a, name), of(b, name)) for name in COMPARED}
 
 
 def verdict(found: Interval) -> str:
@@ -147,17 +149,20 @@ def measure(folder: Path, rows: HeldOut, directions: np.ndarray) -> dict[str, fl
     if not path.is_file():
         arm = runs.open_run(folder)
         x, codes = rows()
-        fires = np.concatenate(
-            [
-                np.asarray(_encode(arm.variables, x[i : i + _BATCH], config=arm.sae))
-                > 0
-                for i in range(0, len(x), _BATCH)
-            ]
-        )
+        fires = encoded(arm, x) > 0
         w_dec = np.asarray(arm.variables["params"]["w_dec"])
         found = recovery.recovery(w_dec, directions, fires=fires, truly=codes > 0)
         runs.write_json(path, {"rows": len(x), "measures": found})
     return runs.read_json(path)["measures"]
+
+
+def encoded(
+    arm: runs.TrainedSAE, x: Float[np.ndarray, "rows d_model"]
+) -> Float[np.ndarray, "rows d_sae"]:
+    """The latents of raw rows, at the mean."""
+    batches = np.array_split(x, -(-len(x) // _BATCH))
+    parts = [_encode(arm.variables, batch, config=arm.sae) for batch in batches]
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def _measured(study: Study, way: str) -> dict[str, dict[int, dict[str, float]]]:
@@ -166,7 +171,7 @@ def _measured(study: Study, way: str) -> dict[str, dict[int, dict[str, float]]]:
 
     @functools.cache
     def rows() -> tuple[np.ndarray, np.ndarray]:
-        return synthetic.held_out(features, _ROWS)
+        return synthetic.held_out(features, ROWS)
 
     found: dict[str, dict[int, dict[str, float]]] = {}
     for arm in study.arms(_grid(way)):
@@ -181,7 +186,7 @@ def _values(study: Study, way: str, found: Found) -> Table:
     table = [["arm", "seeds", *MEASURES.values()]]
     for kind, seeds in found.items():
         cells = [
-            arms_module.spread(list(_of(seeds, name).values())) for name in MEASURES
+            arms_module.spread(list(of(seeds, name).values())) for name in MEASURES
         ]
         table.append([kind, str(len(seeds)), *cells])
     true = _features(study, way).directions
@@ -223,7 +228,7 @@ def _setting(study: Study) -> str:
         f"{t.steps} steps of {t.batch_size} rows, seeds 0 to {t.seeds - 1}, the "
         f"preset's learning rate for every kind; rows scaled to root mean square norm "
         f"{norm:.1f}, at which a feature that fires is about {height:.0f} sigma of the "
-        f"noise high; measured on {_ROWS:,} fresh rows at the mean. "
+        f"noise high; measured on {ROWS:,} fresh rows at the mean. "
         f"Recovered: share of features whose latent (matched one to one) has cosine > "
         f"{recovery.FOUND}. Duplicates: share of alive latents that are a feature that "
         "another one is already. Merged: share of alive latents with cosine > "
@@ -231,43 +236,42 @@ def _setting(study: Study) -> str:
     )
 
 
-def _figure(found: Mapping[str, Found]) -> "Figure":
-    """A panel a way: recovered share by kind, its 95 % interval over seeds."""
+def figure(panels: Mapping[str, Found]) -> "Figure":
+    """A panel a title: recovered share by kind, its 95 % interval over seeds."""
     from vsae_jax.report.figures import style
 
     with style.applied():
         kinds = list(
-            dict.fromkeys(kind for of_way in found.values() for kind in of_way)
+            dict.fromkeys(kind for of_panel in panels.values() for kind in of_panel)
         )
-        figure = style.figure(8.0, 1.4 + 0.26 * len(kinds))
-        all_axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-        for ax, (way, of_way) in zip(all_axes, found.items(), strict=True):
-            for kind, seeds in of_way.items():
-                _bar(
-                    ax, kinds.index(kind), kind, list(_of(seeds, "recovered").values())
-                )
-            ax.set(title=f"Features fire {_in_words(way)}", xlabel="recovered, share")
+        drawn = style.figure(8.0, 1.4 + 0.26 * len(kinds))
+        all_axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (title, of_panel) in zip(all_axes, panels.items(), strict=True):
+            for kind, seeds in of_panel.items():
+                values = list(of(seeds, "recovered").values())
+                _bar(ax, kinds.index(kind), kind, values)
+            ax.set(title=title, xlabel="recovered, share")
             ax.set_xlim(0, 1)
         all_axes[0].set_yticks(range(len(kinds)), kinds)
         all_axes[0].invert_yaxis()
         style.caption(
-            figure, "Mean over seeds; line: its 95 % interval, cut at 0 and 1."
+            drawn, "Mean over seeds; line: its 95 % interval, cut at 0 and 1."
         )
-    return figure
+    return drawn
 
 
 def _bar(ax: Any, place: int, kind: str, values: list[float]) -> None:
     from vsae_jax.report.figures import style
 
     mean, low, high, n = interval(values)
-    colour = style.BLUE if kind.startswith("topk") else style.VERMILLION
+    colour = style.VERMILLION if kind.startswith("v") else style.BLUE
     ax.barh(place, mean, height=0.6, color=colour)
     if n > 1:
         ends = [max(low, 0.0), min(high, 1.0)]
         ax.plot(ends, [place, place], color=style.BLACK, linewidth=1.2)
 
 
-def _of(seeds: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
+def of(seeds: Mapping[int, Mapping[str, float]], name: str) -> dict[int, float]:
     return {seed: measures[name] for seed, measures in seeds.items()}
 
 
@@ -275,7 +279,7 @@ def _features(study: Study, way: str) -> synthetic.Features:
     return synthetic.make_features(study.scale.truth, correlated=WAYS[way])
 
 
-def _in_words(way: str) -> str:
+def in_words(way: str) -> str:
     return "in groups" if WAYS[way] else "each on its own"
 
 

@@ -70,8 +70,10 @@ def _of_arm(study: Study, config: TrainConfig) -> Needs:
 def d_model_of(study: Study, config: TrainConfig) -> int:
     """Of the synthetic rows, or of the language model: a local one's own, else that of
     Pythia-70M."""
-    if Path(config.activations).name.startswith("truth"):
-        return study.scale.truth.d_model
+    of_features = {"truth": study.scale.truth, "family": study.scale.family.truth}
+    name = Path(config.activations).name.split("-")[0]
+    if name in of_features:
+        return of_features[name].d_model
     path = Path(study.model) / "config.json"
     return runs.read_json(path)["hidden_size"] if path.is_file() else _PYTHIA_70M
 

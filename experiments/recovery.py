@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.optimize import linear_sum_assignment
 
+from vsae_jax.latents.matching import CLOSE
+
 # From which cosine a latent is a feature, and from which it holds a part of one.
 FOUND, PART = 0.9, 0.4
 
@@ -59,6 +61,39 @@ def of_directions(
         "duplicates": (len(nearest) - len(set(nearest.tolist()))) / len(latents),
         "merged": float(is_merged(latents, directions).mean()),
     }
+
+
+def returning(
+    latents: Float[np.ndarray, "latents d_model"],
+    others: Float[np.ndarray, "others d_model"],
+    directions: Float[np.ndarray, "n_features d_model"],
+) -> dict[str, float | None]:
+    """Whether the latents of one run come back in another, and whether they are true.
+
+    A latent returns if the other run's latent that it is matched with, one to one, has
+    cosine > 0.7 with it. It is a feature if its nearest one has cosine > 0.9.
+
+    returns: share of the latents that return.
+    returning_true, returning_near: of those, the share that is a feature, and the share
+      whose nearest feature has cosine > 0.7.
+    true_return, false_return: of the latents that are a feature, and of those that are
+      none, the share that returns.
+    None is the share of nothing.
+    """
+    cosine = _cosines(latents, others)
+    found, partners = assign(cosine)
+    back = np.zeros(len(latents), bool)
+    back[found] = cosine[found, partners] > CLOSE
+    nearest = _cosines(latents, directions).max(1, initial=-1)
+    true = nearest > FOUND
+    shares = {
+        "returns": back,
+        "returning_true": true[back],
+        "returning_near": nearest[back] > CLOSE,
+        "true_return": back[true],
+        "false_return": back[~true],
+    }
+    return {name: float(x.mean()) if len(x) else None for name, x in shares.items()}
 
 
 def assign(cosine: Float[np.ndarray, "latents features"]) -> tuple[np.ndarray, ...]:

@@ -111,6 +111,19 @@ class Truth:
 
 
 @dataclass(frozen=True)
+class Family:
+    """Every variant on known features at one L0; `truth.kinds` are variants.
+
+    norms: root mean square norms of the scaled rows, in sqrt(d_model).
+    lrs: learning rates that each is tried with; a constant ratio apart.
+    """
+
+    truth: Truth
+    norms: tuple[float, ...]
+    lrs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Scale:
     """One size of the study; the last four are of the evaluations."""
 
@@ -119,11 +132,15 @@ class Scale:
     controlled: Controlled
     stability: Stability
     truth: Truth
+    family: Family
     eval_tokens: int
     train_size: int
     test_size: int
     samples: int
 
+
+# Two decades.
+_FIVE_RATES = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2)
 
 SMOKE = Scale(
     text=Text(num_tokens=60_000),
@@ -168,6 +185,21 @@ SMOKE = Scale(
         seeds=2,
         kinds=("topk", "vsae"),
     ),
+    family=Family(
+        truth=Truth(
+            d_model=32,
+            n_features=64,
+            group=8,
+            active=4,
+            n_rows=20_000,
+            steps=150,
+            batch_size=64,
+            seeds=2,
+            kinds=("topk", "relu", "vsae_topk"),
+        ),
+        norms=(10.0,),
+        lrs=(1e-3, 1e-2),
+    ),
     eval_tokens=3_000,
     train_size=160,
     test_size=40,
@@ -210,6 +242,20 @@ STANDIN = Scale(
         steps=2000,
         batch_size=256,
         seeds=5,
+    ),
+    family=Family(
+        truth=Truth(
+            d_model=64,
+            n_features=256,
+            group=8,
+            active=8,
+            n_rows=500_000,
+            steps=2000,
+            batch_size=256,
+            seeds=5,
+        ),
+        norms=(1.0, 3.0, 10.0),
+        lrs=_FIVE_RATES,
     ),
     eval_tokens=25_000,
     train_size=1000,
@@ -318,6 +364,21 @@ PAPER = Scale(
         steps=20_000,
         batch_size=1024,
         seeds=5,
+    ),
+    # Four minutes of a large GPU, and no language model.
+    family=Family(
+        truth=Truth(
+            d_model=128,
+            n_features=512,
+            group=8,
+            active=16,
+            n_rows=1_000_000,
+            steps=3000,
+            batch_size=1024,
+            seeds=5,
+        ),
+        norms=(1.0, 3.0, 10.0),
+        lrs=_FIVE_RATES,
     ),
     eval_tokens=400_000,
     train_size=4000,

@@ -1,14 +1,25 @@
 """Rows of known features, and measures of what was found of them."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from experiments import recovery, synthetic
-from experiments.ground_truth import verdict
+from experiments import family, recovery, synthetic
+from experiments.family import (
+    STABILITY,
+    Case,
+    Point,
+    Setting,
+    at_l0,
+    choose,
+    further_settings,
+)
+from experiments.ground_truth import MEASURES, verdict
 from experiments.paired import interval
-from experiments.scales import Truth
+from experiments.scales import SCALES, Truth
+from experiments.study import Study
 from vsae_jax.activations.shards import Activations
 from vsae_jax.system.errors import UserError
 
@@ -174,3 +185,91 @@ def test_a_difference_is_said_only_where_the_interval_excludes_0():
     assert verdict(interval([-0.1, -0.12, -0.11])).startswith("fewer (")
     for values in ([0.1, -0.1], [0.1], [0.1, 0.1]):
         assert verdict(interval(values)).startswith("no difference shown")
+
+
+def test_latents_that_return_are_true_or_false():
+    eye = np.eye(8)
+    mixed = (eye[4] + eye[5]) / 2**0.5
+    ours = np.array([eye[0], eye[1], mixed, eye[3]])
+    theirs = np.array([eye[0], mixed, eye[6]])
+    assert recovery.returning(ours, theirs, eye) == {
+        "returns": 0.5,
+        "returning_true": 0.5,
+        "returning_near": 1.0,
+        "true_return": pytest.approx(1 / 3),
+        "false_return": 1.0,
+    }
+    assert recovery.returning(eye, -eye, eye)["returning_true"] is None
+    assert recovery.returning(eye, eye[:0], eye)["returns"] == 0
+
+
+@pytest.fixture
+def gated(tmp_path):
+    return Case(Study(SCALES["smoke"], tmp_path, {}), "independent", "gated")
+
+
+def points_of(case, by_rate):
+    (norm,) = case.norms
+    return [
+        Point(Setting(norm, lr, weight), l0, explained)
+        for lr, of_rate in by_rate.items()
+        for weight, l0, explained in of_rate
+    ]
+
+
+def test_the_weight_at_an_l0_lies_between_those_around_it(gated):
+    points = points_of(gated, {1e-3: [(0.4, 2.0, 0.5), (0.1, 8.0, 0.9)]})
+    between = at_l0(points, 4)
+    assert between.setting.weight == pytest.approx(0.2) and between.l0 == 4
+    assert between.explained_variance == pytest.approx(0.7)
+    assert at_l0(points, 9) == points[1] and at_l0(points, 1) == points[0]
+
+
+def test_the_best_rate_is_one_that_comes_to_the_l0(gated):
+    (norm,) = gated.norms
+    around = [(0.1, 8.0, 0.8), (0.4, 2.0, 0.6)]
+    points = points_of(
+        gated, {1e-3: [(0.1, 9.0, 0.95)], 1e-2: around, 1e-1: [(0.1, 4.1, 0.6)]}
+    )
+    choice = choose(gated, norm, points)
+    assert choice.setting.lr == 1e-2 and choice.l0 == 4 and choice.inside
+
+
+def test_a_search_goes_on_until_rate_and_weight_are_inside(gated):
+    (norm,) = gated.norms
+    ends = {1e-3: [(0.2, 4.0, 0.8)], 1e-2: [(0.2, 4.0, 0.9)]}
+    points = points_of(gated, ends)
+    wider = further_settings(gated, choose(gated, norm, points), points)
+    assert [s.lr for s in wider] == pytest.approx([0.1] * len(gated.weights))
+    assert [s.weight for s in wider] == list(gated.weights)
+    points += points_of(gated, {1e-1: [(0.2, 4.0, 0.5)]})
+    assert further_settings(gated, choose(gated, norm, points), points) == []
+
+
+def test_a_weight_is_moved_where_no_rate_comes_to_the_l0(gated):
+    (norm,) = gated.norms
+    rates = {1e-3: 8.0, 1e-2: 6.0, 1e-1: 9.0}
+    points = points_of(gated, {lr: [(0.2, l0, 0.5)] for lr, l0 in rates.items()})
+    choice = choose(gated, norm, points)
+    (further,) = further_settings(gated, choice, points)
+    assert further == Setting(norm, 1e-2, 0.4)
+
+
+def test_the_family_is_drawn_from_its_files(gated):
+    """Results that were made elsewhere: no rows, no training."""
+    study = gated.study
+    for case in family.cases(study):
+        (norm,) = case.norms
+        measures = dict.fromkeys([*MEASURES, *STABILITY, "explained_variance"], 0.5)
+        seeds = {str(seed): measures | {"l0": 4.0 + seed} for seed in range(3)}
+        chosen = [norm, 0.01, 0.25, 4.0, 0.5, case.variant == "relu"]
+        found = {"searched": [], "chosen": [chosen], "arms": {f"{norm:g}": seeds}}
+        case.file.parent.mkdir(parents=True, exist_ok=True)
+        case.file.write_text(json.dumps(found))
+    section = family.run(study)
+    tables = [part for part in section.parts if isinstance(part, list)]
+    lines = {line[0]: line[1:5] for line in tables[0]}
+    assert lines["relu"] == ["0.01", "0.25", "3", "5.0 ± 1.0 (off)"]
+    assert lines["topk"][0] == "0.01 (an end)"
+    assert tables[1][1][:2] == ["vsae_topk - topk", "+0.0000 [+0.0000, +0.0000]"]
+    assert {path.name for path in study.out.iterdir()} == {"family", "figures"}

@@ -485,16 +485,17 @@ class FamilyConfig:
 
 
 def command(configs: Sequence[FamilyConfig]) -> None:
-    """One file a variant and way."""
+    """Writes the rows, then one file a variant and way."""
     (c,) = configs
     variants = c.variants.split(",") if c.variants else []
     for name in variants:
-        if name not in VARIANTS:
-            raise UserError(
-                f"--variants={name} is none; there is {', '.join(VARIANTS)}"
-            )
-    out = Path(c.out or f"experiments/results/{c.scale}")
-    for case in cases(Study(SCALES[c.scale], out, {}), variants):
+        if name not in (*VARIANTS, "none"):
+            there = ", ".join(VARIANTS)
+            raise UserError(f"--variants={name} is not a variant; there is {there}")
+    study = Study(SCALES[c.scale], Path(c.out or f"experiments/results/{c.scale}"), {})
+    for way in WAYS:
+        write_rows(study, way)
+    for case in cases(study, variants) if c.variants != "none" else []:
         measured(case)
         say(f"wrote {case.file}")
 

@@ -479,7 +479,7 @@ def write_rows(study: Study, way: str) -> None:
 class FamilyConfig:
     """Trains and measures some variants on known features."""
 
-    scale: Literal["smoke", "standin", "paper"] = flag("how large", "smoke")
+    scale: Literal["smoke", "standin", "real", "paper"] = flag("how large", "smoke")
     out: str = flag("folder of the study", "")
     variants: str = flag("comma list, or none: rows alone; unset: all", "")
 

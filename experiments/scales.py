@@ -141,6 +141,21 @@ class Scale:
 
 # Two decades.
 _FIVE_RATES = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2)
+# Some minutes of a large GPU; reads no language model.
+_FAMILY_OF_A_GPU = Family(
+    truth=Truth(
+        d_model=128,
+        n_features=512,
+        group=8,
+        active=16,
+        n_rows=1_000_000,
+        steps=3000,
+        batch_size=1024,
+        seeds=5,
+    ),
+    norms=(1.0, 3.0, 10.0),
+    lrs=_FIVE_RATES,
+)
 
 SMOKE = Scale(
     text=Text(num_tokens=60_000),
@@ -317,6 +332,7 @@ REAL = Scale(
         batch_size=512,
         seeds=5,
     ),
+    family=_FAMILY_OF_A_GPU,
     eval_tokens=25_000,
     train_size=4000,
     test_size=1000,
@@ -365,21 +381,7 @@ PAPER = Scale(
         batch_size=1024,
         seeds=5,
     ),
-    # Four minutes of a large GPU, and no language model.
-    family=Family(
-        truth=Truth(
-            d_model=128,
-            n_features=512,
-            group=8,
-            active=16,
-            n_rows=1_000_000,
-            steps=3000,
-            batch_size=1024,
-            seeds=5,
-        ),
-        norms=(1.0, 3.0, 10.0),
-        lrs=_FIVE_RATES,
-    ),
+    family=_FAMILY_OF_A_GPU,
     eval_tokens=400_000,
     train_size=4000,
     test_size=1000,

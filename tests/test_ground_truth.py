@@ -271,5 +271,5 @@ def test_the_family_is_drawn_from_its_files(gated):
     lines = {line[0]: line[1:5] for line in tables[0]}
     assert lines["relu"] == ["0.01", "0.25", "3", "5.0 ± 1.0 (off)"]
     assert lines["topk"][0] == "0.01 (an end)"
-    assert tables[1][1][:2] == ["vsae_topk - topk", "+0.0000 [+0.0000, +0.0000]"]
+    assert tables[1][1][:2] == ["vsae_topk - topk", "+0.0 [+0.0, +0.0]"]
     assert {path.name for path in study.out.iterdir()} == {"family", "figures"}

@@ -47,7 +47,11 @@ OURS = (
     ("vsae_topk", "grid", "bfloat16", "auto"),
     ("vsae_topk", "turns", "bfloat16", "auto"),
     ("topk", "single", "float32", "auto"),
+    ("topk", "single", "bfloat16", "kernel"),
+    ("vsae_topk", "single", "bfloat16", "kernel"),
+    ("vsae_topk", "grid", "bfloat16", "kernel"),
     ("topk", "select", "float32", "auto"),
+    ("topk", "select", "float32", "kernel"),
     ("topk", "select", "float32", "lax"),
 )
 # Of the budget; most of it is compiling.

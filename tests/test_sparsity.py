@@ -3,13 +3,17 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vsae_jax.autoencoder import sparsity
+from vsae_jax.autoencoder import selection_kernel, sparsity
+
+# JAX says that it means to leave the kernel's way to a GPU for another one.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 
 
 def reference(z: np.ndarray, k: int) -> np.ndarray:
@@ -143,6 +147,53 @@ def test_the_way_of_a_gpu_is_exact(name, k, monkeypatch):
     z = inputs(name, np.random.default_rng(0))
     mask = sparsity.top_k_count(jnp.asarray(z), k)
     np.testing.assert_array_equal(mask, reference(z, k))
+
+
+@pytest.mark.parametrize("width", [128, 96, 33, 1])
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_is_exact(name, width):
+    """On a CPU interpreted."""
+    z = np.resize(inputs(name, np.random.default_rng(0)), (len(CASES), width))
+    select = jax.jit(partial(sparsity.top_k_count, kernel=True))
+    for k in {1, min(7, width), max(width - 1, 1), width}:
+        mask = select(jnp.asarray(z), jnp.int32(k))
+        np.testing.assert_array_equal(mask, reference(z, k), err_msg=str(k))
+
+
+@pytest.mark.parametrize("most", [2**31 - 1, 3 * 5 * 64 - 1])
+def test_the_kernel_takes_arms(most, monkeypatch):
+    """At once, or one after another where there are too many values."""
+    monkeypatch.setattr(selection_kernel, "MOST_VALUES", most)
+    z = np.random.default_rng(2).normal(size=(3, 5, 64)).astype("f4")
+    z[1] = np.round(z[1])
+    k = np.array([4, 20, 64])
+    select = jax.jit(jax.vmap(partial(sparsity.top_k_count, kernel=True)))
+    masks = select(jnp.asarray(z), jnp.asarray(k))
+    for arm in range(3):
+        np.testing.assert_array_equal(masks[arm], reference(z[arm], int(k[arm])))
+    # One z and a k each, as arms on a shared encoder would have.
+    masks = jax.vmap(lambda k: sparsity.top_k_count(z[1], k, kernel=True))(k)
+    for arm in range(3):
+        np.testing.assert_array_equal(masks[arm], reference(z[1], int(k[arm])))
+
+
+@pytest.mark.parametrize("width", [2048, 3000, 8192])
+def test_the_kernel_is_lowered_for_cuda(width):
+    """By JAX; Triton's own compiler is part of the GPU's plugin."""
+    (device, *_), kind = jax.devices(), "NVIDIA H200"
+    kind = device.device_kind if device.platform == "gpu" else kind
+    gpu = jax.sharding.AbstractDevice(kind, 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("gpus",), abstract_device=gpu)
+    shapes = (jax.ShapeDtypeStruct(s, d) for s, d in (((64, width), "f4"), ((), "i4")))
+    target = jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.export.export(
+            jax.jit(partial(sparsity.keep_top_k, k_max=64, method="kernel")),
+            platforms=["cuda"],
+            disabled_checks=[target],
+        )(*shapes)
+    assert lowered.platforms == ("cuda",)
+    assert lowered.mlir_module().count("xla.gpu.triton") == 1
 
 
 def test_rows_in_blocks_and_arms_at_once():

@@ -16,7 +16,7 @@ from vsae_jax.autoencoder import gate
 from vsae_jax.autoencoder.encoder import Params
 from vsae_jax.autoencoder.matmul import affine
 from vsae_jax.autoencoder.sae import Forward
-from vsae_jax.autoencoder.sparsity import keep_top_k
+from vsae_jax.autoencoder.sparsity import TopK, keep_top_k
 from vsae_jax.config import SAEConfig, TrainConfig
 
 
@@ -84,7 +84,7 @@ def auxk_error(
     dead: Bool[Array, " d_sae"],
     *,
     k_aux: int,
-    method: Literal["auto", "lax"] = "auto",
+    method: TopK = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Float[Array, " batch"]:
     """||sg(x - x_hat) - f_aux @ w_dec||_2^2 (Gao et al. 2024, appendix A.2).

@@ -1,7 +1,8 @@
 """Which latents stay: exact top-k selection, and which latents are dead.
 
 `top_k_lax` is the reference: `jax.lax.top_k`, a sort for most shapes. `top_k_count`
-finds the k-th value by counting instead, and keeps exactly the same latents.
+finds the k-th value by counting instead, and keeps exactly the same latents; so does
+the kernel, where one is asked for and the latents are on one device.
 """
 
 import math
@@ -16,7 +17,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from vsae_jax.autoencoder.matmul import column_counts
+from vsae_jax.autoencoder.selection_kernel import MOST_LATENTS, MOST_VALUES, kth_key
 from vsae_jax.system import mesh
+
+TopK = Literal["auto", "lax", "kernel"]
 
 # A block of rows is counted in a core's cache; blocks of several rows waste less time
 # between the passes, and each of at most this many loops over blocks has a core.
@@ -29,7 +33,7 @@ def keep_top_k(
     *,
     k_max: int,
     selection: Literal["value", "magnitude"] = "value",
-    method: Literal["auto", "lax"] = "auto",
+    method: TopK = "auto",
 ) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
     """f = z where z is among its row's k largest, else 0; and the mask of those.
 
@@ -41,7 +45,7 @@ def keep_top_k(
     if method == "lax":
         mask = top_k_lax(rank, k, k_max=k_max)
     else:
-        mask = top_k_count(lax.stop_gradient(rank), k)
+        mask = top_k_count(lax.stop_gradient(rank), k, kernel=method == "kernel")
     return jnp.where(mask, z, 0), mask
 
 
@@ -56,12 +60,18 @@ def top_k_lax(
 
 
 def top_k_count(
-    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
+    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, kernel: bool = False
 ) -> Bool[Array, "batch d_sae"]:
     """The mask of each row's k largest values: those above the k-th, and of those
     equal to it the first ones by index, up to k in all."""
     z = z.astype(jnp.float32)
-    kth, last = _by_blocks(z, jnp.asarray(k, jnp.int32))
+    k = jnp.asarray(k, jnp.int32)
+    fits = z.shape[1] <= MOST_LATENTS and z.size <= MOST_VALUES
+    if kernel and fits and not mesh.is_split():
+        key, last = kth_key(z, k)
+        kth = _value(key)
+    else:
+        kth, last = _by_blocks(z, k)
     tied = (z == kth[:, None]) & (jnp.arange(z.shape[1])[None, :] <= last[:, None])
     return (z > kth[:, None]) | tied
 
@@ -71,7 +81,7 @@ def keep_batch_top_k(
     k: int | Int[Array, ""],
     *,
     k_max: int,
-    method: Literal["auto", "lax"] = "auto",
+    method: TopK = "auto",
 ) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
     """f = z where z is among the batch * k largest of all of z, else 0; and the mask.
 

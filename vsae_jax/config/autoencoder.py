@@ -40,7 +40,7 @@ class SAEConfig:
     decoder_norm: Literal["unit", "free"] = "unit"
     subtract_b_dec: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
-    top_k: Literal["auto", "lax"] = "auto"
+    top_k: Literal["auto", "lax", "kernel"] = "auto"
     l0: bool = _younger(False)
     gate: Literal["none", "path", "sigma"] = _younger("none")
     closed_below: float = _younger(0.05)

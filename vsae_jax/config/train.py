@@ -261,8 +261,9 @@ class TrainConfig:
     held_out: float = flag(
         "share of the contexts, the last, never trained on", 0.05, group="data"
     )
-    top_k: Literal["auto", "lax"] = flag(
-        "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way",
+    top_k: Literal["auto", "lax", "kernel"] = flag(
+        "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way; "
+        "kernel: that with a kernel for GPUs",
         "auto",
         group="devices",
     )

@@ -13,9 +13,10 @@ activation.
     p(fires | two tokens) = (firings on them + p(fires | token)) / (their count + 1)
 
 The same is computed of random directions, spread as the decoder's rows are, that fire
-where they are largest, as often as latents of the run; and of the latents with tokens
-that were shuffled over the positions. As rare latents are told more easily, medians
-are given within bins of firing rates too.
+where they are largest along rows of norm 1, as often as latents of the run; and of the
+latents with tokens that were shuffled over the positions. Rows of norm 1: otherwise
+most directions would fire on the same few giant rows. As rare latents are told more
+easily, medians are given within bins of firing rates too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from scipy import sparse
 
 from vsae_jax.autoencoder.reader import Reader
 from vsae_jax.evals import Subject, latent_statistics
-from vsae_jax.evals.held_out import HeldOut, check_counts, held_out
+from vsae_jax.evals.held_out import check_counts, held_out
 from vsae_jax.latents.firings import Firings, find_firings
 from vsae_jax.latents.matching import unit_rows
 from vsae_jax.system import progress
@@ -83,9 +84,11 @@ def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     share their language model, hook and tokens."""
     there = held_out(subjects[0])
     text = text_of(there.token, there.before, there.context)
+    norm = np.linalg.norm(there.x, axis=1, keepdims=True)
+    unit = there.x / np.maximum(norm, 1e-30)
     results = []
     with progress.bar(len(subjects), unit="arms") as bar:
-        for result in in_threads(_work(subjects, there, text)):
+        for result in in_threads(_work(subjects, there.x, unit, text)):
             results.append(result)
             bar.update(1)
     config = {"rows": len(text.token), "least_firings_in_each_half": ENOUGH}
@@ -109,12 +112,15 @@ def text_of(
 
 
 def _work(
-    subjects: Sequence[Subject], there: HeldOut, text: Text
+    subjects: Sequence[Subject],
+    x: Float[np.ndarray, "rows d_model"],
+    unit: Float[np.ndarray, "rows d_model"],
+    text: Text,
 ) -> Iterator[Callable[[], dict[str, Any]]]:
     for subject in subjects:
-        firings = _encoded(subject.reader, there.x)
+        firings = _encoded(subject.reader, x)
         w_dec = np.asarray(subject.reader.variables["params"]["w_dec"])
-        yield partial(_result, firings, w_dec, there.x, text)
+        yield partial(_result, firings, w_dec, unit, text)
 
 
 def _encoded(reader: Reader, x: Float[np.ndarray, "rows d_model"]) -> Firings:
@@ -129,7 +135,7 @@ def _encoded(reader: Reader, x: Float[np.ndarray, "rows d_model"]) -> Firings:
 def _result(
     firings: Firings,
     w_dec: Float[np.ndarray, "d_sae d_model"],
-    x: Float[np.ndarray, "rows d_model"],
+    unit: Float[np.ndarray, "rows d_model"],
     text: Text,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(0)
@@ -138,12 +144,12 @@ def _result(
     some = rng.permutation(known)[:MOST_BASELINES]
     rate = of_latents.firing_rate[some]
     directions = _random_directions(w_dec, len(some), rng)
-    order = rng.permutation(len(x))
+    order = rng.permutation(len(unit))
     shuffled = Text(text.token[order], text.bigram[order], text.learned)
     each = {
         "": of_latents,
         "random_directions_": scores(
-            _largest(x, directions, rate), text, n_latents=len(some)
+            _largest(unit, directions, rate), text, n_latents=len(some)
         ),
         "shuffled_tokens_": scores(
             _of_latents(firings, some, len(w_dec)), shuffled, n_latents=len(some)

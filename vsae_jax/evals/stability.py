@@ -148,8 +148,8 @@ def _work(
     kinds: Sequence[Sequence[_Pair]],
     rows: Float[np.ndarray, "rows d_model"],
 ) -> Iterator[Callable[[], list[_Part]]]:
-    """What is to be computed, kind by kind: only one kind's latents are encoded at a
-    time, each run's once."""
+    """What is to be computed, kind by kind: each run's rows are encoded once for
+    its own numbers, and once for the products with all runs of its kind."""
     for pairs in kinds:
         places = sorted({place for pair in pairs for place in (pair.a, pair.b)})
         readers = {i: subjects[i].reader for i in places}

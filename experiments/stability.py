@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TUNING, GRID, LENGTHS = "stability_tuning", "stability", "stability_lengths"
 PRIMARY = "decoder_cosine_above_0.7"
-EVALS = ("stability",)
+EVALS = ("stability", "predictability")
 # Measure -> how a table calls it.
 MEASURES = {
     "explained_variance": "expl. var.",

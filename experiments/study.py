@@ -195,8 +195,8 @@ def measures(result: Mapping[str, Any]) -> dict[str, float | None]:
     of alive latents, the mean nearest decoder cosine of those, and the means of SCR
     and TPP over 2 to 50 ablated latents, so that no number of them is picked."""
     found = dict(result["metrics"])
-    if "per_latent" in result:
-        latents = result["per_latent"]
+    latents = result.get("per_latent", {})
+    if "feature_density" in latents:
         density = latents["feature_density"]
         near = latents["max_decoder_cosine_sim"]
         alive = [c for d, c in zip(density, near, strict=True) if d]

@@ -8,8 +8,8 @@ make it); `trained_peers.py` drives their trainers there, and files are the inte
 one array of training rows, which both sides read in its order, scaled to norm 1, and
 one of held-out rows. Each library trains three seeds of every kind of autoencoder that
 it has, and for each of them ours is trained with its settings as flags (`FLAGS`). Both
-encode the held-out rows as they would a user's. The last column says whether the means
-of ours and theirs differ by less than twice the standard error of their difference.
+encode the held-out rows as they would a user's. The last column names the measures
+whose means differ by more than twice the standard error of their difference.
 """
 
 import argparse
@@ -154,19 +154,23 @@ def flags_of(library: str, kind: str, settings: dict[str, Any]) -> dict[str, Any
 
 
 def table(out: Path) -> str:
-    """A row a library, kind and measure: theirs, ours, and whether they agree."""
-    head = ["library", "kind", "measure", "theirs", "ours", "ours - theirs", "agree"]
-    lines = [head]
+    """A row a library and kind: each measure of both, and which of them differ."""
+    short = {"explained_variance": "expl. var.", "l0": "L0", "alive": "alive"}
+    head = ["library", "kind"]
+    for name in MEASURES:
+        head += [f"{short[name]}, theirs", "ours"]
+    lines = [[*head, "differ"]]
     for library, kinds in FLAGS.items():
         for kind in kinds:
             both = [values(out, f"{by}{library}-{kind}") for by in ("", "ours_")]
-            for name in MEASURES:
+            cells, differ = [], []
+            for name, digits in zip(MEASURES, (4, 2, 3), strict=True):
                 theirs, ours = ([one[name] for one in side] for side in both)
                 difference = statistics.fmean(ours) - statistics.fmean(theirs)
-                agree = abs(difference) <= 2 * standard_error(theirs, ours)
-                cells = [spread(theirs, digits=3), spread(ours, digits=3)]
-                cells += [f"{difference:+.4f}", "yes" if agree else "**no**"]
-                lines.append([library, kind, name.replace("_", " "), *cells])
+                if abs(difference) > 2 * standard_error(theirs, ours):
+                    differ.append(short[name])
+                cells += [spread(side, digits=digits) for side in (theirs, ours)]
+            lines.append([library, kind, *cells, ", ".join(differ) or "-"])
     return markdown(lines)
 
 

@@ -122,9 +122,12 @@ def dictionary_learning(
         seed=seed,
         **settings,
     )
-    # What its constructor fixes for runs of many millions of rows, and for its scale.
+    # What its constructor fixes for runs of many millions of rows and for other scales;
+    # biases of relu are random there, larger than latents of rows of norm 1.
     if kind in AUXK:
         trainer.dead_feature_threshold = s["steps"] // 20 * s["batch_size"]
+    if kind == "relu":
+        trainer.ae.encoder.bias.data.zero_()
     if kind == "jump_relu":
         trainer.ae.threshold.data.fill_(s["threshold_init"])
     for step, x in enumerate(rows):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import released, table, train_step
+from benchmarks import released, table, train_step, trained
 from benchmarks.gpu_cases import Case
 from benchmarks.grid import GridConfig
 from benchmarks.released import ReleasedConfig
@@ -16,6 +16,7 @@ from benchmarks.table import Timed
 from benchmarks.train_step import Shape, StepConfig
 from benchmarks.turns import Task, Worker, WorkerEnded
 from vsae_jax import losses
+from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.system.errors import UserError
 
 TASK = Task("sleep", "float32", 8, 2, 4, "rows.npy")
@@ -264,3 +265,26 @@ def test_our_step_is_measured_end_to_end(tmp_path, capsys):
     (shape,) = json.loads(out.read_text())["shapes"]
     assert len(shape["rounds_ms"]) == 4 and min(shape["floor_ms"].values()) > 0
     assert "vsae_jax_vsae_topk bfloat16 is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("library", list(trained.FLAGS))
+def test_every_trainer_of_a_peer_has_flags_of_ours(library):
+    settings = trained.NUMBERS | trained.DEFAULTS | {"lr": 1e-3}
+    settings |= {"warmup": 100, "decay_start": 1600}
+    for kind in trained.FLAGS[library]:
+        asked = TrainConfig(**trained.flags_of(library, kind, settings))
+        config = resolve_train(asked, d_model=128)
+        assert sae_config(config, d_model=128, dtype="float32").d_sae == 1024
+        assert config.variant == kind and config.lr_decay_start == 1600
+
+
+def test_trained_pairs_agree_within_twice_the_standard_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(trained, "FLAGS", {"saelens": {"topk": {}}})
+    for seed, value in enumerate((0.80, 0.82, 0.84)):
+        for by, moved in (("", 0), ("ours_", 0.03)):
+            found = {"explained_variance": value + moved, "l0": 32, "alive": 1 - moved}
+            path = tmp_path / f"{by}saelens-topk-{seed}.json"
+            path.write_text(json.dumps(found))
+    (row,) = trained.table(tmp_path).splitlines()[2:]
+    assert row.split(" | ")[2:4] == ["0.8200 ± 0.0200", "0.8500 ± 0.0200"]
+    assert row.split(" | ")[-1] == "alive |"

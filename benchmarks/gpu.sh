@@ -23,7 +23,7 @@ for name in gpu_way step losses sae grid sparsity matmul optim noise reader fit 
 done
 # pytest-benchmark, where it is installed, warns beside xdist, and warnings are errors.
 # Programs of a test run once: the fastest way to a product need not be searched for.
-timeout --signal=INT --kill-after=20 230 \
+timeout --signal=INT --kill-after=20 170 \
   env XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
   "$python" -m pytest -q -p no:benchmark --numprocesses=$workers --dist=worksteal \
   --tb=short --durations=15 "${tests[@]}" >"$out/tests.log" 2>&1

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 
 class Case(NamedTuple):
-    """One step to time. kind: eager, compiled or cudagraphs of torch; single, grid
-    (arms at once) or turns (arms one after another) of ours, or select, the selection
-    alone. top_k: our way to select. seconds: length of each of `rounds` measurements.
-    """
+    """One step to time. kind: eager, compiled or cudagraphs of torch; of ours single,
+    known or graphs (with a count of steps that is known), grid (arms at once), turns
+    (arms one after another), or select, the selection alone. top_k: our way to select.
+    seconds: length of each of `rounds` measurements."""
 
     library: str
     kind: str
@@ -37,12 +37,12 @@ class Case(NamedTuple):
 def answer_all(
     measure: Callable[[Case], dict[str, float]],
     *,
-    versions: Callable[[list[Case]], dict[str, Any]],
+    versions: Callable[[list[Case], float], dict[str, Any]],
     errors: tuple[type[Exception], ...],
 ) -> None:
-    """Says what `versions` gives for the cases on standard input, then measures them
-    until the budget is spent; one that fails by one of `errors` is named with its
-    message."""
+    """Says what `versions` gives for the cases on standard input and the seconds that
+    there are, then measures them until those are spent; one that fails by one of
+    `errors` is named with its message."""
     # What a library prints must not end up among the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -54,7 +54,7 @@ def answer_all(
     request = json.load(sys.stdin)
     end = time.monotonic() + request["budget_seconds"]
     cases = [Case(**fields) for fields in request["cases"]]
-    answer(versions(cases))
+    answer(versions(cases, request["budget_seconds"]))
     for number, case in enumerate(cases):
         if time.monotonic() > end:
             answer({"case": number, "skipped": "the time was spent"})

@@ -156,5 +156,5 @@ def _wait(device: torch.device) -> None:
 
 if __name__ == "__main__":
     versions = {"torch": torch.__version__}
-    answer_all(measure, versions=lambda cases: versions, errors=(RuntimeError,))
+    answer_all(measure, versions=lambda *_: versions, errors=(RuntimeError,))
     sys.exit()

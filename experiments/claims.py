@@ -47,19 +47,16 @@ def run(study: Study) -> Section:
     """One row a claim."""
     names = paper_grids.trained(study, "core", paper_grids.TEXT_EVALS)
     found = study.metrics(ablation.GRID, "core,scr,tpp")
-    claims = [
-        *_of_core(study, names),
-        *_of_texts(study, names),
-        *_of_causes(study, found),
-        *_of_latents(study),
-    ]
+    of_causes = [*_of_causes(study, found), *_of_latents(study)]
+    claims = [*_of_core(study, names), *_of_texts(study, names), *of_causes]
     told = [
         {"claim": c.text, "ours": _ours(c), "verdict": verdict(c.ours, c.sign)}
         for c in claims
     ]
     replace_file(study.out / FILE, (json.dumps(told, indent=1) + "\n").encode())
     elsewhere = _elsewhere(study)
-    rows = [["the paper", "its files", *elsewhere, "here", "verdict"]]
+    header = ["the paper", "its files", *elsewhere, "here", "verdict"]
+    measured, causes = [header], [header]
     for claim, here in zip(claims, told, strict=True):
         others = [
             f"{there[claim.text]['verdict']}: {there[claim.text]['ours']}"
@@ -67,13 +64,16 @@ def run(study: Study) -> Section:
             else "-"
             for there in elsewhere.values()
         ]
+        rows = causes if claim in of_causes else measured
         rows.append([claim.text, claim.code, *others, here["ours"], here["verdict"]])
     return Section(
         parts=[
             "`paper-L` and `released-L` are vSAE - TopK under the two presets at layer "
             "L, the mean over k; the others are arms of the ablation. "
             "`released` differs in six things at once.",
-            rows,
+            measured,
+            "Causes, and single latents:",
+            causes,
         ],
         title="The paper's claims",
         claim="",

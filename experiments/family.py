@@ -374,7 +374,7 @@ def run(study: Study) -> Section:
         panels = {}
         for norm in Case(study, way, "").norms:
             found = {v: _seeds_of(r, norm) for v, r in results.items()}
-            panels[f"Norm {norm:g}, features {in_words(way)}"] = found
+            panels[f"norm {norm:g}"] = found
             parts.append(
                 f"Features that fire {in_words(way)}, norm {norm:g}, mean ± sd:"
             )
@@ -384,7 +384,8 @@ def run(study: Study) -> Section:
             names = {name: MEASURES[name] for name in next(iter(effects.values()), {})}
             parts.append("Variational twins, paired over seeds, 95 % intervals:")
             parts.append(effects_table(effects, names))
-        parts.insert(1, study.save(f"family_{way}", figure(panels)))
+        drawn = figure(panels, f"features that fire {in_words(way)}")
+        parts.insert(1, study.save(f"family_{way}", drawn))
     return Section(
         "Every variant on known features",
         "sampling creates a dispersive pressure that organises features and keeps them "

@@ -236,8 +236,9 @@ def _setting(study: Study) -> str:
     )
 
 
-def figure(panels: Mapping[str, Found]) -> "Figure":
-    """A panel a title: recovered share by kind, its 95 % interval over seeds."""
+def figure(panels: Mapping[str, Found], title: str = "") -> "Figure":
+    """A panel a title: recovered share by kind, its 95 % interval over seeds; `title`
+    is the whole figure's."""
     from vsae_jax.report.figures import style
 
     with style.applied():
@@ -246,17 +247,19 @@ def figure(panels: Mapping[str, Found]) -> "Figure":
         )
         drawn = style.figure(8.0, 1.4 + 0.26 * len(kinds))
         all_axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for ax, (title, of_panel) in zip(all_axes, panels.items(), strict=True):
+        for ax, (name, of_panel) in zip(all_axes, panels.items(), strict=True):
             for kind, seeds in of_panel.items():
                 values = list(of(seeds, "recovered").values())
                 _bar(ax, kinds.index(kind), kind, values)
-            ax.set(title=title, xlabel="recovered, share")
+            ax.set(title=name, xlabel="recovered (better →)")
             ax.set_xlim(0, 1)
         all_axes[0].set_yticks(range(len(kinds)), kinds)
         all_axes[0].invert_yaxis()
         style.caption(
             drawn, "Mean over seeds; line: its 95 % interval, cut at 0 and 1."
         )
+        if title:
+            style.title(drawn, title)
     return drawn
 
 

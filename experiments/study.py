@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Arms = dict[str, TrainConfig]
 BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
 STORIES = BUNDLED / "sampled_stories.jsonl"
+_EXPLAINED = "explained_variance"
 _ON_ROWS = ("core", "stability", "predictability")
 _SEED = re.compile(r"(.*)_seed-(\d+)")
 
@@ -142,7 +143,9 @@ class Study:
 
     def metrics(self, name: str, evals: str = "core") -> dict[str, dict[int, Any]]:
         """Each kind of arm: its metrics by seed, of all these evaluations; arms that
-        have not been evaluated are left out."""
+        have not been evaluated are left out. Where massive rows are not trained on,
+        `explained_variance` is that of ordinary rows, and that of all of them is
+        `explained_variance_all_rows`."""
         found: dict[str, dict[int, Any]] = {}
         for arm in self.arms(name):
             kind, seed = kind_and_seed(arm.folder.name)
@@ -151,6 +154,10 @@ class Study:
                 merged = found.setdefault(kind, {}).setdefault(seed, {})
                 for path in paths:
                     merged |= measures(runs.read_json(path))
+                massive = self.scale.text.max_norm_multiple is not None
+                if massive and _EXPLAINED in merged:
+                    merged["explained_variance_all_rows"] = merged[_EXPLAINED]
+                    merged[_EXPLAINED] = merged[f"{_EXPLAINED}_ordinary_rows"]
         return found
 
     def find_features(self, arms: Sequence[Arm], tokens: int, **fields: Any) -> None:

@@ -25,7 +25,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -45,7 +45,7 @@ from experiments.ground_truth import (
     of,
 )
 from experiments.report import Section, Table
-from experiments.scales import SCALES
+from experiments.scales import SCALES, ScaleName
 from experiments.study import Arms, Study, say
 from vsae_jax import runs
 from vsae_jax.autoencoder import posterior, sae
@@ -480,7 +480,7 @@ def write_rows(study: Study, way: str) -> None:
 class FamilyConfig:
     """Trains and measures some variants on known features."""
 
-    scale: Literal["smoke", "standin", "real", "paper"] = flag("how large", "smoke")
+    scale: ScaleName = flag("how large", "smoke")
     out: str = flag("folder of the study", "")
     variants: str = flag("comma list, or none: rows alone; unset: all", "")
 

@@ -1,4 +1,4 @@
-"""`python -m experiments.reproduce --scale=smoke|standin|real|paper`: the whole study.
+"""`python -m experiments.reproduce --scale=smoke|standin|real|large|paper`: the study.
 
 Extracts, trains every grid, evaluates, draws, and writes `report.md`, `report.html` and
 `figures/`; stopped or killed, the same command goes on. `--only` takes some of the
@@ -7,8 +7,9 @@ it would take.
 
 `smoke` needs nothing but this repository. `standin` takes any small GPT-NeoX and any
 stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `real`
-has the paper's shapes on a language model and texts from disk (`--model`, `--dataset`,
-`--labelled`), and wants a GPU. `paper` needs the hub and a GPU.
+and `large` read a language model and texts from disk (`--model`, `--dataset`,
+`--labelled`); the first takes two cores, the second a GPU. `paper` needs a GPU, and the
+hub where those are not given.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 from experiments import (
     ablation,
@@ -39,7 +39,7 @@ from experiments import (
     stability,
     without_topk,
 )
-from experiments.scales import SCALES, Scale
+from experiments.scales import SCALES, Scale, ScaleName
 from experiments.study import Study, say
 from vsae_jax.activations import text
 from vsae_jax.config import cli
@@ -77,7 +77,7 @@ _SETS_OF_PAPER = "bias_in_bios,amazon_reviews,ag_news"
 class ReproduceConfig:
     """Runs the study: trains, evaluates and compares, and writes a report."""
 
-    scale: Literal["smoke", "standin", "real", "paper"] = flag("how large", "smoke")
+    scale: ScaleName = flag("how large", "smoke")
     out: str = flag("folder; unset: experiments/results/<scale>", "")
     only: str = flag("comma list of parts; unset: all", "")
     dry_run: bool = flag("print arms, steps, disk, memory and time; do nothing", False)

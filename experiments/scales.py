@@ -1,14 +1,16 @@
-"""The study's four sizes: what is trained, on how much, how often.
+"""The study's five sizes: what is trained, on how much, how often.
 
 * `smoke`: minutes on two cores, from the bundled model and its stories; shows that all
   of it runs, and nothing about the question.
 * `standin`: hours on two cores, with any small model and any stories.
-* `real`: the paper's shapes on a real language model from disk, such as SmolLM2-135M,
-  with your own text: half an hour of a large GPU.
+* `real`: the paper's questions on a language model from disk, such as SmolLM2-135M,
+  with your own text: many hours of two cores, which may be cut into pieces.
+* `large`: the same at the paper's shapes and lengths, on a large GPU.
 * `paper`: Pythia-70M, TinyStories, the paper's shapes; needs a network and a GPU.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from vsae_jax.config.fields import REQUIRED
 
@@ -277,7 +279,7 @@ STANDIN = Scale(
     test_size=400,
     samples=10_000,
 )
-REAL = Scale(
+LARGE = Scale(
     text=Text(
         model=REQUIRED,
         dataset=REQUIRED,
@@ -338,6 +340,37 @@ REAL = Scale(
     test_size=1000,
     samples=10_000,
 )
+REAL = replace(
+    LARGE,
+    figures=replace(LARGE.figures, k=(64, 256), steps=6_000, feature_tokens=50_000),
+    controlled=replace(
+        LARGE.controlled,
+        other_k=(16, 32),
+        smaller=(576, 1152),
+        steps=3_000,
+        map_steps=600,
+        cross_steps=300,
+        tuning_steps=1_000,
+        kinds=(
+            "topk",
+            "topk_noise",
+            "topk_kl",
+            "topk_auxk",
+            "vsae",
+            "vsae_no_noise",
+            "vsae_no_penalty",
+            "vsae_relu",
+            "vsae_learned",
+            "vsae_free",
+            "vsae_kl_selected",
+            "vsae_beta-0.01",
+        ),
+        crossed=("noise", "relu", "penalty"),
+    ),
+    stability=replace(LARGE.stability, tokens=40_000, lengths=(1_000, 12_000)),
+    truth=STANDIN.truth,
+    family=STANDIN.family,
+)
 PAPER = Scale(
     text=Text(
         model="EleutherAI/pythia-70m-deduped",
@@ -387,4 +420,11 @@ PAPER = Scale(
     test_size=1000,
     samples=20_000,
 )
-SCALES = {"smoke": SMOKE, "standin": STANDIN, "real": REAL, "paper": PAPER}
+ScaleName = Literal["smoke", "standin", "real", "large", "paper"]
+SCALES: dict[ScaleName, Scale] = {
+    "smoke": SMOKE,
+    "standin": STANDIN,
+    "real": REAL,
+    "large": LARGE,
+    "paper": PAPER,
+}

@@ -287,7 +287,7 @@ def test_the_page_escapes_and_needs_nothing_else(tmp_path):
 def test_the_plan_of_every_scale(scale, tmp_path, capsys):
     """Counts every grid once, writes nothing, needs neither hub nor GPU."""
     out = tmp_path / "out"
-    given = {"model": "m", "dataset": "d.jsonl"} if scale == "real" else {}
+    given = {"model": "m", "dataset": "d.jsonl"} if scale in ("real", "large") else {}
     argv = ["reproduce", f"--scale={scale}", "--dry_run", f"--out={out}"]
     argv += [f"--{name}={value}" for name, value in given.items()]
     assert cli.run(reproduce.command, ReproduceConfig, argv) == 0

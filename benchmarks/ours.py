@@ -20,7 +20,8 @@ NEVER_DEAD = 10_000_000
 
 
 def make(task: Task) -> tuple[Steps, dict[str, str]]:
-    """The steps of `vsae_jax_<variant>` under the paper's preset, or of `matmul`."""
+    """The steps of `vsae_jax_<variant>` or `vsae_jax_native_<variant>` under the
+    paper's preset, or of `matmul`."""
     steps = _matmuls(task) if task.implementation == MATMUL else _training(task)
     return steps, {"jax": jax.__version__}
 
@@ -61,8 +62,10 @@ def first_state(
 
 def _training(task: Task) -> Steps:
     rows = np.load(task.rows, mmap_mode="r")
+    variant = task.implementation.removeprefix("vsae_jax_")
+    kernels = "native" if variant.startswith("native_") else "xla"
     config, static = resolved(
-        task.implementation.removeprefix("vsae_jax_"),
+        variant.removeprefix("native_"),
         task.mode,
         d_model=rows.shape[-1],
         d_sae=task.d_sae,
@@ -76,7 +79,7 @@ def _training(task: Task) -> Steps:
     # As the trainer hands them over: bfloat16, on the device before they are needed.
     count = min(task.dispatch, len(rows))
     device_rows = jnp.asarray(rows[:count].astype(ml_dtypes.bfloat16))
-    run = compile_steps(static)
+    run = compile_steps(static, kernels=kernels)
 
     def steps(n: int) -> float:
         nonlocal state

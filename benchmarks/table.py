@@ -88,6 +88,12 @@ def comparisons(timed: Sequence[Timed]) -> list[str]:
         ("vsae_jax_topk bfloat16", fastest.label if fastest else ""),
         ("vsae_jax_vsae_topk bfloat16", "authors_vsae_topk bfloat16"),
         ("vsae_jax_vsae_topk bfloat16", "vsae_jax_topk bfloat16"),
+        *(
+            (f"vsae_jax_native_{variant} {mode}", f"vsae_jax_{variant} {mode}")
+            for variant in ("topk", "vsae_topk")
+            for mode in ("float32", "bfloat16")
+        ),
+        ("vsae_jax_native_vsae_topk bfloat16", "vsae_jax_native_topk bfloat16"),
     ]
     return [
         f"{this} is {times_faster(by_label[this], by_label[than]).text()} times as "

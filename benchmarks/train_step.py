@@ -33,6 +33,7 @@ PEERS = {
     "authors": ("authors_topk", "authors_vsae_topk"),
 }
 OURS = ("vsae_jax_topk", "vsae_jax_vsae_topk")
+NATIVE = ("vsae_jax_native_topk", "vsae_jax_native_vsae_topk")
 MODES = ("float32", "bfloat16")
 _BATCHES = 8
 _BUSY = 0.05
@@ -65,6 +66,7 @@ class StepConfig:
     rounds: int = flag("turns of each worker", 7)
     turn_seconds: float = flag("length of a turn, at least one step", 0.7)
     dispatch: int = flag("our steps in one dispatch", 8)
+    native: bool = flag("our native kernels, too", False)
     out: str = flag("JSON file for every round's time", "")
 
     def __post_init__(self):
@@ -140,7 +142,7 @@ def measure(config: StepConfig, shape: Shape, rows: Path) -> dict[str, Any]:
     with _workers(config, shape, rows) as workers:
         floors = [w for w in workers if w.task.implementation == "matmul"]
         for worker in workers:
-            ours = worker.task.implementation in OURS
+            ours = worker.task.implementation in (*OURS, *NATIVE)
             worker.calibrate(
                 config.turn_seconds, multiple=config.dispatch if ours else 1
             )
@@ -190,7 +192,7 @@ def _timed(worker: Worker) -> table.Timed:
         ms=[turn.ms for turn in worker.turns],
         peak_bytes=worker.peak_bytes,
         first_seconds=worker.first_seconds,
-        is_peer=task.implementation not in OURS,
+        is_peer=task.implementation not in (*OURS, *NATIVE),
     )
 
 
@@ -201,7 +203,7 @@ def _workers(config: StepConfig, shape: Shape, rows: Path) -> Iterator[list[Work
     workers: list[Worker] = []
     try:
         for task in _tasks(config, shape, rows):
-            ours = task.implementation in (*OURS, "matmul")
+            ours = task.implementation in (*OURS, *NATIVE, "matmul")
             module = "benchmarks.ours" if ours else "benchmarks.peers"
             # Workers run in the repository; a link to an interpreter stays a link.
             python = sys.executable if ours else os.path.abspath(config.peer_python)
@@ -228,7 +230,8 @@ def _tasks(config: StepConfig, shape: Shape, rows: Path) -> Iterator[Task]:
     peers = [(name, family) for family in families for name in PEERS[family]]
     checkouts = _checkouts(config.checkout)
     for mode in _names(config.modes, MODES, "modes"):
-        for name, family in [(name, "") for name in ("matmul", *OURS)] + peers:
+        ours = "matmul", *OURS, *(NATIVE if config.native else ())
+        for name, family in [(name, "") for name in ours] + peers:
             yield Task(
                 implementation=name,
                 mode=mode,

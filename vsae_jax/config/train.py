@@ -267,6 +267,13 @@ class TrainConfig:
         "auto",
         group="devices",
     )
+    kernels: Literal["auto", "xla", "native"] = flag(
+        "of a TopK step on a CPU: native touches the selected latents only (pip "
+        "install 'vsae_jax[native]'); auto: where that is installed and wins",
+        "auto",
+        group="devices",
+        before="auto",
+    )
     arms: Literal["auto", "vmap", "loop"] = flag(
         "a grid's arms on the same batches: vmap at once, loop one after another; "
         "auto: vmap on a GPU",

@@ -23,6 +23,7 @@ from vsae_jax.config import SAEConfig
 from vsae_jax.system.memory import free_bytes
 from vsae_jax.system.mesh import bytes_each, tracing
 from vsae_jax.training.layout import make, shardings
+from vsae_jax.training.native import Kernels
 from vsae_jax.training.step import Numbers, TrainState, compile_steps
 
 # Of the memory that is free, what a pass may take.
@@ -30,11 +31,12 @@ _SHARE = 0.8
 
 
 class Arm(NamedTuple):
-    """An arm: its static switches, its numbers, its state."""
+    """An arm: its static switches, its numbers, its state, whose kernels it takes."""
 
     config: SAEConfig
     numbers: Numbers
     state: TrainState
+    kernels: Kernels = "xla"
 
 
 class Group(NamedTuple):
@@ -71,15 +73,17 @@ def compile_pass(
         how = "vmap" if jax.default_backend() == "gpu" else "loop"
     start, lowered = time.monotonic(), {}
     waiting = []
-    for config, members in _same_switches(arms).items():
+    for (config, kernels), members in _same_switches(arms).items():
         sets = [members] if how == "vmap" else [(place,) for place in members]
         for places in sets:
             state = _stack([arms[place].state for place in places], mesh)
             numbers = _stack([arms[place].numbers for place in places], mesh)
-            kind = config, len(places)
+            kind = config, kernels, len(places)
             if kind not in lowered:
                 lie = None if mesh is None else shardings(state, mesh)
-                steps = compile_steps(config, arms=len(places), places=lie)
+                steps = compile_steps(
+                    config, kernels=kernels, arms=len(places), places=lie
+                )
                 with tracing(mesh):
                     lowered[kind] = steps.lower(state, rows, 1, numbers)
             waiting.append((kind, places, numbers, state))
@@ -139,15 +143,21 @@ def bytes_of_one(
     return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
 
 
-def _same_switches(arms: Sequence[Arm]) -> dict[SAEConfig, tuple[int, ...]]:
-    """Places of arms by their static config, in which k is the largest of them."""
-    sets: dict[SAEConfig, list[int]] = {}
+def _same_switches(
+    arms: Sequence[Arm],
+) -> dict[tuple[SAEConfig, Kernels], tuple[int, ...]]:
+    """Places of arms by their static config, in which k is the largest of them, and
+    their kernels."""
+    sets: dict[tuple[SAEConfig, Kernels], list[int]] = {}
     for place, arm in enumerate(arms):
         key = dataclasses.replace(arm.config, k=arm.config.d_sae)
-        sets.setdefault(key, []).append(place)
+        sets.setdefault((key, arm.kernels), []).append(place)
     return {
-        dataclasses.replace(key, k=max(arms[p].config.k for p in places)): tuple(places)
-        for key, places in sets.items()
+        (
+            dataclasses.replace(key, k=max(arms[p].config.k for p in places)),
+            kernels,
+        ): tuple(places)
+        for (key, kernels), places in sets.items()
     }
 
 

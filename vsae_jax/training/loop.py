@@ -113,7 +113,12 @@ def _one_pass(
     pace = Pace(max(min(steps_at_once(arms), config.steps - step), 1))
     mesh = arms[0].mesh
     members = [
-        Arm(arm.sae, make(partial(hparams, arm.train), mesh=mesh), state)
+        Arm(
+            arm.sae,
+            make(partial(hparams, arm.train), mesh=mesh),
+            state,
+            arm.kernels.kernels,
+        )
         for arm, state in zip(arms, starts, strict=True)
     ]
     compiled = compile_pass(members, feed.shape(pace.most), how=config.arms, mesh=mesh)

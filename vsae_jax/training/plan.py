@@ -31,6 +31,7 @@ from vsae_jax.config import (
 from vsae_jax.config.fields import difference, to_json, with_new_fields
 from vsae_jax.system import mesh as meshes
 from vsae_jax.system.errors import UserError
+from vsae_jax.training import native
 from vsae_jax.training.step import TrainState, init_state
 
 # A few seconds of two cores.
@@ -42,7 +43,7 @@ class PlannedRun(NamedTuple):
     on one).
 
     asked: the config before its unset fields were filled. left_out: rows that are not
-    trained on.
+    trained on. kernels: whose the step's are, and what there is to say of it.
     """
 
     asked: TrainConfig
@@ -53,6 +54,7 @@ class PlannedRun(NamedTuple):
     folder: Path
     mesh: Mesh | None = None
     left_out: LeftOut | None = None
+    kernels: native.Choice = native.Choice("xla", "")
 
 
 def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:
@@ -81,10 +83,11 @@ def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:
         giant=resolved.giant,
         max_norm_multiple=resolved.max_norm_multiple,
     )
+    static = sae_config(resolved, d_model=activations.d_model, dtype=dtype)
     return PlannedRun(
         asked=config,
         train=resolved,
-        sae=sae_config(resolved, d_model=activations.d_model, dtype=dtype),
+        sae=static,
         data=_data(activations, resolved)
         | ({"left_out": bad.described()} if bad else {})
         | ({"forked_from": config.fork_from} if config.fork_from else {}),
@@ -92,6 +95,12 @@ def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:
         folder=folder,
         mesh=mesh,
         left_out=bad,
+        kernels=native.choice(
+            resolved.kernels,
+            static,
+            batch_size=resolved.batch_size,
+            together=mesh is not None or resolved.arms == "vmap",
+        ),
     )
 
 
@@ -151,6 +160,8 @@ def explain(planned: PlannedRun) -> None:
         f"({passes}), {planned.sae.dtype}, "
         f"{_devices(planned.mesh)}, to {planned.folder}"
     )
+    if planned.kernels.note:
+        print(f"note: {planned.kernels.note}")
     if planned.sae.gate == "sigma":
         print("note: no other library's format can hold a gate by sigma")
     elif not planned.sae.relu and planned.sae.sparsity in ("none", "topk"):

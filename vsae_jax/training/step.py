@@ -16,8 +16,7 @@ from vsae_jax.autoencoder.penalties import PENALTIES, penalties_of
 from vsae_jax.autoencoder.sparsity import compiler_options, dead_latents
 from vsae_jax.config import SAEConfig, TrainConfig
 from vsae_jax.config.fields import traced
-from vsae_jax.training import optimizer
-from vsae_jax.training.gradient import gradient
+from vsae_jax.training import gradient, native, optimizer
 from vsae_jax.training.layout import normed, to_public, to_training
 
 # The numbers of a run by the names of their flags: changing one does not recompile.
@@ -102,6 +101,7 @@ def train_step(
     numbers: Numbers,
     *,
     config: SAEConfig,
+    kernels: native.Kernels = "xla",
     axis: str | None = None,
 ) -> tuple[TrainState, Info]:
     """One optimizer step on raw activations `x`; `axis` is vmap's over arms."""
@@ -111,7 +111,8 @@ def train_step(
     any_dead = jnp.any(dead)
     if axis is not None:  # the same for all arms, or each would take both branches
         any_dead = lax.psum(any_dead.astype(jnp.int32), axis) > 0
-    grads, info = gradient(
+    by = native if kernels == "native" else gradient
+    grads, info = by.gradient(
         held,
         x_n,
         jax.random.fold_in(state.key, state.step),
@@ -136,12 +137,18 @@ def train_step(
     return state, info
 
 
-def compile_steps(config: SAEConfig, *, arms: int = 1, places: Any = None) -> Any:
+def compile_steps(
+    config: SAEConfig,
+    *,
+    kernels: native.Kernels = "xla",
+    arms: int = 1,
+    places: Any = None,
+) -> Any:
     """`steps(state, rows [n_max, batch, d_model], n, numbers) -> state`, jitted, the
     state donated: runs the first `n` (traced) batches, so a run has one trace. With
     several arms, `state` and `numbers` have a leading axis over them. `places` are the
     shardings of the state that is returned; None on one device."""
-    step = partial(train_step, config=config)
+    step = partial(train_step, config=config, kernels=kernels)
     if arms > 1:
         together = partial(train_step, config=config, axis="arms")
         step = jax.vmap(together, in_axes=(0, None, 0), axis_name="arms")

@@ -1,0 +1,275 @@
+"""The gradient on a CPU that touches k of d_sae latents: a second one to `gradient.py`,
+which it is held to.
+
+Only the encoder's product is dense. What follows it are the kernels of
+native_kernels.py, in machine code by numba, an extra. The KL's gradient is dense, but
+needs no product with the latents of a batch: with c its rows less their mean m, and
+mu = x w + b,
+
+    sum over rows of x' mu = c' c w + batch m mu(m)
+"""
+
+import functools
+import importlib.util
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from vsae_jax.autoencoder import encoder, posterior
+from vsae_jax.autoencoder.matmul import affine, by_rows, column_sums
+from vsae_jax.autoencoder.objective import Info
+from vsae_jax.autoencoder.penalties import row_variance
+from vsae_jax.autoencoder.sparsifiers import Numbers
+from vsae_jax.config import SAEConfig
+from vsae_jax.system.errors import UserError
+from vsae_jax.training import gradient as by_xla
+from vsae_jax.training.layout import DECODER
+
+Kernels = Literal["xla", "native"]
+
+_TARGET = "vsae_jax_native"
+_ROWS, _SELECT, _LISTS, _DECODE, _SUMS = range(5)
+# From so many of d_sae latents on XLA's dense products win, by operands' dtype; where a
+# batch has fewer latents than this in all, compiling costs more than is won.
+_MOST = {"float32": 1 / 8, "bfloat16": 1 / 16}
+_LEAST_LATENTS = 2**19
+
+
+class Choice(NamedTuple):
+    """Whose kernels a run takes, and what there is to say of it, or nothing."""
+
+    kernels: Kernels
+    note: str
+
+
+def choice(
+    asked: Literal["auto", "xla", "native"],
+    config: SAEConfig,
+    *,
+    batch_size: int,
+    together: bool,
+) -> Choice:
+    """The kernels of a run; `together` is whether several devices or arms share a step.
+    Refuses `native` where numba is missing."""
+    by_xla = Choice("xla", "")
+    if asked == "xla":
+        return by_xla
+    missing = _missing()
+    if missing and asked == "native":
+        raise UserError(f"--kernels=native: {missing}; or use --kernels=xla")
+    uncovered = _uncovered(config, together=together)
+    few = config.k <= _MOST[config.dtype] * config.d_sae
+    if asked == "auto" and (
+        missing or uncovered or not few or batch_size * config.d_sae < _LEAST_LATENTS
+    ):
+        return by_xla
+    if uncovered:
+        return Choice("xla", f"XLA's kernels: the native ones do not know {uncovered}")
+    auxk = "; steps in which AuxK acts are XLA's" if config.auxk else ""
+    return Choice("native", f"native kernels{auxk}")
+
+
+def _missing() -> str:
+    if jax.default_backend() != "cpu":
+        return f"they are for CPUs, and this is a {jax.default_backend()}"
+    if importlib.util.find_spec("numba") is None:
+        return "they need numba, which pip install 'vsae_jax[native]' brings"
+    return ""
+
+
+def _uncovered(config: SAEConfig, *, together: bool) -> str:
+    """What of a config the kernels do not know, or nothing."""
+    kl, sizes = config.penalty == "kl", (config.d_model, config.d_sae)
+    known = {
+        f"d_model {sizes[0]} and d_sae {sizes[1]}, which must be multiples of 16": (
+            all(size % 16 == 0 for size in sizes)
+        ),
+        "several devices or arms in a step": not together,
+        f"sparsity {config.sparsity}": config.sparsity == "topk",
+        "top_k=lax": config.top_k == "auto",
+        f"selection={config.selection}": config.selection == "value",
+        "a learned variance": config.variance == "fixed",
+        "a gate": config.gate == "none",
+        "prefixes": config.prefixes == "none",
+        "an L1 penalty": config.penalty != "l1",
+        "a relu with noise or a KL": not (config.relu and (config.noise or kl)),
+        f"kl_over={config.kl_over}": not kl or config.kl_over == "all",
+        f"kl_units={config.kl_units}": not kl or config.kl_units == "loss",
+    }
+    return ", ".join(what for what, is_known in known.items() if not is_known)
+
+
+def gradient(
+    held: dict[str, Array],
+    x_n: Float[Array, "batch d_model"],
+    key: Key[Array, ""],
+    numbers: Numbers,
+    *,
+    dead: Bool[Array, " d_sae"],
+    any_dead: Bool[Array, ""],
+    buffers: dict[str, Array],
+    config: SAEConfig,
+) -> tuple[dict[str, Array], Info]:
+    """What `gradient.gradient` gives, of a config that `choice` gave to these kernels;
+    where AuxK acts, by it."""
+    load()
+    if not config.auxk:
+        return _sparse(held, x_n, key, numbers, config=config)
+    dense = functools.partial(
+        by_xla.gradient, dead=dead, any_dead=any_dead, buffers=buffers, config=config
+    )
+    return lax.cond(
+        any_dead,
+        lambda: dense(held, x_n, key, numbers),
+        lambda: _sparse(held, x_n, key, numbers, config=config),
+    )
+
+
+def _sparse(
+    held: dict[str, Array],
+    x_n: Float[Array, "batch d_model"],
+    key: Key[Array, ""],
+    numbers: Numbers,
+    *,
+    config: SAEConfig,
+) -> tuple[dict[str, Array], Info]:
+    n, b_dec = len(x_n), held["b_dec"]
+    x_in = x_n - b_dec[None, :] if config.subtract_b_dec else x_n
+    # k, and whether values that are not above 0 have no gradient.
+    k = jnp.stack([jnp.asarray(numbers["k"], jnp.int32), jnp.int32(config.relu)])
+    index, value = _selected(held, x_n, key, numbers, k, config=config)
+    w_dec = _rows(held[DECODER], config.dtype)
+    lists = _lists(index, value, k, d_sae=config.d_sae)
+    g, dz = _decoded(x_n, w_dec, b_dec, index, value, k)
+    error = jnp.mean(jnp.sum(jnp.square(g * (n / 2)), axis=-1))
+    d_enc, d_bias = _summed(lists, x_in.astype(config.dtype), dz)
+    d_dec, _ = _summed(lists, g.astype(config.dtype), value)
+    loss, penalties = error, {"auxk": jnp.zeros(())} if config.auxk else {}
+    if config.penalty == "kl":
+        kl, of_enc, of_bias = _kl(held, x_in, config=config)
+        loss, penalties = loss + numbers["beta"] * kl, penalties | {"kl": kl}
+        d_enc, d_bias = (
+            d + numbers["beta"] * of for d, of in ((d_enc, of_enc), (d_bias, of_bias))
+        )
+    d_b_dec = column_sums(g)
+    if config.subtract_b_dec:
+        d_b_dec = d_b_dec - held["w_enc"] @ d_bias
+    grads = {"w_enc": d_enc, "b_enc": d_bias, DECODER: d_dec, "b_dec": d_b_dec}
+    return grads, Info(
+        loss=loss,
+        squared_error=error,
+        variance=row_variance(x_n),
+        l0=jnp.mean(jnp.sum(value != 0, axis=-1, dtype=jnp.int32)),
+        penalties=penalties,
+        fired=lists.fired,
+        buffers={},
+    )
+
+
+def _kl(
+    held: dict[str, Array], x_in: Float[Array, "batch d_model"], *, config: SAEConfig
+) -> tuple[Array, Array, Array]:
+    """The mean KL over rows, and its gradients by w_enc and b_enc."""
+    n, w = len(x_in), held["w_enc"]
+    mean = jnp.mean(x_in, axis=0)
+    centred = (x_in - mean[None, :]).astype(config.dtype)
+    none = jnp.zeros(config.d_model)
+    moments = affine(by_rows(centred.T), centred, none, config.dtype) / n
+    product = affine(moments, w, jnp.zeros(config.d_sae), config.dtype)
+    mean_mu = mean @ w + held["b_enc"]
+    kl = 0.5 * (jnp.sum(jnp.sum(w * product, axis=0)) + jnp.sum(jnp.square(mean_mu)))
+    return kl, product + mean[:, None] * mean_mu[None, :], mean_mu
+
+
+def _selected(
+    held: dict[str, Array],
+    x_n: Float[Array, "batch d_model"],
+    key: Key[Array, ""],
+    numbers: Numbers,
+    k: Int[Array, "2"],
+    *,
+    config: SAEConfig,
+) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
+    """Each row's k latents by index, and their values; 0 from the k-th on. In parts of
+    the batch, whose latents stay in cache."""
+    params = {**held, "w_enc": held["w_enc"].astype(config.dtype)}
+    rows = math.gcd(len(x_n), max(by_xla.CPU_PART_BYTES // (4 * config.d_sae), 1))
+
+    def part(first_row: Array) -> list[Array]:
+        here = lax.dynamic_slice_in_dim(x_n, first_row, rows)
+        z = encoder.encoded(params, here, config=config).mu
+        if config.noise:
+            std = numbers["noise_std"]
+            z = posterior.sample(key, z, None, noise_std=std, first_row=first_row)
+        return select(z, k[0], k_max=config.k)
+
+    index, value = lax.map(part, jnp.arange(0, len(x_n), rows, dtype=jnp.int32))
+    return index.reshape(-1, config.k), value.reshape(-1, config.k)
+
+
+def select(z: Float[Array, "n d_sae"], k: Int[Array, ""], *, k_max: int) -> list[Array]:
+    """The indices and the values of each row's k largest, by index, as `jax.lax.top_k`
+    chooses them; places up to k_max are 0."""
+    load()
+    shape = len(z), k_max
+    return _call(_SELECT, [_of(shape, jnp.int32), _of(shape)], z, k.reshape(1))
+
+
+class _Lists(NamedTuple):
+    """Who selected each latent: where its list starts, `[row, place]` after each other,
+    and which latents had a value above 0."""
+
+    start: Int[Array, "d_sae+1 1"]
+    pairs: Int[Array, "values 2"]
+    fired: Bool[Array, " d_sae"]
+
+
+def _lists(index: Array, value: Array, k: Array, *, d_sae: int) -> _Lists:
+    start, pairs = _of((d_sae + 1, 1), jnp.int32), _of((index.size, 2), jnp.int32)
+    out = [start, pairs, _of((d_sae,), jnp.bool_)]
+    return _Lists(*_call(_LISTS, out, index, value, k))
+
+
+def _rows(w: Float[Array, "n m"], dtype: Any) -> Float[Array, "m n"]:
+    return _call(_ROWS, [_of(w.shape[::-1], dtype)], w)[0]
+
+
+def _decoded(
+    x: Array, w_dec: Array, b_dec: Array, index: Array, value: Array, k: Array
+) -> list[Array]:
+    """The gradients of the mean squared error by x_hat and by each selected latent."""
+    out = [_of(x.shape), _of(value.shape)]
+    return _call(_DECODE, out, x, w_dec, b_dec, index, value, k)
+
+
+def _summed(
+    lists: _Lists, rows: Float[Array, "batch d_model"], weight: Float[Array, "batch k"]
+) -> list[Array]:
+    """For each latent the weighted sum of the rows that selected it, in a column, and
+    that of the weights."""
+    d_sae = len(lists.fired)
+    out = [_of((rows.shape[1], d_sae)), _of((d_sae,))]
+    return _call(_SUMS, out, lists.start, lists.pairs, rows, weight.reshape(-1, 1))
+
+
+def _of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _call(kernel: int, out: list[Any], *operands: Array) -> list[Array]:
+    return list(jax.ffi.ffi_call(_TARGET, out)(*operands, kernel=np.int32(kernel)))
+
+
+@functools.cache
+def load() -> None:
+    """Compiles the kernels, or reads what was compiled before, and names them to XLA;
+    once a process."""
+    from vsae_jax.training import native_kernels
+
+    capsule = jax.ffi.pycapsule(native_kernels.call.address)
+    jax.ffi.register_ffi_target(_TARGET, capsule, platform="cpu")

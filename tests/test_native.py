@@ -138,8 +138,9 @@ LATENTS = {
 def test_selection_is_that_of_lax_top_k(kind, k):
     """With more slots than k, as arms of a grid with several k have them."""
     z = jnp.asarray(LATENTS[kind](np.random.default_rng(k)), jnp.float32)
-    index, value = native.select(z, jnp.int32(k), k_max=200)
-    expected, places = jax.lax.top_k(z + 0.0, k)
+    bias = jnp.linspace(-1, 1, 200) if kind == "random" else jnp.zeros(200)
+    index, value = native.select(z, bias, jnp.array([k, 0], jnp.int32), k_max=200)
+    expected, places = jax.lax.top_k(z + bias[None, :] + 0.0, k)
     order = np.argsort(places, axis=1)
     np.testing.assert_array_equal(
         index[:, :k], np.take_along_axis(np.asarray(places), order, 1)

@@ -35,7 +35,7 @@ COMMANDS = [
     "experiments.make_small_lm",
 ]
 LAZY = (
-    "torch transformers datasets sklearn matplotlib tensorboardX wandb tokenizers"
+    "torch transformers datasets sklearn matplotlib tensorboardX wandb tokenizers numba"
 ).split()
 
 

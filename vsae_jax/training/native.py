@@ -9,6 +9,7 @@ mu = x w + b,
     sum over rows of x' mu = c' c w + batch m mu(m)
 """
 
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -197,27 +198,38 @@ def _selected(
 ) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
     """Each row's k latents by index, and their values; 0 from the k-th on. In parts of
     the batch, whose latents stay in cache."""
-    params = {**held, "w_enc": held["w_enc"].astype(config.dtype)}
+    # Without noise the bias and the relu are left to the kernel, and a pass is saved.
+    none = jnp.zeros(config.d_sae)
+    inside, after = (none, held["b_enc"])[:: -1 if config.noise else 1]
+    params = {**held, "w_enc": held["w_enc"].astype(config.dtype), "b_enc": inside}
+    linear = dataclasses.replace(config, relu=False)
     rows = math.gcd(len(x_n), max(by_xla.CPU_PART_BYTES // (4 * config.d_sae), 1))
 
     def part(first_row: Array) -> list[Array]:
         here = lax.dynamic_slice_in_dim(x_n, first_row, rows)
-        z = encoder.encoded(params, here, config=config).mu
+        z = encoder.encoded(params, here, config=linear).mu
         if config.noise:
             std = numbers["noise_std"]
             z = posterior.sample(key, z, None, noise_std=std, first_row=first_row)
-        return select(z, k[0], k_max=config.k)
+        return select(z, after, k, k_max=config.k)
 
     index, value = lax.map(part, jnp.arange(0, len(x_n), rows, dtype=jnp.int32))
     return index.reshape(-1, config.k), value.reshape(-1, config.k)
 
 
-def select(z: Float[Array, "n d_sae"], k: Int[Array, ""], *, k_max: int) -> list[Array]:
-    """The indices and the values of each row's k largest, by index, as `jax.lax.top_k`
-    chooses them; places up to k_max are 0."""
+def select(
+    z: Float[Array, "n d_sae"],
+    bias: Float[Array, " d_sae"],
+    k: Int[Array, "2"],
+    *,
+    k_max: int,
+) -> list[Array]:
+    """The indices and the values of each row's k[0] largest of z + bias, by index, as
+    `jax.lax.top_k` chooses them; where k[1] is 1, negative values then are 0. Places up
+    to k_max are 0."""
     load()
     shape = len(z), k_max
-    return _call(_SELECT, [_of(shape, jnp.int32), _of(shape)], z, k.reshape(1))
+    return _call(_SELECT, [_of(shape, jnp.int32), _of(shape)], z, bias, k)
 
 
 class _Lists(NamedTuple):

@@ -1,18 +1,22 @@
 """The sparse half of a TopK step as machine code that numba makes, called by XLA.
 
     rows     w [d, m] -> [m, d], so that what a latent writes lies together
-    select   z -> each row's k largest, by index
+    select   z + bias -> each row's k largest, by index; after them a relu
     lists    which rows selected a latent, in order
     decode   g = 2 / batch (x_hat - x), and the gradient of each selected latent
     sums     of rows of x or g, weighed and added up latent by latent
 
 No two threads add to one number, and each is added up in a fixed order: the bits do not
 depend on how many threads there are. `call` is a C function of XLA's FFI; the places of
-fields below are those of xla/ffi/api/c_api.h. It finds addresses and shapes in the frame
-of its call, and shares the work with XLA's own threads. bfloat16 is uint16 here, for
-numba has none. All is in one file, as numba takes what it compiled before for good while
-the file of a function is unchanged.
+fields below are those of xla/ffi/api/c_api.h. It finds addresses and shapes in the
+frame of its call, and shares the work with XLA's own threads. bfloat16 is uint16 here,
+for numba has none. All is in one file, as numba takes what it compiled before for good
+while the file of a function is unchanged.
 """
+
+# numba's functions are called otherwise than they are written.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportPrivateImportUsage=false
 
 import numpy as np
 from llvmlite import binding, ir
@@ -26,6 +30,8 @@ _ROWS, _LATENTS, _LANES = 32, 64, 64
 # Numbers in a vector: half the registers of a processor hold a wide one.
 _WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
 _NARROW = 16
+# So many rows ahead of its use one is asked for.
+_AHEAD = 8
 # Of the rows that are added up, columns of so many bytes at a time stay in cache.
 _TILE_BYTES = 2**20
 
@@ -81,16 +87,21 @@ def _helper(typingctx):
 
 
 @intrinsic
-def _reaching(typingctx, address, least):
-    """Which of the 64 floats at an address are not less (NaN is not), a bit each."""
+def _reaching(typingctx, address, bias, least):
+    """Which of the 64 floats at an address, plus those at another, are not less (NaN
+    is not), a bit each."""
 
     def code(context, builder, signature, args):
         many = ir.VectorType(_FLOAT, _LANES)
-        floats = builder.load(builder.inttoptr(args[0], many.as_pointer()), align=4)
-        least = _all(builder, args[1], _LANES)
-        return builder.bitcast(builder.fcmp_unordered(">=", floats, least), _WORD)
+        floats, biases = (
+            builder.load(builder.inttoptr(place, many.as_pointer()), align=4)
+            for place in args[:2]
+        )
+        least = _all(builder, args[2], _LANES)
+        z = builder.fadd(floats, biases)
+        return builder.bitcast(builder.fcmp_unordered(">=", z, least), _WORD)
 
-    return types.int64(types.int64, types.float32), code
+    return types.int64(types.int64, types.int64, types.float32), code
 
 
 @intrinsic
@@ -111,6 +122,34 @@ def _as_float(typingctx, bits):
         return builder.bitcast(args[0], _FLOAT)
 
     return types.float32(types.int32), code
+
+
+@intrinsic
+def _as_bits(typingctx, number):
+    """The bits of this float."""
+
+    def code(context, builder, signature, args):
+        return builder.bitcast(args[0], _HALFWORD)
+
+    return types.int32(types.float32), code
+
+
+@intrinsic
+def _fetch(typingctx, address):
+    """Asks for 256 bytes at an address, which will be read soon."""
+
+    def code(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [_HALFWORD] * 3)
+        name = "llvm.prefetch.p0"
+        fetch = cgutils.get_or_insert_function(builder.module, kind, name)
+        for line in range(0, 256, 64):
+            place = builder.inttoptr(
+                builder.add(args[0], _WORD(line)), cgutils.voidptr_t
+            )
+            builder.call(fetch, [place, _HALFWORD(0), _HALFWORD(3), _HALFWORD(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), code
 
 
 # Vectors of floats, as LLVM has them: loops over arrays would use half a register.
@@ -294,8 +333,9 @@ def _shape(frame, side, place):
 
 
 @njit
-def _is_half(frame, side, place):
-    return (_buffer(frame, side, place)[2] & 0xFF) == _BFLOAT16
+def _size(frame, side, place):
+    """Bytes of a number: 2 of bfloat16, 4 of the others."""
+    return 2 if (_buffer(frame, side, place)[2] & 0xFF) == _BFLOAT16 else 4
 
 
 @njit
@@ -360,7 +400,7 @@ def _rows(frame, chunk):
     for i in range(chunk * _LATENTS, min((chunk + 1) * _LATENTS, m), _NARROW):
         for c in range(0, d, _NARROW):
             source = w + 4 * (c * m + i)
-            if _is_half(frame, _RESULT, 0):
+            if _size(frame, _RESULT, 0) == 2:
                 _turn(source, 4 * m, out + 2 * (i * d + c), 2 * d, _U16(0))
             else:
                 _turn(source, 4 * m, out + 4 * (i * d + c), 4 * d, _F32(0))
@@ -391,11 +431,19 @@ def _reach(keys, n, least):
 
 
 @njit
-def _floor(z, keys, k):
+def _highest(keys, n):
+    highest = keys[0]
+    for i in range(n):
+        highest = max(highest, keys[i])
+    return highest
+
+
+@njit
+def _floor(z, bias, keys, k):
     """A key that at least k reach, and few more unless they are equal."""
     n = len(z)
     for i in range(n):
-        keys[i] = _key(z[i])
+        keys[i] = _key(_as_bits(z[i] + bias[i]))
     low, count, high = _I64(-0x7F800000), n, _I64(2**31)  # from -infinity
     middle = _I64(1)  # after a relu many are 0
     while high - low > 1 and count > 3 * k:
@@ -409,19 +457,19 @@ def _floor(z, keys, k):
 
 
 @njit
-def _candidates(z, address, floor, kept, places):
+def _candidates(z, bias, address, bias_address, floor, kept, places):
     """Writes the keys that reach the floor, and their places; returns how many."""
     n, found, least = len(z), 0, _float_of(floor)
     whole = n - n % _LANES
     for start in range(0, whole, _LANES):
-        bits = _reaching(address + 4 * start, least)
+        bits = _reaching(address + 4 * start, bias_address + 4 * start, least)
         while bits != 0:
             i = start + _lowest(bits)
-            places[found], kept[found] = i, _key(z[i])
+            places[found], kept[found] = i, _key(_as_bits(z[i] + bias[i]))
             found += 1
             bits &= bits - 1
     for i in range(whole, n):
-        key = _key(z[i])
+        key = _key(_as_bits(z[i] + bias[i]))
         if key >= floor:
             places[found], kept[found] = i, key
             found += 1
@@ -432,36 +480,42 @@ def _candidates(z, address, floor, kept, places):
 def _select(frame, chunk):
     n, m = _shape(frame, _ARGUMENT, 0)
     k_max = _shape(frame, _RESULT, 0)[1]
-    z = carray(_data(frame, _ARGUMENT, 0), (n, m), _I32)
-    k = min(_I64(carray(_data(frame, _ARGUMENT, 1), 1, _I32)[0]), k_max)
+    z = carray(_data(frame, _ARGUMENT, 0), (n, m), _F32)
+    bias = carray(_data(frame, _ARGUMENT, 1), m, _F32)
+    k = min(_I64(carray(_data(frame, _ARGUMENT, 2), 1, _I32)[0]), k_max)
+    relu = carray(_data(frame, _ARGUMENT, 2), 2, _I32)[1] != 0
     index = carray(_data(frame, _RESULT, 0), (n, k_max), _I32)
     value = carray(_data(frame, _RESULT, 1), (n, k_max), _F32)
-    keys, kept, places = np.empty(m, _I32), np.empty(m, _I32), np.empty(m, _I32)
-    floor, left = _I32(0), 0
+    keys, places = np.empty(m, _I32), np.empty(m, _I32)
+    kept = np.empty(m + _LANES, _I32)
+    biases, floor = _address(frame, _ARGUMENT, 1), _I32(0)
     for r in range(chunk * _ROWS, min((chunk + 1) * _ROWS, n)):
         address = _address(frame, _ARGUMENT, 0) + 4 * r * m
         # The floor of the row before mostly does.
-        left = _candidates(z[r], address, floor, kept, places)
+        left = _candidates(z[r], bias, address, biases, floor, kept, places)
         if left < k or left > 4 * k:
-            floor = _floor(z[r], keys, k)
-            left = _candidates(z[r], address, floor, kept, places)
-        low, count, high = _I64(floor), left, _I64(2**31)
+            floor = _floor(z[r], bias, keys, k)
+            left = _candidates(z[r], bias, address, biases, floor, kept, places)
+        # Filled up, so that no count ends with single steps.
+        full = -(-left // _LANES) * _LANES
+        kept[left:full] = -(2**31)
+        low, count, high = _I64(floor), left, _I64(_highest(kept, full)) + 1
         while count != k and high - low > 1:
             middle = (low + high) // 2
-            reached = _reach(kept, left, _I32(middle))
+            reached = _reach(kept, full, _I32(middle))
             if reached >= k:
                 low, count = middle, reached
             else:
                 high = middle
         ties = k
         if count != k:
-            ties = k - _reach(kept, left, _I32(low + 1)) if low < 2**31 - 1 else k
+            ties = k - _reach(kept, full, _I32(low + 1)) if low < 2**31 - 1 else k
         found = 0
         for i in range(left):
             if kept[i] > low or (kept[i] == low and ties > 0):
                 ties -= kept[i] == low
                 index[r, found] = places[i]
-                value[r, found] = _float_of(kept[i])
+                value[r, found] = 0 if relu and kept[i] < 0 else _float_of(kept[i])
                 found += 1
         for j in range(found, k_max):
             index[r, j], value[r, j] = 0, 0
@@ -472,8 +526,8 @@ def _select(frame, chunk):
 
 @njit
 def _lists(frame):
-    """Writes where each latent's list starts, then the row and the place among values of
-    each that selected it, in order; and whether one was above 0."""
+    """Writes where each latent's list starts, then the row and the place among values
+    of each that selected it, in order; and whether one was above 0."""
     n, k_max = _shape(frame, _ARGUMENT, 0)
     index = carray(_data(frame, _ARGUMENT, 0), (n, k_max), _I32)
     value = carray(_data(frame, _ARGUMENT, 1), (n, k_max), _F32)
@@ -504,7 +558,7 @@ def _lists(frame):
 
 @njit
 def _decode(frame, chunk):
-    if _is_half(frame, _ARGUMENT, 1):
+    if _size(frame, _ARGUMENT, 1) == 2:
         _decode_by(frame, chunk, _U16(0))
     else:
         _decode_by(frame, chunk, _F32(0))
@@ -512,10 +566,7 @@ def _decode(frame, chunk):
 
 @njit
 def _decode_by(frame, chunk, zero):
-    (n, d), size = (
-        _shape(frame, _ARGUMENT, 0),
-        2 if _is_half(frame, _ARGUMENT, 1) else 4,
-    )
+    (n, d), size = _shape(frame, _ARGUMENT, 0), _size(frame, _ARGUMENT, 1)
     k_max = _shape(frame, _ARGUMENT, 3)[1]
     x, w = _address(frame, _ARGUMENT, 0), _address(frame, _ARGUMENT, 1)
     b, g = _address(frame, _ARGUMENT, 2), _address(frame, _RESULT, 0)
@@ -530,6 +581,7 @@ def _decode_by(frame, chunk, zero):
         for c in range(0, whole, _WIDE):
             s = _error(x + at + 4 * c, b + 4 * c, _zeros(_WIDE))
             for j in range(k):
+                _fetch(w + size * (_I64(these[min(j + _AHEAD, k - 1)]) * d + c))
                 row = w + size * (_I64(these[j]) * d + c)
                 s = _plus(s, value[r, j], _load(row, zero, s))
             _store(g + at + 4 * c, _plus(_zeros(_WIDE), scale, s))
@@ -566,14 +618,14 @@ def _error(x, b, like):
 def _tiles(frame):
     """Into how many tiles of columns the rows are cut, and the width of one."""
     n, d = _shape(frame, _ARGUMENT, 2)
-    size = 2 if _is_half(frame, _ARGUMENT, 2) else 4
-    width = min(max(_TILE_BYTES // (n * size) // _WIDE, 1) * _WIDE, d)
+    bytes_of_one = n * _size(frame, _ARGUMENT, 2)
+    width = min(max(_TILE_BYTES // bytes_of_one // _WIDE, 1) * _WIDE, d)
     return -(-d // width), width
 
 
 @njit
 def _sums(frame, chunk):
-    if _is_half(frame, _ARGUMENT, 2):
+    if _size(frame, _ARGUMENT, 2) == 2:
         _sums_of(frame, chunk, _U16(0))
     else:
         _sums_of(frame, chunk, _F32(0))
@@ -581,10 +633,7 @@ def _sums(frame, chunk):
 
 @njit
 def _sums_of(frame, chunk, zero):
-    (n, d), size = (
-        _shape(frame, _ARGUMENT, 2),
-        2 if _is_half(frame, _ARGUMENT, 2) else 4,
-    )
+    d, size = _shape(frame, _ARGUMENT, 2)[1], _size(frame, _ARGUMENT, 2)
     m, slots = _shape(frame, _RESULT, 0)[1], _shape(frame, _ARGUMENT, 1)[0]
     start = carray(_data(frame, _ARGUMENT, 0), m + 1, _I32)
     pairs = carray(_data(frame, _ARGUMENT, 1), (slots, 2), _I32)
@@ -603,6 +652,8 @@ def _sums_of(frame, chunk, zero):
             for c in range(left, whole, _WIDE):
                 s = _zeros(_WIDE)
                 for p in range(begin, end):
+                    ahead = _I64(pairs[min(p + _AHEAD, slots - 1), 0])
+                    _fetch(rows + size * (ahead * d + c))
                     row = rows + size * (_I64(pairs[p, 0]) * d + c)
                     s = _plus(s, weight[pairs[p, 1]], _load(row, zero, s))
                 _store(place + 4 * (c - left), s)

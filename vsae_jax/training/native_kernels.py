@@ -38,6 +38,9 @@ _TILE_BYTES = 2**20
 _I64, _I32, _F32, _U16 = np.int64, np.int32, np.float32, np.uint16
 _WORD, _HALFWORD, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 
+# Only other machine code calls these.
+_compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
 
 # Memory by address, and what LLVM has and numba does not.
 
@@ -297,7 +300,7 @@ _malloc = types.ExternalFunction("malloc", types.int64(types.int64))
 _free = types.ExternalFunction("free", types.void(types.int64))
 
 
-@njit
+@_compiled
 def _words(address, count):
     return carray(_at(address), count, _I64)
 
@@ -309,38 +312,39 @@ _VERSION = 3 << 32  # 0.3, the minor half above
 _BFLOAT16 = 16
 
 
-@njit
+@_compiled
 def _buffer(frame, side, place):
     """Of an argument or a result, in words: 2 its type, 3 its address, 5 its shape."""
     return _words(_words(_words(frame, 21)[side], place + 1)[place], 6)
 
 
-@njit
+@_compiled
 def _address(frame, side, place):
     return _buffer(frame, side, place)[3]
 
 
-@njit
+@_compiled
 def _data(frame, side, place):
     return _at(_buffer(frame, side, place)[3])
 
 
-@njit
+@_compiled
 def _shape(frame, side, place):
     """Of a matrix."""
     sizes = _words(_buffer(frame, side, place)[5], 2)
     return sizes[0], sizes[1]
 
 
-@njit
+@_compiled
 def _size(frame, side, place):
     """Bytes of a number: 2 of bfloat16, 4 of the others."""
     return 2 if (_buffer(frame, side, place)[2] & 0xFF) == _BFLOAT16 else 4
 
 
-@njit
+@_compiled
 def _share(frame, kernel, chunks):
-    """Works through all chunks, with as many of XLA's threads as come in time.
+    """Works through all chunks, with as many of XLA's threads as come in time. By the
+    address of `help`, so that the kernels are compiled once.
 
     Shared, in words: 0 the next chunk, 1 chunks, 2 those that are done, 3 threads that
     may still look, 4 the frame, 5 which kernel; 6 the answer and 7 to 11 the arguments
@@ -353,23 +357,23 @@ def _share(frame, kernel, chunks):
     _call(api[18], shared + 56)
     helpers = min(words[6], chunks) - 1
     words[0], words[1], words[2] = 0, chunks, 0
-    words[3], words[4], words[5] = helpers + 1, frame, kernel
+    words[3], words[4], words[5] = helpers + 2, frame, kernel
     words[7], words[10], words[11] = 40, _helper(), shared
     for _ in range(helpers):
         _call(api[17], shared + 56)
-    _take(shared)
+    _call(_helper(), shared)
     while _add(shared + 16, 0) < chunks:
         pass
     _leave(shared)
 
 
-@njit
+@_compiled
 def _leave(shared):
     if _add(shared + 24, -1) == 1:
         _free(shared)
 
 
-@njit
+@_compiled
 def _take(shared):
     """Does chunks until none is left. Who comes late finds none, and does not touch the
     frame, which is gone by then."""
@@ -393,7 +397,7 @@ def _take(shared):
 # rows
 
 
-@njit
+@_compiled
 def _rows(frame, chunk):
     d, m = _shape(frame, _ARGUMENT, 0)
     w, out = _address(frame, _ARGUMENT, 0), _address(frame, _RESULT, 0)
@@ -409,19 +413,19 @@ def _rows(frame, chunk):
 # select: keys are whole numbers in the order of their floats, -0 as 0, NaN above all
 
 
-@njit
+@_compiled
 def _key(bits):
     size = bits & 0x7FFFFFFF
     key = -size if bits < 0 else size
     return _I32(0x7FFFFFFF if size > 0x7F800000 else key)
 
 
-@njit
+@_compiled
 def _float_of(key):
     return _as_float(_I32(key if key >= 0 else -key | -(2**31)))
 
 
-@njit
+@_compiled
 def _reach(keys, n, least):
     """How many of the first n keys are not less."""
     count = _I32(0)
@@ -430,7 +434,7 @@ def _reach(keys, n, least):
     return _I64(count)
 
 
-@njit
+@_compiled
 def _highest(keys, n):
     highest = keys[0]
     for i in range(n):
@@ -438,7 +442,7 @@ def _highest(keys, n):
     return highest
 
 
-@njit
+@_compiled
 def _floor(z, bias, keys, k):
     """A key that at least k reach, and few more unless they are equal."""
     n = len(z)
@@ -456,7 +460,7 @@ def _floor(z, bias, keys, k):
     return _I32(low)
 
 
-@njit
+@_compiled
 def _candidates(z, bias, address, bias_address, floor, kept, places):
     """Writes the keys that reach the floor, and their places; returns how many."""
     n, found, least = len(z), 0, _float_of(floor)
@@ -476,7 +480,7 @@ def _candidates(z, bias, address, bias_address, floor, kept, places):
     return found
 
 
-@njit
+@_compiled
 def _select(frame, chunk):
     n, m = _shape(frame, _ARGUMENT, 0)
     k_max = _shape(frame, _RESULT, 0)[1]
@@ -524,7 +528,7 @@ def _select(frame, chunk):
 # lists
 
 
-@njit
+@_compiled
 def _lists(frame):
     """Writes where each latent's list starts, then the row and the place among values
     of each that selected it, in order; and whether one was above 0."""
@@ -556,7 +560,7 @@ def _lists(frame):
 # decode
 
 
-@njit
+@_compiled
 def _decode(frame, chunk):
     if _size(frame, _ARGUMENT, 1) == 2:
         _decode_by(frame, chunk, _U16(0))
@@ -564,7 +568,7 @@ def _decode(frame, chunk):
         _decode_by(frame, chunk, _F32(0))
 
 
-@njit
+@_compiled
 def _decode_by(frame, chunk, zero):
     (n, d), size = _shape(frame, _ARGUMENT, 0), _size(frame, _ARGUMENT, 1)
     k_max = _shape(frame, _ARGUMENT, 3)[1]
@@ -605,7 +609,7 @@ def _decode_by(frame, chunk, zero):
             dz[r, j] = _total(s) + _total(t)
 
 
-@njit
+@_compiled
 def _error(x, b, like):
     """b_dec - x, where a row's x_hat is added to."""
     return _plus(_load(b, _F32(0), like), _F32(-1), _load(x, _F32(0), like))
@@ -614,7 +618,7 @@ def _error(x, b, like):
 # sums
 
 
-@njit
+@_compiled
 def _tiles(frame):
     """Into how many tiles of columns the rows are cut, and the width of one."""
     n, d = _shape(frame, _ARGUMENT, 2)
@@ -623,7 +627,7 @@ def _tiles(frame):
     return -(-d // width), width
 
 
-@njit
+@_compiled
 def _sums(frame, chunk):
     if _size(frame, _ARGUMENT, 2) == 2:
         _sums_of(frame, chunk, _U16(0))
@@ -631,7 +635,7 @@ def _sums(frame, chunk):
         _sums_of(frame, chunk, _F32(0))
 
 
-@njit
+@_compiled
 def _sums_of(frame, chunk, zero):
     d, size = _shape(frame, _ARGUMENT, 2)[1], _size(frame, _ARGUMENT, 2)
     m, slots = _shape(frame, _RESULT, 0)[1], _shape(frame, _ARGUMENT, 1)[0]

@@ -37,7 +37,7 @@ _TARGET = "vsae_jax_native"
 _ROWS, _SELECT, _LISTS, _DECODE, _SUMS = range(5)
 # From so many of d_sae latents on XLA's dense products win, by operands' dtype; where a
 # batch has fewer latents than this in all, compiling costs more than is won.
-_MOST = {"float32": 1 / 8, "bfloat16": 1 / 16}
+_MOST = {"float32": 1 / 8, "bfloat16": 1 / 32}
 _LEAST_LATENTS = 2**19
 
 

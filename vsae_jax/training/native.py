@@ -92,7 +92,7 @@ def _uncovered(config: SAEConfig, *, together: bool) -> str:
         ),
         "several devices or arms in a step": not together,
         f"sparsity {config.sparsity}": config.sparsity == "topk",
-        "top_k=lax": config.top_k == "auto",
+        f"top_k={config.top_k}": config.top_k == "auto",
         f"selection={config.selection}": config.selection == "value",
         "a learned variance": config.variance == "fixed",
         "a gate": config.gate == "none",

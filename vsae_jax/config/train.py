@@ -269,7 +269,7 @@ class TrainConfig:
     )
     kernels: Literal["auto", "xla", "native"] = flag(
         "of a TopK step on a CPU: native touches the selected latents only (pip "
-        "install 'vsae_jax[native]'); auto: where that is installed and wins",
+        "install -e '.[native]'); auto: where that is installed and wins",
         "auto",
         group="devices",
         before="auto",

@@ -79,7 +79,7 @@ def _missing() -> str:
     if jax.default_backend() != "cpu":
         return f"they are for CPUs, and this is a {jax.default_backend()}"
     if importlib.util.find_spec("numba") is None:
-        return "they need numba, which pip install 'vsae_jax[native]' brings"
+        return "they need numba, which pip install -e '.[native]' brings"
     return ""
 
 

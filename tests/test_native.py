@@ -257,6 +257,20 @@ def test_auto_takes_them_where_few_latents_are_kept():
     assert native.choice("auto", few, batch_size=1024, together=True).kernels == "xla"
 
 
+@needs_numba
+def test_kernels_that_cannot_be_loaded_are_left_to_xla(monkeypatch):
+    def load():
+        raise RuntimeError("API version\n0.9")
+
+    monkeypatch.setattr(native, "load", load)
+    _, few, _ = setup(variant="topk", d_sae=2048, k=64)
+    options = {"batch_size": 1024, "together": False}
+    made = native.choice("auto", few, **options)
+    assert made.kernels == "xla" and "API version 0.9" in made.note
+    with pytest.raises(UserError, match="--kernels=native.*API version 0.9"):
+        native.choice("native", few, **options)
+
+
 def test_without_numba_native_is_refused_and_auto_is_xla(monkeypatch, tiny_rows):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     options = {"activations": str(tiny_rows), "d_sae": 2048, "k": 4}

@@ -27,7 +27,7 @@ from vsae_jax.autoencoder.objective import Info
 from vsae_jax.autoencoder.penalties import row_variance
 from vsae_jax.autoencoder.sparsifiers import Numbers
 from vsae_jax.config import SAEConfig
-from vsae_jax.system.errors import UserError
+from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.training import gradient as by_xla
 from vsae_jax.training.layout import DECODER
 
@@ -71,6 +71,10 @@ def choice(
         return by_xla
     if uncovered:
         return Choice("xla", f"XLA's kernels: the native ones do not know {uncovered}")
+    if broken := _broken():
+        if asked == "native":
+            raise UserError(f"--kernels=native: {broken}; or use --kernels=xla")
+        return Choice("xla", f"XLA's kernels: {broken}")
     auxk = "; steps in which AuxK acts are XLA's" if config.auxk else ""
     return Choice("native", f"native kernels{auxk}")
 
@@ -80,6 +84,15 @@ def _missing() -> str:
         return f"they are for CPUs, and this is a {jax.default_backend()}"
     if importlib.util.find_spec("numba") is None:
         return "they need numba, which pip install -e '.[native]' brings"
+    return ""
+
+
+def _broken() -> str:
+    """What keeps the kernels from being loaded here, or nothing."""
+    try:
+        load()
+    except Exception as error:  # numba and XLA's FFI raise errors of many kinds
+        return f"the native ones cannot be loaded ({one_line(error)})"
     return ""
 
 

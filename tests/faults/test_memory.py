@@ -52,7 +52,7 @@ def test_the_plan_is_printed(flags, capfd):
 
 def test_the_foreseen_is_near_what_a_step_takes(flags, capfd):
     """Compared with XLA's own account of the compiled step, at a shape of some MB."""
-    flags |= {"d_sae": 4096, "batch_size": 256, "steps": 2}
+    flags |= {"d_sae": 4096, "batch_size": 256, "steps": 2, "kernels": "xla"}
     assert call("train", **flags) == 0
     said = capfd.readouterr().out
     foreseen = 5 * 4 * 2 * 16 * 4096 + 16 * 256 * 4096

@@ -74,6 +74,9 @@ def run(study: Study) -> Section:
             measured,
             "Causes, and single latents:",
             causes,
+            "Not tested: that the vSAE is better at feature absorption (named in 4.1; "
+            "the paper's code skips it). `evaluate --evals=absorption` asks, where the "
+            "language model knows first letters.",
         ],
         title="The paper's claims",
         claim="",

@@ -1,11 +1,13 @@
-"""The primary outcomes: one a question, named here before anything was run.
+"""The primary outcomes: one a question, the same at every scale.
 
 Command:
 
     python -m experiments.reproduce --scale=standin --only=primary --out=DIR
 
-Their p values are corrected for their number by Holm's method; every other interval of
-the report is exploratory, and about one in twenty excludes 0 by chance.
+They were named after the stand-in study and a first look at stability on a real model,
+and before that model was studied whole. Their p values are corrected for their number
+by Holm's method; every other interval of the report is exploratory, and about one in
+twenty excludes 0 by chance.
 """
 
 from typing import NamedTuple

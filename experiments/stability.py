@@ -5,7 +5,7 @@ latents (Paulo and Belrose, arXiv 2501.16615). Here every kind of arm is trained
 several seeds, and the latents of every two runs are paired one to one
 (`evaluate --evals=stability`).
 
-The primary outcome, named before the run: the share of the latents whose decoder row
+The primary outcome (experiments.primary): the share of the latents whose decoder row
 has a cosine above 0.7 with its partner's, vSAE against TopK at the same d_sae, k and
 budget. What could explain it away stands beside it: the price in explained variance
 (TopK over k), the number of alive latents (TopK with fewer), the training length, the

@@ -93,6 +93,7 @@ def common(study: Study) -> dict[str, Any]:
         "k": c.k,
         "steps": c.steps,
         "batch_size": c.batch_size,
+        "dtype": study.scale.dtype,
         "input_scale": norm,
         # As much of the loss as the 5.0 of `relu` at scale 100.
         "l1": 0.05 * norm,
@@ -107,10 +108,15 @@ def grids(study: Study) -> dict[str, Arms]:
 
 
 def tuned(
-    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
+    study: Study,
+    of: Mapping[str, Mapping[str, Any]],
+    tuning: str,
+    grid: str,
+    seeds: int = 0,
 ) -> dict[str, Arms]:
     """Two grids of these kinds of arms: of the search for learning rates (none where
-    there is one rate), and of the arms of every seed with what it found."""
+    there is one rate), and of the arms of every seed (those of the scale, unset) with
+    what it found."""
     c, shared = study.scale.controlled, common(study)
     rates = best_rates(study, of, tuning)
     search = {
@@ -127,7 +133,7 @@ def tuned(
             **(shared | fields | {"lr": rates.get(kind, c.lrs[0]), "seed": seed})
         )
         for kind, fields in of.items()
-        for seed in range(c.seeds)
+        for seed in range(seeds or c.seeds)
     }
     return ({tuning: search} if len(c.lrs) > 1 else {}) | {grid: arms}
 
@@ -142,7 +148,9 @@ def best_rates(
     some aside; else on held-out rows. Empty before the search."""
     lrs = study.scale.controlled.lrs
     if len(lrs) == 1:
-        return dict.fromkeys(kinds(study) if of is None else of, lrs[0])
+        given = study.scale.controlled.rates
+        of = kinds(study) if of is None else of
+        return {kind: given.get(kind, lrs[0]) for kind in of}
     if not (study.grid(tuning) / "grid.json").is_file():
         return {}
     best: dict[str, tuple[float, float]] = {}
@@ -154,13 +162,17 @@ def best_rates(
 
 
 def trained(
-    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
+    study: Study,
+    of: Mapping[str, Mapping[str, Any]],
+    tuning: str,
+    grid: str,
+    seeds: int = 0,
 ) -> None:
     """Searches the rates of these kinds, trains their arms, and evaluates both."""
-    if tuning in (search := tuned(study, of, tuning, grid)):
+    if tuning in (search := tuned(study, of, tuning, grid, seeds)):
         study.train(tuning, search[tuning])
         study.evaluate(tuning, "core", text=study.tuning_text())
-    study.train(grid, tuned(study, of, tuning, grid)[grid])
+    study.train(grid, tuned(study, of, tuning, grid, seeds)[grid])
     study.evaluate(grid, "core")
 
 
@@ -216,14 +228,19 @@ def _setting(study: Study) -> str:
     largest, least = (
         sum(rate == edge(c.lrs) for rate in rates.values()) for edge in (max, min)
     )
+    tried = (
+        f"Learning rates tried for every kind: {', '.join(f'{r:g}' for r in c.lrs)}; "
+        f"the largest was the best of {largest}, the least of {least} of {len(rates)} "
+        "kinds."
+        if len(c.lrs) > 1
+        else "Learning rates: as given, in the table."
+    )
     return (
         f"d_sae {c.d_sae}, k {c.k}, {c.steps} steps of {c.batch_size} rows, root mean "
         f"square row norm {signal_to_noise.recommended(study):g}, seeds 0 to "
         f"{c.seeds - 1}; evaluated at the mean on {study.scale.eval_tokens:,} held-out "
         "tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
-        f"Learning rates tried for every kind: {', '.join(f'{r:g}' for r in c.lrs)}; "
-        f"the largest was the best of {largest}, the least of {least} of {len(rates)} "
-        "kinds."
+        f"{tried}"
     )
 
 

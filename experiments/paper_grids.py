@@ -47,6 +47,7 @@ def _arms(study: Study, preset: Preset, layer: int) -> Arms:
                     arms[name] = TrainConfig(
                         activations=str(study.rows_path(preset, layer)),
                         max_norm_multiple=study.scale.text.max_norm_multiple,
+                        dtype=study.scale.dtype,
                         preset=preset,
                         variant=variant,
                         k=k,

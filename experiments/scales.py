@@ -9,7 +9,8 @@
 * `paper`: Pythia-70M, TinyStories, the paper's shapes; needs a network and a GPU.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vsae_jax.config.fields import REQUIRED
@@ -58,6 +59,7 @@ class Controlled:
     kinds: those of the ablation; all, unset. crossed: switches of the full cross.
     norm: that of all but the map; the one that the map recommends, unset.
     tuning_steps: of the search for learning rates; `steps`, unset.
+    rates: where `lrs` is one, the kinds that have another.
     """
 
     d_sae: int
@@ -79,6 +81,7 @@ class Controlled:
     crossed: tuple[str, ...] = ("noise", "relu", "decoder", "auxk", "penalty")
     norm: float = 0.0
     tuning_steps: int = 0
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,12 @@ class Stability:
 
     tokens: held-out ones that latents fire on. lengths: further training lengths of
     TopK and the vSAE. l1: of a ReLU SAE, in shares of the norm. noises: standard
-    deviations beside 1. batch_topk: those variants too.
+    deviations beside 1. batch_topk: those variants too. seeds: of these arms; as many
+    as of the ablation's, unset.
     """
 
     tokens: int
+    seeds: int = 0
     lengths: tuple[int, ...] = ()
     l1: tuple[float, ...] = ()
     noises: tuple[float, ...] = ()
@@ -127,7 +132,8 @@ class Family:
 
 @dataclass(frozen=True)
 class Scale:
-    """One size of the study; the last four are of the evaluations."""
+    """One size of the study. dtype: as in train, on a language model's rows; the four
+    before it are of the evaluations."""
 
     text: Text
     figures: Figures
@@ -139,6 +145,7 @@ class Scale:
     train_size: int
     test_size: int
     samples: int
+    dtype: Literal["auto", "bfloat16"] = "auto"
 
 
 # Two decades.
@@ -340,36 +347,45 @@ LARGE = Scale(
     test_size=1000,
     samples=10_000,
 )
+# About ten hours of two cores. The learning rates are those that the search of `large`
+# found on the same model and block (experiments/results/large).
 REAL = replace(
     LARGE,
-    figures=replace(LARGE.figures, k=(64, 256), steps=6_000, feature_tokens=50_000),
+    text=replace(LARGE.text, num_tokens=1_000_000),
+    figures=replace(
+        LARGE.figures, k=(64,), steps=2_000, batch_size=1024, feature_tokens=50_000
+    ),
     controlled=replace(
         LARGE.controlled,
-        other_k=(16, 32),
-        smaller=(576, 1152),
-        steps=3_000,
-        map_steps=600,
+        other_k=(16,),
+        smaller=(1152,),
+        steps=2_000,
+        lrs=(1e-3,),
+        rates={"topk_d-1152": 3e-3},
+        map_lrs=(1e-3,),
+        map_betas=(0.0, 0.1),
+        map_steps=400,
         cross_steps=300,
-        tuning_steps=1_000,
         kinds=(
             "topk",
             "topk_noise",
             "topk_kl",
-            "topk_auxk",
             "vsae",
             "vsae_no_noise",
             "vsae_no_penalty",
             "vsae_relu",
-            "vsae_learned",
-            "vsae_free",
-            "vsae_kl_selected",
-            "vsae_beta-0.01",
         ),
         crossed=("noise", "relu", "penalty"),
     ),
-    stability=replace(LARGE.stability, tokens=40_000, lengths=(1_000, 12_000)),
+    stability=Stability(
+        tokens=40_000, seeds=3, lengths=(500, 4_000), l1=(0.03,), noises=(0.3,)
+    ),
     truth=STANDIN.truth,
     family=STANDIN.family,
+    eval_tokens=16_384,
+    train_size=1000,
+    test_size=400,
+    dtype="bfloat16",
 )
 PAPER = Scale(
     text=Text(

@@ -83,6 +83,7 @@ def grids(study: Study) -> dict[str, Arms]:
         "k": c.k,
         "steps": c.map_steps,
         "batch_size": c.batch_size,
+        "dtype": study.scale.dtype,
         "checkpoint_every": c.map_steps,
         "log_every": max(c.map_steps // 2, 1),
     }

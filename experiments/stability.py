@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TUNING, GRID, LENGTHS = "stability_tuning", "stability", "stability_lengths"
+# Kinds of arms that are tried at other blocks and lengths too.
+_MAIN = ("topk", "topk_k-16", "vsae")
 PRIMARY = "decoder_cosine_above_0.7"
 EVALS = ("stability", "predictability")
 # Measure -> how a table calls it.
@@ -72,52 +74,69 @@ def kinds(study: Study) -> dict[str, dict[str, Any]]:
             found[f"{name}_all-rows"] = fields | {"max_norm_multiple": None}
     for layer in study.scale.text.layers[1:]:
         place = {"activations": str(study.rows_path("paper", layer))}
-        for name in ("topk", "topk_noise", "topk_kl", "vsae", "vsae_no_noise"):
-            found[f"{name}_layer-{layer}"] = ablation.KINDS[name] | place
+        for name, fields in _main(study).items():
+            found[f"{name}_layer-{layer}"] = fields | place
     return found
+
+
+def _main(study: Study) -> dict[str, dict[str, Any]]:
+    """TopK, a TopK that reconstructs no better than the vSAE, and the vSAE."""
+    of_ablation = ablation.kinds(study)
+    return {name: of_ablation[name] for name in _MAIN if name in of_ablation}
 
 
 def grids(study: Study) -> dict[str, Arms]:
     """Those of the ablation, and its own."""
-    own = ablation.tuned(study, kinds(study), TUNING, GRID) if kinds(study) else {}
+    seeds = study.scale.stability.seeds
+    own = (
+        ablation.tuned(study, kinds(study), TUNING, GRID, seeds) if kinds(study) else {}
+    )
     lengths = {LENGTHS: _lengths(study)} if study.scale.stability.lengths else {}
     return ablation.grids(study) | own | lengths
 
 
 def _lengths(study: Study) -> Arms:
-    """TopK and the vSAE, trained for longer and shorter."""
+    """The main arms, trained for longer and shorter."""
     shared, rates = ablation.common(study), ablation.best_rates(study)
-    c = study.scale.controlled
+    c, s = study.scale.controlled, study.scale.stability
     return {
         f"{kind}_steps-{steps}_seed-{seed}": TrainConfig(
             **shared
-            | ablation.KINDS[kind]
+            | fields
             | {"steps": steps, "checkpoint_every": steps, "log_every": steps // 4}
             | {"lr": rates.get(kind, c.lrs[0]), "seed": seed}
         )
-        for kind in ("topk", "vsae")
-        for steps in study.scale.stability.lengths
-        for seed in range(c.seeds)
+        for kind, fields in _main(study).items()
+        for steps in s.lengths
+        for seed in range(s.seeds or c.seeds)
     }
 
 
 def trained(study: Study) -> list[str]:
-    """Trains what is missing and evaluates it; returns the grids' names."""
-    for layer in study.scale.text.layers:
-        study.rows("paper", layer)
+    """Trains what is missing and evaluates it, one grid after the other; returns the
+    grids' names."""
+    s = study.scale.stability
     names = [ablation.GRID]
+    study.rows("paper", study.layer)
     ablation.trained(study, ablation.kinds(study), ablation.TUNING, ablation.GRID)
+    _evaluate(study, ablation.GRID)
     if kinds(study):
-        ablation.trained(study, kinds(study), TUNING, GRID)
+        for layer in study.scale.text.layers[1:]:
+            study.rows("paper", layer)
+        ablation.trained(study, kinds(study), TUNING, GRID, s.seeds)
+        _evaluate(study, GRID)
         names.append(GRID)
-    if study.scale.stability.lengths:
+    if s.lengths:
         study.train(LENGTHS, _lengths(study))
         study.evaluate(LENGTHS, "core")
+        _evaluate(study, LENGTHS)
         names.append(LENGTHS)
-    for name in names:
-        for each in EVALS:
-            study.evaluate(name, each, num_tokens=study.scale.stability.tokens)
     return names
+
+
+def _evaluate(study: Study, grid: str) -> None:
+    for each in EVALS:
+        study.evaluate(grid, each, num_tokens=study.scale.stability.tokens)
 
 
 def run(study: Study) -> Section:

@@ -27,6 +27,8 @@ from vsae_jax.config import TrainConfig
 from vsae_jax.runs import series as arms_module
 
 TUNING, GRID = "tuning", "ablation"
+# TopK, a TopK that reconstructs no better than the vSAE, and the vSAE.
+MAIN = ("topk", "topk_k-16", "vsae")
 # The seed of the search for a learning rate; the arms have others.
 _TUNING_SEED = 1000
 
@@ -97,7 +99,7 @@ def common(study: Study) -> dict[str, Any]:
         "input_scale": norm,
         # As much of the loss as the 5.0 of `relu` at scale 100.
         "l1": 0.05 * norm,
-        "checkpoint_every": c.steps,
+        "checkpoint_every": max(c.steps // 4, 1),
         "log_every": max(c.steps // 4, 1),
     }
 
@@ -108,15 +110,10 @@ def grids(study: Study) -> dict[str, Arms]:
 
 
 def tuned(
-    study: Study,
-    of: Mapping[str, Mapping[str, Any]],
-    tuning: str,
-    grid: str,
-    seeds: int = 0,
+    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
 ) -> dict[str, Arms]:
     """Two grids of these kinds of arms: of the search for learning rates (none where
-    there is one rate), and of the arms of every seed (those of the scale, unset) with
-    what it found."""
+    there is one rate), and of the arms of every seed with what it found."""
     c, shared = study.scale.controlled, common(study)
     rates = best_rates(study, of, tuning)
     search = {
@@ -133,7 +130,7 @@ def tuned(
             **(shared | fields | {"lr": rates.get(kind, c.lrs[0]), "seed": seed})
         )
         for kind, fields in of.items()
-        for seed in range(seeds or c.seeds)
+        for seed in range((kind in MAIN and c.main_seeds) or c.seeds)
     }
     return ({tuning: search} if len(c.lrs) > 1 else {}) | {grid: arms}
 
@@ -162,17 +159,13 @@ def best_rates(
 
 
 def trained(
-    study: Study,
-    of: Mapping[str, Mapping[str, Any]],
-    tuning: str,
-    grid: str,
-    seeds: int = 0,
+    study: Study, of: Mapping[str, Mapping[str, Any]], tuning: str, grid: str
 ) -> None:
     """Searches the rates of these kinds, trains their arms, and evaluates both."""
-    if tuning in (search := tuned(study, of, tuning, grid, seeds)):
+    if tuning in (search := tuned(study, of, tuning, grid)):
         study.train(tuning, search[tuning])
         study.evaluate(tuning, "core", text=study.tuning_text())
-    study.train(grid, tuned(study, of, tuning, grid, seeds)[grid])
+    study.train(grid, tuned(study, of, tuning, grid)[grid])
     study.evaluate(grid, "core")
 
 
@@ -238,8 +231,8 @@ def _setting(study: Study) -> str:
     return (
         f"d_sae {c.d_sae}, k {c.k}, {c.steps} steps of {c.batch_size} rows, root mean "
         f"square row norm {signal_to_noise.recommended(study):g}, seeds 0 to "
-        f"{c.seeds - 1}; evaluated at the mean on {study.scale.eval_tokens:,} held-out "
-        "tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
+        f"{c.seeds - 1} (main arms: to {(c.main_seeds or c.seeds) - 1}); evaluated at "
+        f"the mean on {study.scale.eval_tokens:,} held-out tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
         f"{tried}"
     )
 

@@ -60,6 +60,7 @@ class Controlled:
     norm: that of all but the map; the one that the map recommends, unset.
     tuning_steps: of the search for learning rates; `steps`, unset.
     rates: where `lrs` is one, the kinds that have another.
+    main_seeds: of the main arms (ablation.MAIN); `seeds`, unset.
     """
 
     d_sae: int
@@ -82,6 +83,7 @@ class Controlled:
     norm: float = 0.0
     tuning_steps: int = 0
     rates: Mapping[str, float] = field(default_factory=dict)
+    main_seeds: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,10 @@ class Stability:
 
     tokens: held-out ones that latents fire on. lengths: further training lengths of
     TopK and the vSAE. l1: of a ReLU SAE, in shares of the norm. noises: standard
-    deviations beside 1. batch_topk: those variants too. seeds: of these arms; as many
-    as of the ablation's, unset.
+    deviations beside 1. batch_topk: those variants too.
     """
 
     tokens: int
-    seeds: int = 0
     lengths: tuple[int, ...] = ()
     l1: tuple[float, ...] = ()
     noises: tuple[float, ...] = ()
@@ -353,13 +353,16 @@ REAL = replace(
     LARGE,
     text=replace(LARGE.text, num_tokens=1_000_000),
     figures=replace(
-        LARGE.figures, k=(64,), steps=2_000, batch_size=1024, feature_tokens=50_000
+        LARGE.figures, k=(64,), steps=2_000, batch_size=512, feature_tokens=50_000
     ),
     controlled=replace(
         LARGE.controlled,
         other_k=(16,),
         smaller=(1152,),
+        seeds=3,
+        main_seeds=5,
         steps=2_000,
+        batch_size=512,
         lrs=(1e-3,),
         rates={"topk_d-1152": 3e-3},
         map_lrs=(1e-3,),
@@ -377,9 +380,7 @@ REAL = replace(
         ),
         crossed=("noise", "relu", "penalty"),
     ),
-    stability=Stability(
-        tokens=40_000, seeds=3, lengths=(500, 4_000), l1=(0.03,), noises=(0.3,)
-    ),
+    stability=Stability(tokens=40_000, lengths=(500, 4_000), l1=(0.03,), noises=(0.3,)),
     truth=STANDIN.truth,
     family=STANDIN.family,
     eval_tokens=16_384,

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TUNING, GRID, LENGTHS = "stability_tuning", "stability", "stability_lengths"
-# Kinds of arms that are tried at other blocks and lengths too.
-_MAIN = ("topk", "topk_k-16", "vsae")
 PRIMARY = "decoder_cosine_above_0.7"
 EVALS = ("stability", "predictability")
 # Measure -> how a table calls it.
@@ -80,17 +78,14 @@ def kinds(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _main(study: Study) -> dict[str, dict[str, Any]]:
-    """TopK, a TopK that reconstructs no better than the vSAE, and the vSAE."""
+    """The main arms, which are tried at other blocks and lengths too."""
     of_ablation = ablation.kinds(study)
-    return {name: of_ablation[name] for name in _MAIN if name in of_ablation}
+    return {name: of_ablation[name] for name in ablation.MAIN if name in of_ablation}
 
 
 def grids(study: Study) -> dict[str, Arms]:
     """Those of the ablation, and its own."""
-    seeds = study.scale.stability.seeds
-    own = (
-        ablation.tuned(study, kinds(study), TUNING, GRID, seeds) if kinds(study) else {}
-    )
+    own = ablation.tuned(study, kinds(study), TUNING, GRID) if kinds(study) else {}
     lengths = {LENGTHS: _lengths(study)} if study.scale.stability.lengths else {}
     return ablation.grids(study) | own | lengths
 
@@ -108,7 +103,7 @@ def _lengths(study: Study) -> Arms:
         )
         for kind, fields in _main(study).items()
         for steps in s.lengths
-        for seed in range(s.seeds or c.seeds)
+        for seed in range(c.seeds)
     }
 
 
@@ -123,7 +118,7 @@ def trained(study: Study) -> list[str]:
     if kinds(study):
         for layer in study.scale.text.layers[1:]:
             study.rows("paper", layer)
-        ablation.trained(study, kinds(study), TUNING, GRID, s.seeds)
+        ablation.trained(study, kinds(study), TUNING, GRID)
         _evaluate(study, GRID)
         names.append(GRID)
     if s.lengths:
@@ -180,7 +175,8 @@ def _setting(study: Study, found: Mapping[str, Any]) -> str:
     c = study.scale.controlled
     chance = _mean(found["topk"], "decoder_cosine_by_chance_median")
     return (
-        f"Every two of {c.seeds} seeds, latents that fire 20 times or more on "
+        f"Every two of {c.main_seeds or c.seeds} seeds (kinds beside the main ones: "
+        f"{c.seeds}), latents that fire 20 times or more on "
         f"{study.scale.stability.tokens:,} held-out tokens, paired one to one by the "
         f"cosine of their decoder rows. By chance the median cosine of a pair is "
         f"{chance:.2f}. A run's number is the mean over its pairs, an interval is over "

@@ -232,7 +232,8 @@ def _setting(study: Study) -> str:
         f"d_sae {c.d_sae}, k {c.k}, {c.steps} steps of {c.batch_size} rows, root mean "
         f"square row norm {signal_to_noise.recommended(study):g}, seeds 0 to "
         f"{c.seeds - 1} (main arms: to {(c.main_seeds or c.seeds) - 1}); evaluated at "
-        f"the mean on {study.scale.eval_tokens:,} held-out tokens. SCR and TPP are means over 2, 5, 10, 20 and 50 ablated latents. "
+        f"the mean on {study.scale.eval_tokens:,} held-out tokens. SCR and TPP are "
+        "means over 2, 5, 10, 20 and 50 ablated latents. "
         f"{tried}"
     )
 

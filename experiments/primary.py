@@ -59,7 +59,9 @@ def of(study: Study) -> list[Outcome]:
         for cell in signal_to_noise.cells(study)
         if cell.decoder == "unit" and cell.beta > 0
     ]
-    closest = min(cells, key=lambda cell: abs(cell.norm - signal_to_noise.unit(study)))
+    unit = signal_to_noise.unit(study)
+    closest = min(cells, key=lambda cell: abs(cell.norm - unit), default=None)
+    place = f"norm {closest.norm:g}, beta {closest.beta:g}" if closest else "some norm"
     equal = questions.at_equal_alive(core, "vsae") if "vsae" in core else {}
     return [
         Outcome(
@@ -74,9 +76,8 @@ def of(study: Study) -> list[Outcome]:
         ),
         Outcome(
             "Where does sigma = 1 train?",
-            f"vSAE - TopK at norm {closest.norm:g}, beta {closest.beta:g}, explained "
-            "variance",
-            closest.difference("explained_variance"),
+            f"vSAE - TopK at {place}, explained variance",
+            closest.difference("explained_variance") if closest else None,
         ),
         Outcome(
             "Does anything variational beat TopK?",

@@ -352,17 +352,14 @@ LARGE = Scale(
 REAL = replace(
     LARGE,
     text=replace(LARGE.text, num_tokens=1_000_000),
-    figures=replace(
-        LARGE.figures, k=(64,), steps=2_000, batch_size=512, feature_tokens=50_000
-    ),
+    figures=replace(LARGE.figures, k=(64,), steps=2_000, feature_tokens=50_000),
     controlled=replace(
         LARGE.controlled,
         other_k=(16,),
         smaller=(1152,),
         seeds=3,
         main_seeds=5,
-        steps=2_000,
-        batch_size=512,
+        steps=1_000,
         lrs=(1e-3,),
         rates={"topk_d-1152": 3e-3},
         map_lrs=(1e-3,),
@@ -380,7 +377,7 @@ REAL = replace(
         ),
         crossed=("noise", "relu", "penalty"),
     ),
-    stability=Stability(tokens=40_000, lengths=(500, 4_000), l1=(0.03,), noises=(0.3,)),
+    stability=Stability(tokens=40_000, lengths=(300, 3_000), l1=(0.03,), noises=(0.3,)),
     truth=STANDIN.truth,
     family=STANDIN.family,
     eval_tokens=16_384,

@@ -35,7 +35,6 @@ def run(study: Study) -> Section:
     """One row a question."""
     signal_to_noise.measured(study)
     stability.trained(study)
-    study.evaluate(ablation.GRID, "scr,tpp")
     outcomes = of(study)
     corrected = iter(holm([o.found.p for o in outcomes if o.found]))
     rows = [["question", "vSAE's part - without it", "difference", "p (Holm)"]]

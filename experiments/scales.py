@@ -132,8 +132,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Scale:
-    """One size of the study. dtype: as in train, on a language model's rows; the four
-    before it are of the evaluations."""
+    """One size of the study. The numbers after the parts are of the evaluations.
+    dtype: as in train, on a language model's rows. absorption_words: words that the
+    language model is asked the first letters of; none where it does not know them.
+    """
 
     text: Text
     figures: Figures
@@ -146,6 +148,7 @@ class Scale:
     test_size: int
     samples: int
     dtype: Literal["auto", "bfloat16"] = "auto"
+    absorption_words: int = 0
 
 
 # Two decades.
@@ -346,6 +349,7 @@ LARGE = Scale(
     train_size=4000,
     test_size=1000,
     samples=10_000,
+    absorption_words=10_000,
 )
 # About ten hours of two cores. The learning rates are those that the search of `large`
 # found on the same model and block (experiments/results/large).
@@ -386,6 +390,7 @@ REAL = replace(
     train_size=1000,
     test_size=400,
     dtype="bfloat16",
+    absorption_words=3_000,
 )
 PAPER = Scale(
     text=Text(

@@ -36,7 +36,7 @@ Arms = dict[str, TrainConfig]
 BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
 STORIES = BUNDLED / "sampled_stories.jsonl"
 _EXPLAINED = "explained_variance"
-_ON_ROWS = ("core", "stability", "predictability")
+_WITHOUT_LABELS = ("core", "stability", "predictability", "absorption")
 _SEED = re.compile(r"(.*)_seed-(\d+)")
 
 
@@ -136,7 +136,7 @@ class Study:
                     train_size=self.scale.train_size,
                     test_size=self.scale.test_size,
                     **{"num_tokens": self.scale.eval_tokens}
-                    | ({} if evals in _ON_ROWS else self.labelled)
+                    | ({} if evals in _WITHOUT_LABELS else self.labelled)
                     | fields,
                 )
             )

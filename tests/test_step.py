@@ -193,6 +193,14 @@ def test_golden_step():
 GOLDEN = {"loss": 43.283398, "kl": 38.302402, "w_enc": 53.505894, "b_dec": 0.13009179}
 
 
+@pytest.mark.parametrize(
+    ("n", "d_sae", "rows"),
+    [(1024, 2048, 1024), (1024, 2304, 1024), (1024, 9216, 512), (7, 2**23, 1)],
+)
+def test_a_part_is_the_largest_that_fits_and_divides_the_batch(n, d_sae, rows):
+    assert gradient.rows_of_a_part(n, d_sae) == rows
+
+
 @pytest.mark.parametrize("switches", [{}, {"variant": "topk", "auxk": 0.5}])
 def test_a_batch_in_parts_is_the_batch(switches, monkeypatch):
     """512 rows in parts of 128, against all at once: the sums differ in their order."""

@@ -1,6 +1,5 @@
 """The gradient of the objective on one batch: whole, or on a CPU in parts."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +55,7 @@ def gradient(
         # Where no latent is dead AuxK is left out, not multiplied by 0.
         return lax.cond(any_dead, lambda: part(held, dead), lambda: part(held, None))
 
-    rows = math.gcd(len(x_n), max(CPU_PART_BYTES // (4 * config.d_sae), 1))
+    rows = rows_of_a_part(len(x_n), config.d_sae)
     by_batch = (
         sparsifier_of(config).WHOLE_BATCH
         or (config.auxk and config.auxk_units == "variance")
@@ -66,6 +65,14 @@ def gradient(
     if jax.default_backend() != "cpu" or mesh.is_split() or by_batch or few:
         return of(x_n, 0)
     return _mean_of_parts(of, x_n, rows)
+
+
+def rows_of_a_part(n: int, d_sae: int) -> int:
+    """The largest divisor of a batch's n rows whose latents fit into a part."""
+    most = CPU_PART_BYTES // (4 * d_sae)
+    return max(
+        rows for rows in range(1, n + 1) if n % rows == 0 and rows <= max(most, 1)
+    )
 
 
 def _mean_of_parts(

@@ -12,7 +12,6 @@ mu = x w + b,
 import dataclasses
 import functools
 import importlib.util
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -216,7 +215,7 @@ def _selected(
     inside, after = (none, held["b_enc"])[:: -1 if config.noise else 1]
     params = {**held, "w_enc": held["w_enc"].astype(config.dtype), "b_enc": inside}
     linear = dataclasses.replace(config, relu=False)
-    rows = math.gcd(len(x_n), max(by_xla.CPU_PART_BYTES // (4 * config.d_sae), 1))
+    rows = by_xla.rows_of_a_part(len(x_n), config.d_sae)
 
     def part(first_row: Array) -> list[Array]:
         here = lax.dynamic_slice_in_dim(x_n, first_row, rows)

@@ -19,6 +19,7 @@ import jax
 from absl import flags
 
 from vsae_jax.config.fields import REQUIRED, as_flag
+from vsae_jax.config.presets import default_help
 from vsae_jax.system.errors import Interrupted, UserError, did_you_mean, one_line
 
 # How XLA begins to say that an allocation failed.
@@ -117,6 +118,8 @@ def help_text(config_class: type) -> str:
         kind = _Parser(hints[field.name], grid=False).syntax()
         many = " (takes a comma list)" if field.metadata.get("grid") else ""
         default = field.metadata.get("default_help", field.default)
+        if table := field.metadata.get("preset_table"):
+            default = default_help(field.name, table=table)
         default = "none" if default in (None, "") else as_flag(default)
         note = REQUIRED if default == REQUIRED else f"default: {default}"
         lines.append(f"  --{field.name}={kind}{many}")

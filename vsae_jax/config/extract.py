@@ -42,7 +42,7 @@ class ExtractConfig:
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     device: str = flag(DEVICE, "auto", runtime=True)
     layer: int = preset_flag(
-        "layer", "block whose activations are kept, from 0", table="extract", grid=True
+        "block whose activations are kept, from 0", table="extract", grid=True
     )
     site: Site = flag(
         "which of them: the residual stream after the block, or what its MLP or its "
@@ -55,12 +55,9 @@ class ExtractConfig:
     )
     split: str = flag("split of a hub data set", "train")
     text_column: str = flag("column that holds the text", "text")
-    num_tokens: int = preset_flag(
-        "num_tokens", "tokens to run through the model", table="extract"
-    )
+    num_tokens: int = preset_flag("tokens to run through the model", table="extract")
     context_length: int = flag("tokens in a context, BOS included", 128)
     bos: Literal["keep", "drop", "none"] = preset_flag(
-        "bos",
         "every context starts with BOS: keep its row, drop its row, or add no BOS",
         table="extract",
     )
@@ -68,7 +65,6 @@ class ExtractConfig:
         "first text positions of a context, after BOS, whose rows are dropped", 0
     )
     center_residual: bool = preset_flag(
-        "center_residual",
         "subtract each row's mean over d_model, as TransformerLens does",
         table="extract",
     )

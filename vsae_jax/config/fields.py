@@ -21,20 +21,27 @@ def flag(
     traced: bool = False,
     before: Any = None,
     default_help: str | None = None,
+    preset_table: str | None = None,
     group: str = "flags",
 ) -> Any:
-    """A config field that is also a command-line flag. `grid`: it takes a comma list;
-    `runtime`: it leaves the result of a run as it is; `traced`: it is a number of the
-    compiled step, which changing it does not recompile; `before`: its value in files
-    that are older than the field; `default_help`: what `--help`
-    says of the default where that is not the field's own; `group`: the heading that it
-    stands under there."""
+    """A config field that is also a command-line flag.
+
+    grid: it takes a comma list.
+    runtime: it leaves the result of a run as it is.
+    traced: it is a number of the compiled step; changing it does not recompile.
+    before: its value in files that are older than the field.
+    default_help: what `--help` says of the default, where not the default itself.
+    preset_table: the table of presets that its default comes from.
+    group: the heading that it stands under in `--help`.
+    """
     metadata: dict[str, Any] = {"help": help, "group": group}
     metadata |= {"grid": grid, "runtime": runtime, "traced": traced}
-    if before is not None:
-        metadata["before"] = before
-    if default_help is not None:
-        metadata["default_help"] = default_help
+    optional = {
+        "before": before,
+        "default_help": default_help,
+        "preset_table": preset_table,
+    }
+    metadata |= {name: v for name, v in optional.items() if v is not None}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -200,26 +200,16 @@ def training_defaults(preset: str, variant: str) -> dict[str, Any]:
 
 
 def preset_flag(
-    name: str,
     help: str,
     *,
     table: str = "train",
-    group: str = "flags",
     grid: bool | None = None,
-    traced: bool = False,
-    before: Any = None,
+    **options: Any,
 ) -> Any:
     """A field whose default comes from the preset and the variant; None until then, so
-    its annotation is the resolved type."""
-    default = default_help(name, table=table)
-    return flag(
-        help,
-        grid=table == "train" if grid is None else grid,
-        traced=traced,
-        before=before,
-        default_help=default,
-        group=group,
-    )
+    its annotation is the resolved type. `options` are those of `flag`."""
+    grid = table == "train" if grid is None else grid
+    return flag(help, grid=grid, preset_table=table, **options)
 
 
 def default_help(name: str, *, table: str) -> str:

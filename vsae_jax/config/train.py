@@ -7,6 +7,7 @@ zero is a value.
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from vsae_jax.config.fields import (
@@ -27,6 +28,16 @@ from vsae_jax.config.presets import (
 from vsae_jax.config.processes import PROCESS_FLAGS, check_processes
 from vsae_jax.system.errors import UserError
 
+# The headings of `--help`, each with what most flags below it have in common.
+_autoencoder = partial(preset_flag, group="autoencoder")
+_gate = partial(preset_flag, group="gate")
+_thresholds = partial(preset_flag, group="thresholds")
+_loss = partial(preset_flag, group="loss")
+_optimisation = partial(preset_flag, group="optimisation")
+_data = partial(flag, group="data")
+_record = partial(flag, group="record", runtime=True)
+_devices = partial(flag, group="devices", runtime=True)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -36,18 +47,12 @@ class TrainConfig:
     python -m vsae_jax.train --variant=topk,vsae_topk --k=32,64 --out=runs/grid
     """
 
-    activations: str = flag(
+    activations: str = _data(
         "folder that extract wrote; unset: where extract writes without flags",
         "",
         runtime=True,
-        group="data",
     )
-    out: str = flag(
-        "run folder; unset: below runs/, named by its settings",
-        "",
-        runtime=True,
-        group="record",
-    )
+    out: str = _record("run folder; unset: below runs/, named by its settings", "")
     preset: Preset = flag(
         "whose settings to use where a flag is unset",
         "paper",
@@ -57,45 +62,31 @@ class TrainConfig:
     variant: Variant = flag(
         "which autoencoder", "vsae_topk", grid=True, group="autoencoder"
     )
-    k: int = preset_flag("k", "latents kept per row", group="autoencoder", traced=True)
-    beta: float = preset_flag(
-        "beta", "weight of the KL penalty", group="loss", traced=True
-    )
-    d_sae: int = preset_flag("d_sae", "number of latents", group="autoencoder")
-    steps: int = preset_flag(
-        "steps", "optimizer steps", group="optimisation", traced=True
-    )
-    batch_size: int = preset_flag("batch_size", "rows in a step", group="optimisation")
-    lr: float | Literal["auto"] = preset_flag(
-        "lr",
-        "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)",
-        group="optimisation",
-        traced=True,
+    k: int = _autoencoder("latents kept per row", traced=True)
+    beta: float = _loss("weight of the KL penalty", traced=True)
+    d_sae: int = _autoencoder("number of latents")
+    steps: int = _optimisation("optimizer steps", traced=True)
+    batch_size: int = _optimisation("rows in a step")
+    lr: float | Literal["auto"] = _optimisation(
+        "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)", traced=True
     )
     seed: int = flag("of the weights and the noise", 0, grid=True, group="optimisation")
-    data_seed: int = flag("of the order of the rows", 0, group="data")
+    data_seed: int = _data("of the order of the rows", 0)
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "of the matrix products; auto: bfloat16 on a GPU, else float32",
         "auto",
         group="devices",
     )
-    relu: bool = preset_flag("relu", "relu on mu", group="autoencoder")
-    noise_std: float = preset_flag(
-        "noise_std",
-        "standard deviation of the training noise (times a learned one)",
-        group="autoencoder",
-        traced=True,
+    relu: bool = _autoencoder("relu on mu")
+    noise_std: float = _autoencoder(
+        "standard deviation of the training noise (times a learned one)", traced=True
     )
-    variance: Literal["fixed", "learned"] = preset_flag(
-        "variance",
-        "of the posterior; learned adds a second encoder head",
-        group="autoencoder",
+    variance: Literal["fixed", "learned"] = _autoencoder(
+        "of the posterior; learned adds a second encoder head"
     )
-    gate: Literal["none", "path", "sigma"] = preset_flag(
-        "gate",
+    gate: Literal["none", "path", "sigma"] = _gate(
         "what opens a latent: path, a second path of the encoder (gated); sigma, the "
         "1 - sigma of a learned variance (vaease)",
-        group="gate",
         before="none",
     )
     closed_below: float = flag(
@@ -105,162 +96,92 @@ class TrainConfig:
         group="gate",
         before=0.05,
     )
-    prefixes: str = preset_flag(
-        "prefixes",
+    prefixes: str = _autoencoder(
         "nested decoder: how many of the first latents reconstruct x alone, too, as "
         "shares or numbers of d_sae between colons; or none",
-        group="autoencoder",
         before="none",
     )
-    selection: Literal["value", "magnitude"] = preset_flag(
-        "selection",
-        "top-k keeps the largest values or the largest magnitudes",
-        group="autoencoder",
+    selection: Literal["value", "magnitude"] = _autoencoder(
+        "top-k keeps the largest values or the largest magnitudes"
     )
-    penalty: Literal["none", "kl", "l1"] = preset_flag(
-        "penalty", "which penalty is on", group="loss"
-    )
-    kl_over: Literal["all", "selected"] = preset_flag(
-        "kl_over", "latents that the KL sums over", group="loss"
-    )
-    kl_units: Literal["loss", "error"] = preset_flag(
-        "kl_units",
+    penalty: Literal["none", "kl", "l1"] = _loss("which penalty is on")
+    kl_over: Literal["all", "selected"] = _loss("latents that the KL sums over")
+    kl_units: Literal["loss", "error"] = _loss(
         "the KL as it is, or times twice the error of a dimension, as with a learned "
         "variance of the decoder",
-        group="loss",
         before="loss",
     )
-    l1: float = preset_flag("l1", "weight of the L1 penalty", group="loss", traced=True)
-    l0: float = preset_flag(
-        "l0",
-        "jump_relu: weight of the L0 penalty",
-        group="loss",
-        traced=True,
-        before=0.0,
-    )
-    gate_l1: float = preset_flag(
-        "gate_l1",
+    l1: float = _loss("weight of the L1 penalty", traced=True)
+    l0: float = _loss("jump_relu: weight of the L0 penalty", traced=True, before=0.0)
+    gate_l1: float = _gate(
         "gate path: weight of the L1 penalty on relu of the gate",
-        group="gate",
         traced=True,
         before=0.0,
     )
-    gate_error: float = preset_flag(
-        "gate_error",
+    gate_error: float = _gate(
         "gate path: weight of the error of decoding relu of the gate",
-        group="gate",
         traced=True,
         before=1.0,
     )
-    nested: float = preset_flag(
-        "nested",
-        "weight of the summed errors of the prefixes",
-        group="loss",
-        traced=True,
-        before=1.0,
+    nested: float = _loss(
+        "weight of the summed errors of the prefixes", traced=True, before=1.0
     )
-    target_l0: float = preset_flag(
-        "target_l0",
+    target_l0: float = _thresholds(
         "jump_relu: the penalty is (L0 / target - 1)^2; 0: it is L0",
-        group="thresholds",
         traced=True,
         before=0.0,
     )
-    bandwidth: float = preset_flag(
-        "bandwidth",
+    bandwidth: float = _thresholds(
         "jump_relu: width over which a threshold has a gradient, in latents' units",
-        group="thresholds",
         traced=True,
         before=0.001,
     )
-    threshold_init: float = preset_flag(
-        "threshold_init",
-        "jump_relu: where the thresholds start",
-        group="thresholds",
-        before=0.001,
+    threshold_init: float = _thresholds(
+        "jump_relu: where the thresholds start", before=0.001
     )
-    auxk: float = preset_flag(
-        "auxk",
-        "weight of AuxK, which revives latents",
-        group="loss",
-        traced=True,
+    auxk: float = _loss("weight of AuxK, which revives latents", traced=True)
+    k_aux: int = _loss("dead latents that AuxK uses")
+    dead_after_tokens: int = _loss(
+        "rows without firing after which a latent is dead", traced=True
     )
-    k_aux: int = preset_flag("k_aux", "dead latents that AuxK uses", group="loss")
-    dead_after_tokens: int = preset_flag(
-        "dead_after_tokens",
-        "rows without firing after which a latent is dead",
-        group="loss",
-        traced=True,
+    auxk_units: Literal["loss", "variance"] = _loss(
+        "AuxK in the loss's units, or divided by the residual's variance"
     )
-    auxk_units: Literal["loss", "variance"] = preset_flag(
-        "auxk_units",
-        "AuxK in the loss's units, or divided by the residual's variance",
-        group="loss",
-    )
-    threshold_decay: float = preset_flag(
-        "threshold_decay",
+    threshold_decay: float = _thresholds(
         "batch_topk: what stays of its running threshold in a step",
-        group="thresholds",
         traced=True,
         before=0.99,
     )
-    decoder_norm: Literal["unit", "free"] = preset_flag(
-        "decoder_norm", "decoder rows kept at norm 1, or free", group="autoencoder"
+    decoder_norm: Literal["unit", "free"] = _autoencoder(
+        "decoder rows kept at norm 1, or free"
     )
-    decoder_init_norm: float = preset_flag(
-        "decoder_init_norm",
-        "norm of the decoder's rows at the start",
-        group="autoencoder",
-    )
-    subtract_b_dec: bool = preset_flag(
-        "subtract_b_dec", "subtract b_dec from the input", group="autoencoder"
-    )
-    b_dec_init: Literal["zeros", "geometric_median"] = preset_flag(
-        "b_dec_init", "where b_dec starts", group="autoencoder"
+    decoder_init_norm: float = _autoencoder("norm of the decoder's rows at the start")
+    subtract_b_dec: bool = _autoencoder("subtract b_dec from the input")
+    b_dec_init: Literal["zeros", "geometric_median"] = _autoencoder(
+        "where b_dec starts"
     )
     input_scale: float | Literal["unit", "sqrt_d", "none"] = preset_flag(
-        "input_scale",
         "root mean square row norm that rows are scaled to: 1, sqrt(d_model), as they "
         "are, or a number",
         group="data",
     )
-    center_input: bool = flag(
-        "subtract the rows' mean from the input", False, group="data"
+    center_input: bool = _data("subtract the rows' mean from the input", False)
+    lr_warmup_steps: int = _optimisation(
+        "linear warm-up of the learning rate", traced=True
     )
-    lr_warmup_steps: int = preset_flag(
-        "lr_warmup_steps",
-        "linear warm-up of the learning rate",
-        group="optimisation",
-        traced=True,
+    lr_decay_start: int = _optimisation(
+        "step from which the learning rate falls linearly to 0", traced=True
     )
-    lr_decay_start: int = preset_flag(
-        "lr_decay_start",
-        "step from which the learning rate falls linearly to 0",
-        group="optimisation",
-        traced=True,
+    kl_warmup_steps: int = _loss(
+        "steps over which beta, l0 and gate_l1 rise linearly from 0", traced=True
     )
-    kl_warmup_steps: int = preset_flag(
-        "kl_warmup_steps",
-        "steps over which beta, l0 and gate_l1 rise linearly from 0",
-        group="loss",
-        traced=True,
-    )
-    clip_norm: float = preset_flag(
-        "clip_norm",
-        "largest gradient norm",
-        group="optimisation",
-        traced=True,
-    )
-    adam_b1: float = preset_flag(
-        "adam_b1", "decay of Adam's first moment", group="optimisation", traced=True
-    )
+    clip_norm: float = _optimisation("largest gradient norm", traced=True)
+    adam_b1: float = _optimisation("decay of Adam's first moment", traced=True)
     adam_b2: float = flag(
         "decay of Adam's second moment", 0.999, group="optimisation", traced=True
     )
     adam_eps: float = flag("Adam's epsilon", 1e-8, group="optimisation", traced=True)
-    held_out: float = flag(
-        "share of the contexts, the last, never trained on", 0.05, group="data"
-    )
+    held_out: float = _data("share of the contexts, the last, never trained on", 0.05)
     top_k: Literal["auto", "lax", "kernel"] = flag(
         "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way; "
         "kernel: that with a kernel for GPUs",
@@ -274,101 +195,68 @@ class TrainConfig:
         group="devices",
         before="auto",
     )
-    arms: Literal["auto", "vmap", "loop"] = flag(
+    arms: Literal["auto", "vmap", "loop"] = _devices(
         "a grid's arms on the same batches: vmap at once, loop one after another; "
         "auto: vmap on a GPU",
         "auto",
-        runtime=True,
-        group="devices",
     )
-    feed: Literal["auto", "device", "stream"] = flag(
+    feed: Literal["auto", "device", "stream"] = _devices(
         "stream reads batches ahead, device puts all rows there once; auto: device on "
         "a GPU with room",
         "auto",
-        runtime=True,
-        group="devices",
     )
-    mesh: str = flag(
+    mesh: str = _devices(
         "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
         "data, the latents over latents; unset: all devices on data",
         "",
-        runtime=True,
-        group="devices",
     )
-    coordinator: str = flag(
-        PROCESS_FLAGS["coordinator"], "", runtime=True, group="devices"
-    )
-    num_processes: int | None = flag(
-        PROCESS_FLAGS["num_processes"], runtime=True, group="devices"
-    )
-    process_id: int | None = flag(
-        PROCESS_FLAGS["process_id"], runtime=True, group="devices"
-    )
-    bad_rows: Literal["stop", "skip"] = flag(
+    coordinator: str = _devices(PROCESS_FLAGS["coordinator"], "")
+    num_processes: int | None = _devices(PROCESS_FLAGS["num_processes"])
+    process_id: int | None = _devices(PROCESS_FLAGS["process_id"])
+    bad_rows: Literal["stop", "skip"] = _data(
         "rows that are NaN, infinite or giant: stop at the first that is read, or read "
         "all rows before the start and leave such rows out",
         "stop",
         runtime=True,
-        group="data",
     )
-    giant: float = flag(
+    giant: float = _data(
         "a row is giant when it has a value beyond so many times the median norm",
         1e4,
         runtime=True,
-        group="data",
     )
-    stream: bool = flag(
+    stream: bool = _data(
         "train on the text after that in --activations, its rows made as they are "
         "needed and never on disk",
         False,
-        group="data",
         before=False,
     )
-    buffer_rows: int = flag(
+    buffer_rows: int = _data(
         "with --stream: rows in memory that are shuffled among each other",
         2**17,
-        group="data",
         before=2**17,
     )
-    max_norm_multiple: float | None = flag(
+    max_norm_multiple: float | None = _data(
         "leave rows out whose norm is above so many times the median, as a language "
         "model's massive activations are; 10 is dictionary_learning's; unset: none",
         runtime=True,
-        group="data",
     )
-    fork_from: str = flag(
+    fork_from: str = _record(
         "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
         "the arm of the same name",
         "",
-        runtime=True,
-        group="record",
     )
-    checkpoint_every: int = flag(
-        "steps between checkpoints; 0: none, and a kill costs the whole run",
-        1000,
-        runtime=True,
-        group="record",
+    checkpoint_every: int = _record(
+        "steps between checkpoints; 0: none, and a kill costs the whole run", 1000
     )
-    log_every: int = flag(
-        "steps between lines of metrics.jsonl", 50, runtime=True, group="record"
-    )
-    steps_per_dispatch: int = flag(
-        "steps in one call to the device", 10, runtime=True, group="devices"
-    )
-    verify: bool = flag(
+    log_every: int = _record("steps between lines of metrics.jsonl", 50)
+    steps_per_dispatch: int = _devices("steps in one call to the device", 10)
+    verify: bool = _record(
         "read every shard and compare checksums before the start; unset: each shard "
         "at its first use",
         False,
-        runtime=True,
-        group="record",
     )
-    tensorboard: bool = flag(
-        "write TensorBoard events to the run folder",
-        False,
-        runtime=True,
-        group="record",
-    )
-    wandb: bool = flag("log to Weights & Biases", False, runtime=True, group="record")
+    tensorboard: bool = _record("write TensorBoard events to the run folder", False)
+    wandb: bool = _record("log to Weights & Biases", False)
 
     def __post_init__(self):
         check_at_least(self, 1, "k", "d_sae", "steps", "batch_size", "k_aux")

@@ -269,7 +269,9 @@ def test_an_autoencoder_of_another_site_is_refused(model, autoencoder, tokens):
     hook = {"hook_name": "blocks.0.hook_mlp_out", "layer": 0}
     of_mlp = dataclasses.replace(autoencoder, data=autoencoder.data | hook)
     splice = splices.reconstruct(of_mlp)
-    with pytest.raises(UserError, match="hook_mlp_out and would be put at resid_post"):
+    with pytest.raises(
+        UserError, match="hook_mlp_out and would be applied at resid_post"
+    ):
         model.generate(tokens, layer=0, splice=splice)
     (there,) = model.logits(tokens, layer=0, site="mlp_out", splices=[splice])
     (untouched,) = model.logits(tokens)

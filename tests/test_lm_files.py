@@ -105,9 +105,9 @@ def test_a_broken_tokenizer_is_one_line(folder, broken):
 
 
 def test_what_is_no_model_is_refused(folder):
-    with pytest.raises(UserError, match="no model folder and no hub id"):
+    with pytest.raises(UserError, match="neither a model folder nor a hub id"):
         locate(str(folder / "config.json"))
-    with pytest.raises(UserError, match="no model folder and no hub id"):
+    with pytest.raises(UserError, match="neither a model folder nor a hub id"):
         locate("")
     with pytest.raises(UserError, match="/no/such/folder is no folder here.*demo"):
         locate("/no/such/folder")
@@ -172,5 +172,5 @@ def test_an_index_that_names_files_elsewhere_is_refused(folder, name):
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"gpt_neox.embed_in.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="no file beside it"):
+    with pytest.raises(UserError, match="not a file beside it"):
         load_language_model(str(folder))

@@ -134,8 +134,10 @@ def test_a_model_from_the_hub_and_then_from_its_cache(
     said, noise = load_in_a_process(models, home=tmp_path / "hf", endpoint=hub)
     loaded = [COMMIT, [5, 60], pytest.approx(float(np.sum(local)), rel=1e-5)]
     assert said[:2] == [loaded, loaded]
-    assert "--revision=no-such-branch is no branch, tag or commit of" in said[2]
-    assert "--model=org/unknown is no folder here, and no model that the" in said[3]
+    assert "--revision=no-such-branch is not a branch, tag or commit of" in said[2]
+    assert (
+        "--model=org/unknown is neither a folder here nor a model that the" in said[3]
+    )
     assert "--model=org/gated is gated: accept its terms" in said[4]
     assert noise == ""
 

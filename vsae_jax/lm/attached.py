@@ -1,31 +1,72 @@
-"""What a notebook asks of a language model besides, the same for both backends: texts
-to tokens and back, and what the model goes on to write."""
+"""The half of a language model that is the same for both backends: logits and losses
+with splices, texts to tokens and back, and what the model goes on to write."""
 
 import abc
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm.files import ModelFacts, generation_eos_ids
-from vsae_jax.lm.protocol import Logits, Prompt, Splice, Tokens, identity
+from vsae_jax.lm.protocol import (
+    LanguageModel,
+    Logits,
+    Prompt,
+    Residual,
+    Splice,
+    Tokens,
+    apply_splice,
+    identity,
+    splice_layer,
+)
 from vsae_jax.lm.tokenizer import encode, load_tokenizer
 from vsae_jax.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Room for keys and values comes in steps of so many positions, so that prompts of
-# other lengths need no other program.
+# Room for keys and values is rounded up to a multiple of this, so that prompts of
+# different lengths share one compiled program.
 _ROOM = 128
 
 
 class Attached(ModelFacts, abc.ABC):
-    """The half of a `LanguageModel` that both backends share."""
+    """What both backends share of a `LanguageModel`."""
+
+    def residual(self: LanguageModel, tokens: Tokens, layer: int) -> Residual:
+        """The residual stream after block `layer`, in float32; the pass ends there."""
+        return self.at(tokens, [Hook(layer)])[0]
+
+    def logits(
+        self: LanguageModel,
+        tokens: Tokens,
+        *,
+        layer: int | None = None,
+        site: Site = "resid_post",
+        splices: Sequence[Splice] = (identity,),
+    ) -> list[Logits]:
+        """The logits with each splice; what is below it runs once."""
+        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
+        streams = spliced(self, tokens, Hook(layer, site), splices)
+        return [self.logits_from(stream, layer) for stream in streams]
+
+    def loss(
+        self: LanguageModel,
+        tokens: Tokens,
+        *,
+        layer: int | None = None,
+        site: Site = "resid_post",
+        splices: Sequence[Splice] = (identity,),
+    ) -> list[Float[Array | np.ndarray, "batch time-1"]]:
+        """The next-token loss with each splice, one set of logits at a time."""
+        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
+        streams = spliced(self, tokens, Hook(layer, site), splices)
+        return [self.losses_from([x], layer, tokens).ce[0] for x in streams]
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -37,8 +78,8 @@ class Attached(ModelFacts, abc.ABC):
     ) -> Int[np.ndarray, "texts time"]:
         """The ids of one text or of several, each after BOS.
 
-        Shorter texts are filled with `bos_id` at their end, which changes nothing
-        before it. A special token that a text spells stays text.
+        Shorter texts are padded with `bos_id` at their end, which changes nothing
+        before it. Text that spells a special token stays text.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         first = [self.bos_id] if bos else []
@@ -69,8 +110,9 @@ class Attached(ModelFacts, abc.ABC):
         """What the model writes after a prompt, the prompt left out: text after text,
         ids `[batch, new]` after ids `[batch, time]`.
 
-        It ends at EOS, which ids hold and text does not; a row that ends before others
-        goes on as EOS. Each token costs one pass over itself: keys and values are kept.
+        It ends at EOS, which is among the ids but not in the text; a row that ends
+        before the others is filled with EOS. Keys and values are kept, so that each new
+        token costs one pass over itself alone.
 
         Args:
           max_new_tokens: the most that is written.
@@ -78,8 +120,8 @@ class Attached(ModelFacts, abc.ABC):
           splice: applied to the prompt's residual stream, `[batch, time, d_model]`,
             and then to each new token's, `[batch, 1, d_model]`: it must treat every
             position by itself.
-          temperature: of the softmax that is sampled from; 0 takes the likeliest.
-          key: for a temperature above 0; it is consumed.
+          temperature: of the softmax that is sampled from; 0 takes the likeliest token.
+          key: needed for a temperature above 0; it is consumed.
         """
         _check_choice(max_new_tokens, temperature, key)
         text = isinstance(prompt, str)
@@ -115,12 +157,12 @@ class Attached(ModelFacts, abc.ABC):
         if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
             raise UserError(
                 f"a prompt of shape {list(tokens.shape)} and {tokens.dtype} is neither "
-                "text nor token ids [batch, time]; lm.tokenize(text) makes such"
+                "text nor token ids [batch, time]; lm.tokenize(text) makes such ids"
             )
         if not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
             raise UserError(
-                f"the prompt has token ids from {tokens.min()} to {tokens.max()}, and "
-                f"the vocabulary those from 0 to {self.vocab_size - 1}"
+                f"the prompt has token ids from {tokens.min()} to {tokens.max()}, but "
+                f"the vocabulary has those from 0 to {self.vocab_size - 1}"
             )
         most, length = self.max_positions, tokens.shape[1] + new
         if most and length > most:
@@ -138,6 +180,15 @@ class Attached(ModelFacts, abc.ABC):
             f"{self.vocab_size:,}{most}\n"
             f" tokens made of texts start with BOS ({self.bos_id})>"
         )
+
+
+def spliced(
+    lm: LanguageModel, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
+) -> Iterator[Residual]:
+    """The stream after the hook's block with each splice."""
+    cut = lm.cut(tokens, hook)
+    for splice in splices:
+        yield lm.joined(cut, [apply_splice(splice, cut.value)])[0]
 
 
 def _check_choice(count: int, temperature: float, key: Any) -> None:

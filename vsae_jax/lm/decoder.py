@@ -1,13 +1,13 @@
 """The forward pass of a decoder-only language model: pure functions of parameters.
 
-Which steps a model takes is its `Spec`, read from its config.json by `families.py`. The
-blocks' arrays are stacked on a leading axis `[n_layers, ...]`, so that one compiled
-block runs any range of them. Matrices are `[in, out]`: of two matrices stored by rows a
-CPU makes bfloat16 products at full speed.
+A model's `Spec`, which `families.py` reads from its config.json, says which steps it
+takes. The blocks' arrays are stacked on a leading axis `[n_layers, ...]`, so that one
+compiled block runs any range of them. Matrices are `[in, out]`, because a CPU
+multiplies bfloat16 matrices at full speed only where both are stored by rows.
 
-The matrices' dtype decides: in float32 all is float32; in bfloat16 the operands of
-every product are rounded to it and summed in float32, and norms, rotations, softmax,
-activations and the residual stream stay in float32.
+With matrices in float32 everything is float32. With matrices in bfloat16 the operands
+of every product are rounded to bfloat16 and summed in float32; norms, rotations,
+softmax, activations and the residual stream stay in float32.
 """
 
 import functools
@@ -43,11 +43,11 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
 }
-# Positions that a block runs at once: on a CPU, what they are in between stays in the
-# cache, which makes the MLP twice as fast; elsewhere it bounds the memory.
+# Positions that a block runs at once. On a CPU their intermediate values then stay in
+# cache, which makes the MLP twice as fast; elsewhere this bounds the memory.
 POSITIONS = {"cpu": 256}
 _MOST_POSITIONS = 2**15
-# Logits that stand in memory at once where only their losses are asked for.
+# Bytes of logits in memory at once where only their losses are asked for.
 _LOGIT_BYTES = 2**26
 
 
@@ -55,13 +55,13 @@ _LOGIT_BYTES = 2**26
 class Spec:
     """The steps of a model, all of them static.
 
-    n_kv_heads: keys and values; `n_heads / n_kv_heads` queries share one.
+    n_kv_heads: heads of keys and values, each shared by `n_heads / n_kv_heads` queries.
     gated: the MLP is down(act(gate x) * up x), else down(act(up x)).
-    parallel: attention and MLP read the same residual stream, else one by one.
-    post_norms: what attention and MLP add is normalised, too.
+    parallel: attention and MLP read the same residual stream, else one after the other.
+    post_norms: what attention and MLP add is also normalised.
     attention_cap, logit_cap: c of c tanh(y / c) on scores and logits; None for none.
-    rotary_scale: of the rotations' cosine and sine, which YaRN makes longer.
-    max_time: the longest context that can be run at all; None for any.
+    rotary_scale: factor of the rotations' cosine and sine, above 1 with YaRN.
+    max_time: the longest context that can be run; None for any.
     """
 
     vocab_size: int
@@ -132,8 +132,8 @@ def _product(x: Array, w: Array, dtype: Any) -> Array:
     """x @ w, operands of `dtype`, in float32."""
     # float32 means float32: a GPU's default would be TF32, three digits.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    # Of one row, as of a token that is generated, a CPU makes bfloat16 products six
-    # times slower than of two.
+    # A CPU multiplies one row in bfloat16 (a generated token) six times slower than
+    # two rows.
     alone = w.ndim == 2 and x.size == w.shape[0]
     twice = alone and dtype != jnp.float32 and jax.default_backend() == "cpu"
     x = jnp.concatenate([x, x], axis=-2) if twice else x
@@ -180,7 +180,7 @@ def _rotate(
     cos: Float[Array, "time half"],
     sin: Float[Array, "time half"],
 ) -> Float[Array, "batch heads time d_head"]:
-    """Rotary positions: dimension i turns with i + half, all beyond them stay."""
+    """Rotary positions: dimension i turns with i + half, those beyond both stay."""
     half = cos.shape[1]
     cos, sin = cos[None, None], sin[None, None]
     first, second, rest = jnp.split(x, [half, 2 * half], axis=-1)
@@ -195,8 +195,8 @@ def _capped(x: Array, cap: float | None) -> Array:
 def _visible(
     p: Params, start: Start, *, n_queries: int, n_keys: int
 ) -> Bool[Array, "queries keys"]:
-    """Which keys the queries start, start + 1, ... see: none after them, nor `window`
-    before them."""
+    """Which keys the queries start, start + 1, ... see: none that comes later, none
+    that is `window` or more positions earlier."""
     distance = start + jnp.arange(n_queries)[:, None] - jnp.arange(n_keys)[None, :]
     return (distance >= 0) & (distance.astype(jnp.float32) < p["window"])
 
@@ -209,8 +209,8 @@ def _attention(
     past: Cache | None = None,
     start: Start = 0,
 ) -> tuple[Float[Array, "batch time d_model"], Cache]:
-    """softmax(q k' * scale) v over the visible positions, and their k and v: those of x
-    are written into `past` from `start` on, where there is one."""
+    """softmax(q k' * scale) v over the visible positions, and their k and v. Where
+    there is a `past`, those of x are written into it from `start` on."""
     batch, time, _ = x.shape
     n_kv, d, dtype = spec.n_kv_heads, spec.d_head, p["w_qkv"].dtype
     group = spec.n_heads // n_kv
@@ -254,7 +254,7 @@ def _attn_out(
     past: Cache | None = None,
     start: Start = 0,
 ) -> tuple[Float[Array, "batch time d_model"], Cache]:
-    """What attention adds to the stream x; keys and values as of `_attention`."""
+    """What attention adds to the stream x, and `_attention`'s keys and values."""
     norm = functools.partial(_norm, p, spec=spec)
     added, cache = _attention(p, norm("ln1", x), spec=spec, past=past, start=start)
     return norm("post1", added) if spec.post_norms else added, cache
@@ -267,9 +267,9 @@ def _sites(
     spec: Spec,
     attn_out: Float[Array, "batch time d_model"] | None = None,
 ) -> dict[str, Float[Array, "batch time d_model"]]:
-    """What a block makes of the stream x: y + mlp(ln2 y) with y = x + attention(ln1 x);
-    parallel: y + mlp(ln2 x). By TransformerLens' names; `attn_out` replaces the
-    attention's part."""
+    """What a block makes of the stream x, under TransformerLens' names: y + mlp(ln2 y)
+    with y = x + attention(ln1 x); if parallel, y + mlp(ln2 x). A given `attn_out`
+    replaces attention's part."""
     norm = functools.partial(_norm, p, spec=spec)
     if attn_out is None:
         attn_out, _ = _attn_out(p, x, spec=spec)
@@ -294,7 +294,7 @@ def _block(
 def embed(
     params: Params, tokens: Int[Array, "batch time"], *, spec: Spec
 ) -> Float[Array, "batch time d_model"]:
-    """What tokens put into the stream; NaN for an id outside the vocabulary."""
+    """What tokens put into the residual stream; NaN for ids beyond the vocabulary."""
     rows = jnp.take(params["embed"], tokens, axis=0, mode="fill", fill_value=jnp.nan)
     return rows.astype(jnp.float32) * spec.embed_scale
 
@@ -392,7 +392,7 @@ def extend(
     stop: int,
 ) -> tuple[Float[Array, "batch time d_model"], Cache]:
     """`run_blocks` over the blocks first, ..., stop - 1 where x has the positions
-    start, start + 1, ... and the cache what comes before them; the cache with both."""
+    start, start + 1, ... and the cache those before them; also the extended cache."""
     time = x.shape[1]
     if first == 0 and spec.learned_positions:
         own = jax.lax.dynamic_slice_in_dim(params["positions"], start, time)
@@ -411,9 +411,9 @@ def extend(
 
 
 def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
-    """An array of each block on a leading axis; bfloat16 as bits. XLA on a CPU moves
-    the conversion of a block's part in front of the loop, and all blocks' matrices
-    would be turned into float32 with every call."""
+    """The blocks' arrays on a leading axis, bfloat16 as its bits: XLA on a CPU would
+    otherwise move the conversion of one block's part out of the loop, and turn all
+    blocks' matrices into float32 at every call."""
     stacked = np.stack(blocks)
     return stacked.view(np.uint16) if stacked.dtype == jnp.bfloat16 else stacked
 
@@ -421,7 +421,7 @@ def stack(blocks: Sequence[np.ndarray]) -> np.ndarray:
 def _arrays_of(
     params: Params, i: Int[Array, ""], time: int, *, spec: Spec, start: Start = 0
 ) -> Params:
-    """Block i's arrays, and the rotations of so many positions from `start` on."""
+    """Block i's arrays, and the rotations of `time` positions from `start` on."""
     p = jax.tree.map(functools.partial(_of_block, i=i), params["blocks"])
     if "frequencies" in p:
         turn = _rotations(p["frequencies"], start, time, scale=spec.rotary_scale)
@@ -437,7 +437,7 @@ def _of_block(stacked: Array, i: Int[Array, ""]) -> Array:
 
 
 def _contexts_at_once(batch: int, time: int) -> int:
-    """The largest part of a batch, in equal parts, of at most so many positions."""
+    """The most contexts of at most `POSITIONS` in all that divide the batch evenly."""
     most = POSITIONS.get(jax.default_backend(), _MOST_POSITIONS)
     most = max(min(most // time, batch), 1)
     return next(n for n in range(most, 0, -1) if batch % n == 0)
@@ -466,8 +466,8 @@ def losses(
     """Next-token loss of each stream, which the blocks from `start` on have yet to run
     through, and KL(p_0 || p_i) of stream i from the first; in nats.
 
-    Logits come in pieces of a few positions. underflow: log p by way of p, where it
-    can become -inf.
+    Logits are made a few positions at a time. underflow: log p is the log of a softmax,
+    which can be -inf.
     """
     n, batch, time, d = streams.shape
     run = functools.partial(

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from vsae_jax.lm.files import ModelFiles
 
-# Below it products are not what takes the time.
+# Products take most of the time only in models at least this wide.
 _WIDE = 512
 
 
 def choose_dtype(files: ModelFiles, *, on_cpu: bool) -> str:
-    """`--lm_dtype=auto`: bfloat16 on a GPU; on a CPU where it has instructions for it,
-    the model is at least 512 wide, and its weights lie in bfloat16, so that none is
-    rounded; else float32."""
+    """The dtype for `--lm_dtype=auto`: bfloat16 on a GPU, and on a CPU that has
+    instructions for it, for a model at least 512 wide whose weights are stored in
+    bfloat16, so that none is rounded; else float32."""
     if not on_cpu:
         return "bfloat16"
     config = {**files.config, **files.config.get("text_config", {})}

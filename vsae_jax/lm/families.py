@@ -1,8 +1,9 @@
 """Which language models run in JAX, and what their files call things: one table.
 
 A family says how its config.json becomes a `Spec` and how the tensors in its
-safetensors files are named. A setting that changes what a model computes and that is
-not run here is refused by name; what is unknown to transformers, too, changes nothing.
+safetensors files are named. A setting that changes what a model computes and is not
+supported here is refused by name; one that transformers does not know either is
+ignored.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +33,8 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 class Read(NamedTuple):
-    """A model's steps, and what differs between its blocks: `window [n_layers]`, the
-    positions that a query sees, and `frequencies [n_layers, half]` of its rotations."""
+    """A model's steps, and what differs between its blocks: `window [n_layers]`, how
+    many positions a query sees, and `frequencies [n_layers, half]` of its rotations."""
 
     spec: Spec
     per_layer: dict[str, Float[np.ndarray, "n_layers ..."]]
@@ -44,12 +45,13 @@ class Family:
     """One row of the table.
 
     prefix: of every tensor but the unembedding; files of the bare model lack it.
-    layers: what stands before a block's tensors, `{}` for its number.
+    layers: the prefix of a block's tensors, with `{}` for its number.
     names: our array without its kind (`w_`, `_scale`, ...) -> the file's module; three
       modules are queries, keys and values side by side.
     by_head: one tensor holds queries, keys and values, one head after another.
-    transposed: matrices lie `[out, in]` in the file, as torch's Linear has them.
-    norm_offset: what a norm's scale is more than the file says.
+    transposed: matrices are `[out, in]` in the file, as in torch's Linear.
+    norm_offset: what has to be added to a norm's scale in the file.
+    plain: settings that must be absent or have this value, besides those of any family.
     """
 
     model_type: str
@@ -74,9 +76,9 @@ def family_of(config: Config) -> Family | None:
 
 
 def read_spec(family: Family, config: Config) -> Read:
-    """What the model does; a UserError names a setting that is not run here.
+    """The model's steps; a setting that is not supported here raises a UserError.
 
-    Where the family says nothing of windows, a query sees all before it.
+    Where the family has no windows, a query sees everything before it.
     """
     for name, plain in (_PLAIN | dict(family.plain)).items():
         if config.get(name, plain) not in (plain, None):
@@ -96,7 +98,8 @@ def read_spec(family: Family, config: Config) -> Read:
 
 
 def _sizes(config: Config, *more: str, **names: str) -> dict[str, Any]:
-    """The sizes that every decoder has; `names` are those of a family's own."""
+    """The sizes that every decoder has; `names` are a family's own names for them, and
+    `more` the other keys that it needs."""
     keys = {
         "vocab_size": "vocab_size",
         "d_model": "hidden_size",
@@ -133,7 +136,8 @@ def _rotations(
 
 
 def _longest(config: Config, settings: Config) -> int | None:
-    """Frequencies of the dynamic scaling are right up to the positions trained on."""
+    """The longest context: with dynamic scaling the frequencies are right only up to
+    the positions that the model was trained on. None for any."""
     return config["max_position_embeddings"] if is_dynamic(settings) else None
 
 
@@ -194,7 +198,7 @@ def _read_gpt2(config: Config) -> Read:
 
 
 def _read_llama(config: Config, **own: Any) -> Read:
-    """Llama, and those that differ from it by `own`."""
+    """The steps of Llama, or of a family that differs from it by `own`."""
     sizes = _sizes(config, "max_position_embeddings")
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     share = settings.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -269,7 +273,7 @@ def _with_windows(read: Read, windows: list[int | None]) -> Read:
 
 
 def _read_gemma(config: Config, **own: Any) -> Read:
-    """What Gemma 2 and 3 have in common: they differ from Llama in much."""
+    """The steps that Gemma 2 and 3 have in common."""
     sizes = _sizes(config, "head_dim", "num_key_value_heads")
     choices: dict[str, Any] = {
         "activation": config.get("hidden_activation") or "gelu_pytorch_tanh",
@@ -292,7 +296,7 @@ def _read_gemma2(config: Config) -> Read:
 
 
 def _read_gemma3(config: Config) -> Read:
-    """Gemma 3: blocks with a window have rotations of their own."""
+    """Gemma 3, where blocks with a window have rotations of their own."""
     nested = config.get("rope_parameters") or {}
     settings = {
         _SLIDING: nested.get(_SLIDING) or {},

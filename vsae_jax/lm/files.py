@@ -1,8 +1,8 @@
 """Where a language model's files are: a local folder, or the hub and its cache.
 
-The hub is asked once, without retries, which commit is meant; every file then comes
-from that commit through huggingface_hub, so that a user's cache, token, endpoint and
-offline mode (`HF_HUB_OFFLINE=1`) work as everywhere else.
+The hub is asked once, without retries, which commit is meant. Every file then comes
+from that commit through huggingface_hub, so that the user's cache, token, endpoint and
+offline mode (`HF_HUB_OFFLINE=1`) work as usual.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ WAYS_ON = (
 )
 HUB_TIMEOUT_S = 10.0
 
-# The first set that is complete is the tokenizer; the order is transformers' own.
+# The first complete set is the tokenizer; the order is transformers' own.
 TOKENIZER_FILES = (
     ("tokenizer.json",),
     ("tokenizer.model",),
@@ -97,7 +97,9 @@ def locate(model: str, *, revision: str | None = None) -> ModelFiles:
     """The files of a local folder, or of a hub id at the commit `revision` names."""
     folder = Path(os.path.expanduser(model))
     if not model or folder.is_file():
-        raise UserError(f"--model={model} is no model folder and no hub id; {WAYS_ON}")
+        raise UserError(
+            f"--model={model} is neither a model folder nor a hub id; {WAYS_ON}"
+        )
     if not folder.is_dir():
         return _locate_on_hub(model, revision=revision or None)
     if revision:
@@ -116,22 +118,22 @@ def _locate_on_hub(model: str, *, revision: str | None) -> ModelFiles:
         model_info(model, revision=revision, timeout=HUB_TIMEOUT_S)
     except errors.RevisionNotFoundError:
         raise UserError(
-            f"--revision={revision} is no branch, tag or commit of --model={model}"
+            f"--revision={revision} is not a branch, tag or commit of --model={model}"
         ) from None
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         raise UserError(
-            f"--model={model} is no folder here, and no model that the hub shows you "
-            f"(a private one needs `hf auth login`); {WAYS_ON}"
+            f"--model={model} is neither a folder here nor a model that the hub shows "
+            f"you (a private one needs `hf auth login`); {WAYS_ON}"
         ) from None
     except connection_errors() as error:
         files = dataclasses.replace(files, cached_only=True)
         if find(files, "config.json") is None:
             raise UserError(
-                f"--model={model} is no folder here, is not in the hub's cache, and "
+                f"--model={model} is not a folder here, is not in the hub's cache, and "
                 f"the hub cannot be reached ({one_line(error)}); {WAYS_ON}"
             ) from None
-    # The file comes by the name of the revision, which the cache then remembers, and
-    # lies in snapshots/<commit>/; all others come by the commit.
+    # This file is fetched by the revision's name, which the cache then remembers, and
+    # lies in snapshots/<commit>/; all others are fetched by the commit.
     return dataclasses.replace(files, revision=need(files, "config.json").parent.name)
 
 
@@ -189,7 +191,7 @@ def need(files: ModelFiles, filename: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model's file of at most 64 MiB; some have infinities."""
+    """A JSON object from a model's file of at most 64 MiB; it may hold infinities."""
     return read_object(path, limit=_JSON_LIMIT, strict=False)
 
 
@@ -220,10 +222,10 @@ def weight_files(files: ModelFiles) -> list[Path]:
     names = read_json(index).get("weight_map")
     shards = set(names.values()) if isinstance(names, dict) else {""}
     for name in shards:
-        # `weight_map` may be a stranger's: its names stay in the folder.
+        # `weight_map` may be anyone's: its names must not lead out of the folder.
         inside = isinstance(name, str) and name not in ("", "..")
         if not inside or Path(name).name != name:
-            raise UserError(f"{index} names {str(name)[:80]!r}, no file beside it")
+            raise UserError(f"{index} names {str(name)[:80]!r}, not a file beside it")
     return [need(files, shard) for shard in sorted(shards)]
 
 
@@ -285,20 +287,21 @@ def model_facts(
 
 
 def generation_eos_ids(files: ModelFiles) -> frozenset[int]:
-    """The EOS ids of generation_config.json, which has more than config.json where a
-    turn of a chat has an end of its own; none without that file."""
+    """The EOS ids of generation_config.json, or none without that file. Chat models
+    list the end of a turn there, which config.json lacks."""
     path = find(files, "generation_config.json")
     return frozenset(_ids(read_json(path).get("eos_token_id")) if path else ())
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
-    """Token ids as a list: some models have several EOS, and -1 says "none" in some."""
+    """Token ids as a list: some models have several EOS ids, some say -1 for none."""
     ids = value if isinstance(value, list) else [value]
     return [i for i in ids if i is not None and i >= 0]
 
 
 def _config_hash(config: dict[str, Any]) -> str:
-    """sha256 of the config as canonical JSON, without what a mere re-save changes."""
+    """sha256 of the config as canonical JSON, without the keys that saving it again
+    changes."""
     stable = {key: config[key] for key in config if key not in VOLATILE_KEYS}
     text = json.dumps(stable, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -23,6 +23,7 @@ from vsae_jax.lm.files import (
 )
 from vsae_jax.lm.protocol import (
     Cut,
+    Logits,
     Losses,
     Residual,
     Splice,
@@ -38,7 +39,7 @@ from vsae_jax.system.errors import UserError, one_line
 if TYPE_CHECKING:
     import torch
 
-# GPT-NeoX; GPT-2; Llama, Gemma, Qwen and most others; the text part of Gemma 3; OPT.
+# Of GPT-NeoX; GPT-2; Llama, Gemma, Qwen and most others; Gemma 3's text part; OPT.
 LAYER_PATHS = (
     "gpt_neox.layers",
     "transformer.h",
@@ -67,19 +68,13 @@ class _Reached(Exception):
 class HFModel(Attached):
     """A `LanguageModel` around a torch module; arrays in and out are NumPy's.
 
-    In bfloat16 it is transformers' own: the residual stream is bfloat16, too.
+    With `--lm_dtype=bfloat16` the residual stream is bfloat16, too, as in transformers.
     """
 
     module: "torch.nn.Module"
 
-    def residual(
-        self, tokens: Tokens, layer: int
-    ) -> Float[np.ndarray, "batch time d_model"]:
-        """The residual stream after block `layer`; the pass ends there."""
-        return self.at(tokens, [Hook(layer)])[0]
-
     def check(self, hook: Hook) -> None:
-        """Refuses a hook whose block does not add what is there to the stream."""
+        """Refuses a hook where what is there is not simply added to the stream."""
         check_layer(hook.layer, n_layers=self.n_layers)
         if hook.site == "resid_post" or hook.layer in self._known:
             return
@@ -88,9 +83,9 @@ class HFModel(Attached):
             return
         block = type(find_layers(self.module)[hook.layer]).__name__
         raise UserError(
-            f"--site={hook.site}: what {block} of --model={self.name} adds to the "
-            "residual stream is not the plain output of an attention and of an MLP "
-            "that are known here; take --site=resid_post"
+            f"--site={hook.site}: {block} of --model={self.name} does not simply add "
+            "the outputs of an attention and an MLP known here to the residual stream; "
+            "use --site=resid_post"
         )
 
     def _adds_up(self, layer: int) -> bool:
@@ -116,7 +111,7 @@ class HFModel(Attached):
 
     @functools.cached_property
     def _known(self) -> set[int]:
-        """Blocks that were seen to add up."""
+        """Blocks that were found to add up."""
         return set()
 
     def at(
@@ -135,8 +130,8 @@ class HFModel(Attached):
         return [kept[hook].float().cpu().numpy() for hook in hooks]
 
     def cut(self, tokens: Tokens, hook: Hook) -> Cut:
-        """The pass up to a hook; the rest is the tokens and the stream before the
-        block, which for block 0 is theirs."""
+        """The pass up to a hook. Its rest holds the tokens and, for a part of a block
+        after the first, the stream before that block."""
         inside = hook.site != "resid_post" and hook.layer > 0
         below = [Hook(hook.layer - 1)] if inside else []
         value, *before = self.at(tokens, [hook, *below])
@@ -146,7 +141,7 @@ class HFModel(Attached):
         self, cut: Cut, values: Sequence[Residual]
     ) -> list[Float[np.ndarray, "batch time d_model"]]:
         """The streams after the hook's block where each of `values` is at the hook: the
-        block runs for each, with its attention's or its MLP's output replaced."""
+        block runs once for each, its attention's or MLP's output replaced."""
         if cut.hook.site == "resid_post":
             return [np.asarray(value, np.float32) for value in values]
         tokens, *before = cut.rest
@@ -164,8 +159,8 @@ class HFModel(Attached):
     def _output(
         self, tokens: Tokens, layer: int, watched: Sequence[tuple[Any, Any]] = ()
     ) -> Any:
-        """What block `layer` returns: the residual stream, or a tuple of it. `watched`
-        are modules with a forward hook of torch for each; the pass ends there."""
+        """What block `layer` returns, where the pass ends: the residual stream, or a
+        tuple that begins with it. `watched`: modules, each with a forward hook."""
         kept = []
 
         def keep_and_leave(module: Any, args: Any, output: Any) -> None:
@@ -187,36 +182,13 @@ class HFModel(Attached):
         layer: int | None = None,
         site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
-    ) -> list[Float[np.ndarray, "batch time vocab"]]:
-        """The logits with each splice; what is below it runs once."""
-        last = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        if layer is None:
-            logits = self._forward(tokens).float().cpu().numpy()
-            return [logits for _ in splices]
-        streams = self._spliced(tokens, Hook(last, site), splices)
-        return [self.logits_from(stream, last) for stream in streams]
-
-    def loss(
-        self,
-        tokens: Tokens,
-        *,
-        layer: int | None = None,
-        site: Site = "resid_post",
-        splices: Sequence[Splice] = (identity,),
-    ) -> list[Float[np.ndarray, "batch time-1"]]:
-        """The next-token loss with each splice, one set of logits at a time."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        streams = self._spliced(tokens, Hook(layer, site), splices)
-        return [np.asarray(self.losses_from([x], layer, tokens).ce[0]) for x in streams]
-
-    def _spliced(
-        self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
-    ) -> Iterator[Float[np.ndarray, "batch time d_model"]]:
-        """The stream after the hook's block with each splice."""
-        cut = self.cut(tokens, hook)
-        for splice in splices:
-            # What a splice does to its argument reaches no other.
-            yield self.joined(cut, [apply_splice(splice, cut.value.copy())])[0]
+    ) -> list[Logits]:
+        """The logits with each splice; without any, of one plain pass."""
+        if layer is not None:
+            return super().logits(tokens, layer=layer, site=site, splices=splices)
+        splice_layer(layer, splices, n_layers=self.n_layers, site=site)
+        logits = self._forward(tokens).float().cpu().numpy()
+        return [logits for _ in splices]
 
     def logits_from(
         self, residual: Residual, layer: int
@@ -225,17 +197,17 @@ class HFModel(Attached):
         return self._logits_from(residual, layer).float().cpu().numpy()
 
     def _logits_from(self, residual: Residual, layer: int) -> "torch.Tensor":
-        """As `logits_from`, in the model's dtype and on its device: the blocks up to
-        `layer` are replaced by what returns `residual`."""
+        """`logits_from` in the model's dtype and on its device: the blocks up to
+        `layer` return `residual` instead of running."""
         check_layer(layer, n_layers=self.n_layers)
-        # Any tokens will do, all of it is replaced.
+        # Any tokens will do: the stream that they make is replaced.
         tokens = np.full(np.shape(residual)[:2], self.bos_id)
         with self._replaced(layer + 1, residual):
             return self._forward(tokens)
 
     @contextmanager
     def _replaced(self, count: int, residual: Residual) -> Iterator[None]:
-        """Within it the first `count` blocks do nothing but return `residual`."""
+        """Within the block, the first `count` blocks only return `residual`."""
         stream = self._tensor(residual)
         output = (stream,) if self._returns_tuples else stream
         blocks = find_layers(self.module)[:count]
@@ -266,8 +238,8 @@ class HFModel(Attached):
         *,
         underflow: bool = False,
     ) -> Losses:
-        """The losses of each stream after block `layer`, and KL from the first; two
-        sets of logits stand in memory, in float32 those of one context."""
+        """The losses of each stream after block `layer`, and KL from the first. Two
+        sets of logits are in memory at once, those of one context in float32."""
         following = np.roll(np.asarray(tokens), -1, axis=1)
         first = self._logits_from(residuals[0], layer)
         each = [
@@ -291,13 +263,13 @@ class HFModel(Attached):
         del batch, length
         last = splice_layer(layer, [splice], n_layers=self.n_layers)
         block = find_layers(self.module)[last]
-        # Its name before and after transformers 5.2x.
+        # The argument's name changed with transformers 5.2x.
         accepted = inspect.signature(self.module.forward).parameters
         name = "cache" if "cache" in accepted else "past_key_values"
         past: Any = None
 
         def hook(module: Any, args: Any, output: Any) -> Any:
-            stream = _first(output).float().cpu().numpy().copy()
+            stream = _first(output).float().cpu().numpy()
             return _with_first(output, self._tensor(apply_splice(splice, stream)))
 
         def forward(tokens: Tokens) -> Float[np.ndarray, "batch vocab"]:
@@ -310,7 +282,7 @@ class HFModel(Attached):
             if past is None:
                 raise UserError(
                     f"{type(self.module).__name__} of --model={self.name} keeps no "
-                    "keys and values, which generation goes by"
+                    "keys and values, which generation needs"
                 )
             return output.logits[:, -1].float().cpu().numpy()
 
@@ -370,14 +342,14 @@ def _part(block: "torch.nn.Module", site: str) -> Any:
     """The module whose output is what a site holds; None where none is known."""
     if site == "resid_post":
         return block
-    # Of Gemma 2 and 3 and OLMo 2: what is added is normalised, too.
+    # In Gemma 2 and 3 and OLMo 2 what is added is normalised once more.
     post_norms = hasattr(block, "post_feedforward_layernorm")
     names = (_POST_NORMS if post_norms else _PARTS)[site]
     return next((getattr(block, name) for name in names if hasattr(block, name)), None)
 
 
 def _first(output: Any) -> Any:
-    """The stream, of what a module returns: itself, or a tuple that it leads."""
+    """The stream in what a module returns: all of it, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -392,7 +364,7 @@ def load_hf(files: ModelFiles, *, dtype: str, device: str) -> HFModel:
         dtype = choose_dtype(files, on_cpu=device == "cpu")
     module = _read_module(transformers_source(files), name=files.name, dtype=dtype)
     module = module.eval().to(device)
-    # Models of text and images keep the text model's facts one level down.
+    # Models of text and images keep the text model's config one level down.
     text_config = module.config.get_text_config()
     n_layers = len(find_layers(module))
     facts = model_facts(
@@ -411,8 +383,8 @@ def _read_module(source: Source, *, name: str, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # Its bars ("Loading weights") are of no use in the log of a command; the hub's,
-    # which it turns off too, are while files come.
+    # Its bars ("Loading weights") only clutter the log of a command. It also turns off
+    # the hub's, which are useful while files are downloaded.
     bars = logging.is_progress_bar_enabled()
     downloads = not are_progress_bars_disabled()
     logging.disable_progress_bar()
@@ -433,7 +405,7 @@ def _read_module(source: Source, *, name: str, dtype: str) -> Any:
         if bars:
             logging.enable_progress_bar()
     module, report = loaded
-    # transformers only warns, and fills what is missing with random numbers.
+    # transformers would only warn, and fill what is missing with random numbers.
     if report["missing_keys"]:
         raise UserError(
             f"the weights of --model={name} lack {sorted(report['missing_keys'])[0]}; "

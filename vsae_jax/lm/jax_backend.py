@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from vsae_jax.config.sites import Hook, Site
+from vsae_jax.config.sites import Hook
 from vsae_jax.lm import decoder
 from vsae_jax.lm.attached import Attached
 from vsae_jax.lm.decoder import Params, Spec
@@ -52,12 +52,6 @@ class Decoder(Attached):
         """What each token puts into the residual stream."""
         return self.params["embed"].astype(jnp.float32) * self.spec.embed_scale
 
-    def residual(
-        self, tokens: Tokens, layer: int
-    ) -> Float[Array, "batch time d_model"]:
-        """The residual stream after block `layer`."""
-        return self.at(tokens, [Hook(layer)])[0]
-
     def residual_from(
         self, x: Residual, layer: int
     ) -> Float[Array, "batch time d_model"]:
@@ -91,7 +85,7 @@ class Decoder(Attached):
             if names == {"resid_post"}:
                 x = found[layer, "resid_post"] = self._run(x, done, layer + 1)
             else:
-                # The stream too, where blocks follow.
+                # Where more blocks follow, the stream is needed, too.
                 names |= {"resid_post"} if layer < layers[-1] else set()
                 parts = self._block(self._run(x, done, layer), layer, *names)
                 found |= {(layer, name): part for name, part in parts.items()}
@@ -102,7 +96,7 @@ class Decoder(Attached):
     def cut(self, tokens: Tokens, hook: Hook) -> Cut:
         """The pass up to a hook."""
         if hook.site == "resid_post":
-            return Cut(hook, self.residual(tokens, hook.layer))
+            return Cut(hook, self.at(tokens, [hook])[0])
         self.check(hook)
 
         def of_part(tokens: Tokens) -> tuple[Array, Array]:
@@ -153,40 +147,6 @@ class Decoder(Attached):
         i, order = jnp.int32(layer), tuple(sorted(names))
         return decoder.run_block(self.params, x, i, spec=self.spec, names=order)
 
-    def logits(
-        self,
-        tokens: Tokens,
-        *,
-        layer: int | None = None,
-        site: Site = "resid_post",
-        splices: Sequence[Splice] = (identity,),
-    ) -> list[Float[Array, "batch time vocab"]]:
-        """The logits with each splice; what is below it runs once."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        streams = self._spliced(tokens, Hook(layer, site), splices)
-        return [self.logits_from(stream, layer) for stream in streams]
-
-    def loss(
-        self,
-        tokens: Tokens,
-        *,
-        layer: int | None = None,
-        site: Site = "resid_post",
-        splices: Sequence[Splice] = (identity,),
-    ) -> list[Float[Array, "batch time-1"]]:
-        """The next-token loss with each splice; logits come in pieces."""
-        layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        streams = self._spliced(tokens, Hook(layer, site), splices)
-        return [self.losses_from([x], layer, tokens).ce[0] for x in streams]
-
-    def _spliced(
-        self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
-    ) -> Iterator[Float[Array, "batch time d_model"]]:
-        """The stream after the hook's block with each splice."""
-        cut = self.cut(tokens, hook)
-        for splice in splices:
-            yield self.joined(cut, [apply_splice(splice, cut.value)])[0]
-
     def logits_from(
         self, residual: Residual, layer: int
     ) -> Float[Array, "batch time vocab"]:
@@ -231,7 +191,7 @@ class Decoder(Attached):
         layer: int | None = None,
         splice: Splice = identity,
     ) -> Callable[[Tokens], Float[Array, "batch vocab"]]:
-        """A function of the next tokens; one compiled step serves them one by one."""
+        """A function of the next tokens; one compiled step runs them one by one."""
         layer = splice_layer(layer, [splice], n_layers=self.n_layers)
         n_below, n = layer + 1, self.n_layers
         spec, start = self.spec, 0
@@ -257,8 +217,9 @@ class Decoder(Attached):
 def _over_cores(
     run: Callable[..., Any], *batches: Residual | Tokens, axis: int = 0
 ) -> Any:
-    """`run(*batches)`; on a CPU each core has its part of the contexts, since XLA keeps
-    only products on several. `axis`: that of the contexts in what `run` returns."""
+    """`run(*batches)`; on a CPU each core runs its share of the contexts, since XLA
+    runs little but products on several cores. `axis`: the contexts' axis in what `run`
+    returns."""
     batches = tuple(a if isinstance(a, jax.Array) else np.asarray(a) for a in batches)
     batch, time = batches[0].shape[0], batches[-1].shape[1]
     traced = any(isinstance(a, Tracer) for a in batches)

@@ -29,14 +29,14 @@ class LanguageModel(Protocol):
     """What extraction and evaluation need of a language model.
 
     A splice maps what is at a site of block `layer`, `[batch, time, d_model]`, to what
-    is there instead: the residual stream after the block, or what its attention or its
-    MLP adds to it. The transformers model hands splices NumPy arrays and takes any
-    array back; of the JAX model see `Traceable`.
+    replaces it; a site is the residual stream after the block, or what its attention or
+    its MLP adds to the stream. The transformers model hands splices NumPy arrays and
+    takes any array back; for the JAX model see `Traceable`.
     """
 
     @property
     def files(self) -> ModelFiles:
-        """Where it was read from, and its tokenizer can be."""
+        """Where it was read from; its tokenizer is there, too."""
         ...
 
     @property
@@ -75,7 +75,7 @@ class LanguageModel(Protocol):
 
     @property
     def dtype(self) -> str:
-        """What products are made of, float32 or bfloat16; sums are in float32."""
+        """The dtype of products' operands, float32 or bfloat16; sums are float32."""
         ...
 
     @property
@@ -93,7 +93,7 @@ class LanguageModel(Protocol):
         ...
 
     def at(self, tokens: Tokens, hooks: Sequence[Hook]) -> Sequence[Residual]:
-        """What is at each hook, in float32, of one pass that ends with the last."""
+        """What is at each hook, in float32, from one pass that ends at the last."""
         ...
 
     def cut(self, tokens: Tokens, hook: Hook) -> "Cut":
@@ -113,8 +113,8 @@ class LanguageModel(Protocol):
         site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> Sequence[Logits]:
-        """The logits with each splice at a site of block `layer`, a list as long as
-        `splices`; what is below runs once where the backend can do that."""
+        """The logits with each splice at a site of block `layer`, one set a splice;
+        what is below runs once."""
         ...
 
     def loss(
@@ -129,8 +129,8 @@ class LanguageModel(Protocol):
         ...
 
     def logits_from(self, residual: Residual, layer: int) -> Logits:
-        """The logits where the residual stream after block `layer` is `residual`;
-        nothing below is computed, after the last block only norm and unembedding."""
+        """The logits where the residual stream after block `layer` is `residual`; only
+        what is above the block is computed."""
         ...
 
     def losses_from(
@@ -142,9 +142,9 @@ class LanguageModel(Protocol):
         underflow: bool = False,
     ) -> "Losses":
         """The losses where the residual stream after block `layer` is each of
-        `residuals`, and KL from the first; all logits never stand in memory at once.
+        `residuals`, and KL from the first; never are all logits in memory at once.
 
-        underflow: log p by way of p, where it can become -inf.
+        underflow: log p is the log of a softmax, which can be -inf.
         """
         ...
 
@@ -156,10 +156,10 @@ class LanguageModel(Protocol):
         layer: int | None = None,
         splice: Splice = identity,
     ) -> Callable[[Tokens], Float[Array | np.ndarray, "batch vocab"]]:
-        """A function that takes the next tokens `[batch, time]` of `batch` contexts, at
-        its first call the first ones, and gives the logits after the last of them. It
+        """A function that takes the next tokens `[batch, time]` of `batch` contexts (in
+        its first call the first ones) and returns the logits after the last of them. It
         keeps the keys and values of up to `length` positions, so that no token runs
-        twice; `splice` sees the new positions only."""
+        twice; `splice` sees only the new positions."""
         ...
 
     def tokenize(
@@ -215,9 +215,9 @@ class Traceable(LanguageModel, Protocol):
 
 
 class Cut(NamedTuple):
-    """A forward pass that has come to a hook.
+    """A forward pass that has reached a hook.
 
-    value: what is there. rest: what the backend needs besides to go on from there.
+    value: what is there. rest: what else the backend needs to go on from there.
     """
 
     hook: Hook
@@ -226,8 +226,8 @@ class Cut(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of n residual streams, unreduced, in nats: the next-token loss, and KL(p_0 ||
-    p_i) of the next token's distribution from that of the first stream."""
+    """The losses of n residual streams, unreduced, in nats: the next-token loss, and
+    KL(p_0 || p_i) of the next token's distribution from that of the first stream."""
 
     ce: Float[Array | np.ndarray, "n batch time-1"]
     kl: Float[Array | np.ndarray, "n batch time"]
@@ -259,14 +259,14 @@ def splice_layer(
     site: Site = "resid_post",
 ) -> int:
     """The block of the splices; the last one where nothing is spliced. Refuses a splice
-    whose `hook`, if it says one, is at another site."""
+    that has a `hook` at another site."""
     for splice in splices:
         hook = getattr(splice, "hook", None)
         if hook is not None and hook.site != site:
             raise UserError(
-                f"the splice is by an autoencoder of {hook.name} and would be put at "
-                f"{site}; lm.logits and lm.loss take site={hook.site!r}, generate does "
-                "not"
+                f"the splice is by an autoencoder of {hook.name} and would be applied "
+                f"at {site}; lm.logits and lm.loss take site={hook.site!r}, generate "
+                "does not"
             )
     if layer is not None:
         return check_layer(layer, n_layers=n_layers)
@@ -277,7 +277,10 @@ def splice_layer(
 
 def apply_splice(splice: Splice, residual: Residual) -> Any:
     """`splice(residual)`, which must keep the shape."""
-    replaced = splice(residual)
+    # What a splice does to NumPy's array in place reaches no other splice.
+    replaced = splice(
+        np.array(residual) if isinstance(residual, np.ndarray) else residual
+    )
     if np.shape(replaced) != residual.shape:
         raise ValueError(
             f"a splice returned the shape {np.shape(replaced)} for {residual.shape}"

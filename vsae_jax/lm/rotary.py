@@ -15,8 +15,8 @@ Settings = Mapping[str, Any]
 def frequencies(
     settings: Settings, *, base: float, ndims: int, max_positions: int
 ) -> tuple[Float[np.ndarray, " half"], float]:
-    """Radians a position turns each pair of dimensions, and the scale of cosine and
-    sine.
+    """The radians by which a position turns each pair of dimensions, and the scale of
+    cosine and sine.
 
     settings: `rope_parameters` of config.json, or `rope_scaling` of an older one.
     """
@@ -39,7 +39,7 @@ def frequencies(
 
 
 def is_dynamic(settings: Settings) -> bool:
-    """Whether the frequencies depend on the context's length, beyond the positions
+    """Whether the frequencies change with the context's length beyond the positions
     that the model was made for."""
     return settings.get("rope_type", settings.get("type")) == "dynamic"
 
@@ -53,7 +53,7 @@ def _linear(settings, plain, base, original):
 
 
 def _llama3(settings, plain, base, original):
-    """Long waves are slowed by `factor`, short ones not, those between a little."""
+    """Slows long waves by `factor`, short ones not at all, those between partly."""
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     turns = original * plain / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
@@ -61,7 +61,7 @@ def _llama3(settings, plain, base, original):
 
 
 def _yarn(settings, plain, base, original):
-    """As llama3, with a ramp over dimensions, and a scale that grows with `factor`."""
+    """Like llama3, with a ramp over dimensions and a scale that grows with `factor`."""
     factor, half = settings["factor"], len(plain)
 
     def dimension(turns: float) -> float:

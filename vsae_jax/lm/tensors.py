@@ -14,14 +14,15 @@ from vsae_jax.system.errors import UserError, one_line
 
 # Constants that older checkpoints carry beside the weights.
 _BUFFER = re.compile(r".*((attn|attention)\.(masked_)?bias|rotary_emb\.inv_freq)")
-# Of our arrays, those that enter products; all others stay in float32.
+# Besides `w_...`, the arrays that enter products; all others stay in float32.
 _MATRICES = ("embed", "unembed")
 
 
 def tensor_names(
     family: Family, spec: Spec
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]:
-    """Our array -> the file's tensors that make it, outside the blocks and in one."""
+    """Our array -> the file's tensors that it is made of, outside the blocks and in
+    one."""
     return (
         {name: _names(family, name) for name in outer_arrays(spec)},
         {name: _names(family, name) for name in block_arrays(spec)},
@@ -70,7 +71,7 @@ class _Tensors:
         self._model, self._family, self._spec = files.name, family, spec
         self._dtype = np.dtype(dtype)
         self._head = _names(family, "unembed")[0]
-        # Our name of a tensor -> the file, and the file's own name.
+        # Full name of a tensor -> the file, and its name there.
         self._places: dict[str, tuple[safe_open, str]] = {}
         self._expected: set[str] = {self._head} if spec.tied else set()
         for path in weight_files(files):
@@ -107,9 +108,8 @@ class _Tensors:
         for name in sorted(self._places.keys() - self._expected):
             if not _BUFFER.fullmatch(name):
                 own = self._places[name][1]
-                raise self._mismatch(
-                    f"the tensor {own} is not {self._architecture()}'s"
-                )
+                model_type = self._family.model_type
+                raise self._mismatch(f"the tensor {own} is not {model_type}'s")
 
     def read(self, ours: str, parts: list[str] | tuple[str, ...]) -> np.ndarray:
         """One of our arrays."""
@@ -139,9 +139,6 @@ class _Tensors:
             return [width]
         keys = self._spec.n_kv_heads * self._spec.d_head
         return [width - 2 * keys, keys, keys]
-
-    def _architecture(self) -> str:
-        return self._family.model_type
 
     def _mismatch(self, what: str) -> UserError:
         return UserError(

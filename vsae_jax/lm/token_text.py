@@ -1,7 +1,7 @@
 """The text of single tokens, for people to look at.
 
-A token need not be whole characters: bytes that are no UTF-8 of their own are shown as
-\\x and two digits.
+A token need not be whole characters: bytes that are not UTF-8 by themselves are shown
+as \\x and two digits.
 """
 
 import re

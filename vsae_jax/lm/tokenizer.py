@@ -38,8 +38,8 @@ def _check_vocabulary(
 ) -> None:
     """Refuses a tokenizer with ids that the model does not know.
 
-    Special tokens beyond the vocabulary are let pass: Gemma 3's 1B text model ships
-    the image token of its larger sisters, and plain text does not produce them.
+    Special tokens beyond the vocabulary are accepted: Gemma 3's 1B text model ships
+    the image token of its larger sisters, and plain text never produces it.
     """
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
     largest = max(set(tokenizer.get_vocab().values()) - special, default=-1)
@@ -52,10 +52,11 @@ def _check_vocabulary(
 
 
 def encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    """The ids of each text, no special tokens added; one that is spelt stays text."""
-    # Said outright, so that the tokenizers library does not warn after a fork.
+    """The ids of each text. No special tokens are added; one that a text spells stays
+    text."""
+    # Set, so that the tokenizers library does not warn after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # The tokenizers library without offsets, which transformers always asks for.
+    # Without the offsets that transformers always asks the tokenizers library for.
     encoder = getattr(tokenizer, "backend_tokenizer", None)
     if encoder is not None:
         encoder.encode_special_tokens = True

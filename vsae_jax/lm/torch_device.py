@@ -9,14 +9,14 @@ from vsae_jax.system.errors import UserError, missing_extra
 
 _KINDS = ("cpu", "cuda", "mps")
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
-# Any of them is a user's own choice.
+# Where one of them is set, the user has chosen.
 _SETTINGS = (_PREALLOCATE, "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 _GPU_PLATFORMS = ("cuda", "gpu", "rocm")
 _GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin", "jax_rocm7_plugin")
 
 
 def placed(device: str) -> str:
-    """`device` resolved, and JAX told to leave torch room on it."""
+    """`device` resolved, once JAX is told to leave torch room on it."""
     if importlib.util.find_spec("torch") is None:
         hint = missing_extra("torch", extra="torch")
         raise UserError(
@@ -31,8 +31,8 @@ def placed(device: str) -> str:
 
 
 def resolve(device: str, torch: Any) -> str:
-    """`device` as torch names it; `auto` is the first GPU, or the CPU. Refuses what is
-    not there."""
+    """`device` as torch names it; `auto` is the first GPU, or the CPU. Refuses a device
+    that is not there."""
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return "cuda:0" if n_gpus else "cpu"
@@ -49,8 +49,8 @@ def resolve(device: str, torch: Any) -> str:
 
 
 def leave_room(device: str, environ: MutableMapping[str, str] = os.environ) -> str:
-    """Keeps JAX, if it has not started, from taking three quarters of a GPU that torch
-    uses, too, unless the user has chosen otherwise; what there is to say of it, or "".
+    """Keeps JAX, if it has not started yet, from taking three quarters of a GPU that
+    torch also uses, unless the user has chosen otherwise. Returns a note on it, or "".
 
     device: torch's, resolved.
     """

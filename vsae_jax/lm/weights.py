@@ -1,4 +1,4 @@
-"""What tells the weights of one local model from those of another."""
+"""A hash of the weights of a local model, which tells them from other weights."""
 
 import functools
 import hashlib
@@ -7,14 +7,14 @@ from pathlib import Path
 from vsae_jax.lm.files import ModelFiles
 
 _KINDS = ("*.safetensors", "*.bin")
-# Of a file, what is read at most.
+# At most so many pieces of so many bytes of a file are read.
 _PIECES, _PIECE_BYTES = 256, 2**20
 
 
 def weights_hash(files: ModelFiles) -> str:
-    """Tells the weights in a local folder from others: sha256 of each file's name, size
-    and bytes, of a large one 256 MiB in evenly spaced pieces; "" for a hub id, whose
-    commit says it."""
+    """The sha256 over the name, size and bytes of each weight file in a local folder
+    (of a large file 256 MiB in evenly spaced pieces); "" for a hub id, whose commit
+    says it."""
     if files.folder is None:
         return ""
     paths = sorted(p for kind in _KINDS for p in files.folder.glob(kind))
@@ -23,7 +23,8 @@ def weights_hash(files: ModelFiles) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _hash(paths: tuple[tuple[Path, int, int], ...]) -> str:
-    """The same of files with their sizes and times, once for all runs of a command."""
+    """The hash of files given with sizes and times, made once for all runs of a
+    command."""
     digest = hashlib.sha256()
     for path, size, _ in paths:
         digest.update(f"{path.name} {size} ".encode())

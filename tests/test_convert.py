@@ -161,7 +161,7 @@ def test_abstopk_goes_to_saelens_only(tmp_path, capfd):
 def test_layer_norm_is_refused_where_it_cannot_be_said(tmp_path, capfd, to):
     folder = write(make(layer_norm=True), "openai", tmp_path / "in")
     said = said_by(capfd, input=folder, to=to, out=tmp_path / "o")
-    assert f"{to} cannot say the per-row LayerNorm" in said
+    assert f"{to} cannot hold the per-row LayerNorm" in said
     out = converted(folder, "saelens", tmp_path / "o")
     config = json.loads((out / "cfg.json").read_text())
     assert config["normalize_activations"] == "layer_norm"

@@ -116,10 +116,10 @@ def test_the_embeddings_scale_is_said(tmp_path):
         ({"W_enc": arrays()["W_enc"].T}, "[10, 6], expected [6, 10]; it is transposed"),
         ({"b_enc": np.full(M, np.nan, "f4")}, "b_enc holds NaN"),
         ({"threshold": np.ones(3, "f4")}, "threshold has shape [3], expected [10]"),
-        ({"affine_skip": np.ones(3, "f4")}, "are not known: affine_skip"),
+        ({"affine_skip": np.ones(3, "f4")}, "unknown tensors: affine_skip"),
         ({"scaling_factor": np.full(M, 2.0)}, "scaling_factor other than 1"),
-        ({"b_dec": np.array([object()])}, "b_dec.npy is no plain array of <f8, <f4"),
-        ({"b_dec": np.ones(D, ">f4")}, "b_dec.npy is no plain array"),
+        ({"b_dec": np.array([object()])}, "b_dec.npy is not a plain array of <f8, <f4"),
+        ({"b_dec": np.ones(D, ">f4")}, "b_dec.npy is not a plain array"),
     ],
 )
 def test_arrays_that_are_refused(tmp_path, changed, said):
@@ -167,16 +167,16 @@ def header(shape: str, descr: str = "'<f4'") -> str:
 
 
 HOSTILE = {
-    "no zip": (b"PK\x03\x04" + b"\0" * 100, "is no .npz file"),
-    "empty": (b"", "is no .npz file"),
-    "no array": (npz(a=b"x" * 100), "a.npy is no array of NumPy's"),
-    "cut": (npz(a=b"\x93NUMPY\x01\x00"), "is no .npz file"),
+    "no zip": (b"PK\x03\x04" + b"\0" * 100, "is not a .npz file"),
+    "empty": (b"", "is not a .npz file"),
+    "no array": (npz(a=b"x" * 100), "a.npy is not an array of NumPy's"),
+    "cut": (npz(a=b"\x93NUMPY\x01\x00"), "is not a .npz file"),
     "oversized": (npz(a=npy(header("(1099511627776,)"))), "has 0"),
     "too short": (npz(a=npy(header("(2,)"), b"\0" * 4)), "needs 8 bytes and has 4"),
-    "an object": (npz(a=npy(header("(1,)", "'|O'"), b"\0")), "is no plain array"),
-    "fields": (npz(a=npy(header("(1,)", "[('a', '<f4')]"))), "is no plain array"),
-    "code": (npz(a=npy(header("(__import__('os'),)"))), "is no plain array"),
-    "deep": (npz(a=npy(header("(" * 3000))), "is no plain array"),
+    "an object": (npz(a=npy(header("(1,)", "'|O'"), b"\0")), "is not a plain array"),
+    "fields": (npz(a=npy(header("(1,)", "[('a', '<f4')]"))), "is not a plain array"),
+    "code": (npz(a=npy(header("(__import__('os'),)"))), "is not a plain array"),
+    "deep": (npz(a=npy(header("(" * 3000))), "is not a plain array"),
     "folders": (npz(**{"../a": npy(header("(0,)"))}), "an entry named '../a.npy'"),
     "zeros": (
         npz(zipfile.ZIP_DEFLATED, a=npy(header("(25000000,)"), bytes(10**8))),

@@ -138,7 +138,7 @@ def test_hostile_json(folder, name, file):
 def test_a_configs_key_of_two_lines(folder):
     config = json.loads((folder / CONFIG).read_text()) | {"a\nb": 1}
     (folder / CONFIG).write_text(json.dumps(config))
-    one_line(interop.read, folder, said=r"has what is not known: 'a\nb'; expected arch")
+    one_line(interop.read, folder, said=r"has unknown keys: 'a\nb'; expected arch")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

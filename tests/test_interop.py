@@ -432,7 +432,7 @@ def test_a_scaling_factor_of_before_6_is_refused(tmp_path):
     folder = of_before_6(tmp_path, "relu")
     path = folder / "sae_weights.safetensors"
     save_file(load_file(path) | {"scaling_factor": np.full(10, 2, "f4")}, path)
-    assert "are not known: scaling_factor" in refused(interop.read, folder)
+    assert "unknown tensors: scaling_factor" in refused(interop.read, folder)
 
 
 def test_saelens_says_that_rows_are_centred(tmp_path):
@@ -472,7 +472,10 @@ def change(path: Path, **values) -> None:
         ({"normalize_activations": "expected_average_only_in"}, "fold it"),
         ({"reshape_activations": "hook_z"}, "expected none"),
         ({"apply_b_dec_to_input": "DROP"}, "no true/false"),
-        ({"hook_fn": 1, "jump": 2}, "not known: hook_fn, jump; expected architecture,"),
+        (
+            {"hook_fn": 1, "jump": 2},
+            "unknown keys: hook_fn, jump; expected architecture,",
+        ),
     ],
 )
 def test_saelens_configs_that_are_refused(tmp_path, values, said):
@@ -484,7 +487,10 @@ def test_saelens_configs_that_are_refused(tmp_path, values, said):
 @pytest.mark.parametrize(
     "edit, said",
     [
-        (lambda a: a | {"threshold": a["b_enc"]}, "not known: threshold; expected W_e"),
+        (
+            lambda a: a | {"threshold": a["b_enc"]},
+            "unknown tensors: threshold; expected W_e",
+        ),
         (lambda a: {n: a[n] for n in a if n != "W_dec"}, "lacks W_dec"),
         (lambda a: a | {"W_enc": a["W_enc"].T.copy()}, "[10, 6], expected [6, 10]; it"),
         (lambda a: a | {"W_dec": a["W_dec"].T.copy()}, "is transposed"),
@@ -528,7 +534,7 @@ def test_dictionary_learning_configs_that_are_refused(tmp_path, values, said):
         ({"signed": True}, "signed='True' is not read"),
         ({"k": "DROP"}, "says TopK but no k"),
         ({"d_in": 7}, "says d_in='7'"),
-        ({"groups": 4}, "has what is not known: groups; expected d_in, k"),
+        ({"groups": 4}, "has unknown keys: groups; expected d_in, k"),
     ],
 )
 def test_sparsify_configs_that_are_refused(tmp_path, values, said):
@@ -593,7 +599,7 @@ def test_a_run_of_another_rule_is_refused(tmp_path):
     run = json.loads((folder / "vsae_jax_export.json").read_text())["run"]
     other = dataclasses.asdict(make(rule="abstopk").config)
     change(folder / "vsae_jax_export.json", run=run | {"sae": other})
-    assert "its run is another than the files" in refused(interop.read, folder)
+    assert "its run does not fit the files" in refused(interop.read, folder)
 
 
 @pytest.mark.parametrize("k, postact_fn", [(3, "ReLU"), (4, "ReLU"), (3, "Identity")])

@@ -203,9 +203,9 @@ def hostile(marker: Path) -> dict[str, tuple[bytes, str]]:
         "absolute": (renamed("/etc/passwd"), "an entry named '/etc/passwd'"),
         "zip bomb": (compressed(), "is compressed or encrypted"),
         "overlapping entries": (overlapping(), "overlap"),
-        "truncated": (good[: len(good) // 2], "no .pt file"),
-        "one byte short": (good[:-1], "no .pt file"),
-        "empty": (b"", "no .pt file"),
+        "truncated": (good[: len(good) // 2], "not a .pt file"),
+        "one byte short": (good[:-1], "not a .pt file"),
+        "empty": (b"", "not a .pt file"),
         "legacy": (pickle.dumps(0x1950A86A20F9469CFC6C), "torch 1.6 or later"),
         "no pickle": (renamed("x").replace(b"data.pkl", b"data.pxx"), "without one"),
     }

@@ -168,8 +168,8 @@ def test_load_from_the_hub(hub, tmp_path):
     got = [json.loads(line) for line in done.stdout.splitlines()]
     first, inner = (float(make(seed=s).params["w_enc"][0, 0]) for s in (0, 1))
     assert got[:3] == [[first, 3], [first, 3], [inner, 3]]
-    assert got[3] == "revision=v2 is no branch, tag or commit of me/sae"
-    assert got[4].startswith("me/none is no folder here, and no repository that the")
+    assert got[3] == "revision=v2 is not a branch, tag or commit of me/sae"
+    assert got[4].startswith("me/none is neither a folder here nor a repository that")
     assert "layers.9 is not a folder" in got[5]
     names = {Path(name).name for name in hub.fetched}
     assert names <= {*EXPORTED, "sae.safetensors"}
@@ -207,8 +207,11 @@ def test_saelens_names_lead_to_their_files(gemma_scope, tmp_path):
     assert got[:3] == [[first, len(gemma_arrays()["b_enc"])]] * 3
     assert "'layer_99/width_16k/canonical' is not one of them; nearest: gemma" in got[3]
     assert f"; did you mean {GEMMA} or " in got[4]
-    assert "no folder here; did you mean gemma-scope-2b-pt-res-canonical/" in got[5]
-    assert "format gemma_2_transcoder, which is not read; read are sae_lens, " in got[6]
+    assert "not a folder here; did you mean gemma-scope-2b-pt-res-canonical/" in got[5]
+    assert (
+        "format gemma_2_transcoder, which is not read; those that are: sae_lens, "
+        in got[6]
+    )
     assert {Path(name).name for name in gemma_scope.fetched} == {"params.npz"}
 
 
@@ -263,5 +266,5 @@ def test_a_path_is_no_hub_id(tmp_path, monkeypatch):
         assert sae_hub.find(name) == (Path(name), {}, {})
         with pytest.raises(UserError, match="needs a hub id"):
             sae_hub.find(name, revision="v1")
-    with pytest.raises(UserError, match="is no folder here and no hub id"):
+    with pytest.raises(UserError, match="is neither a folder here nor a hub id"):
         sae_hub.find("me/sae/../x")

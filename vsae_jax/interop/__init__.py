@@ -1,6 +1,6 @@
 """Other libraries' files: one module a format, all through one canonical form."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,19 +18,23 @@ from vsae_jax.system.errors import UserError
 
 
 class Readable(Protocol):
-    """What the module of a format that is read has."""
+    """The names that the module of a format that is read has.
+
+    weights: the file of the weights, where a folder is of this format.
+    """
 
     @property
     def NAME(self) -> str: ...
-    def weights(self, folder: Path) -> Path | None: ...
+    @property
+    def weights(self) -> Callable[[Path], Path | None]: ...
     def read(self, folder: Path) -> Autoencoder: ...
 
 
 class Format(Readable, Protocol):
-    """What the module of a format that is also written has.
+    """The names that the module of a format that is also written has.
 
-    SAYS: the selection rule that its files say for one that it does not know; they are
-      equal where no kept value is negative.
+    SAYS: for a selection rule that its files cannot say, the one that they say instead:
+      the two are equal where no kept value is negative.
     """
 
     @property
@@ -66,13 +70,9 @@ def recognised(folder: Path) -> Readable:
         names = " and ".join(f.NAME for f in found)
         raise UserError(f"{folder} looks like {names}; leave the files of one")
     inside = [f.name for f in sorted(folder.iterdir())[:1000] if f.is_dir()]
-    inside = [name for name in inside if _holds_one(folder / name)]
+    inside = [n for n in inside if any(f.weights(folder / n) for f in READ.values())]
     hint = f"; name one of its folders: {', '.join(inside[:5])}" if inside else ""
     raise UserError(f"{folder} holds no autoencoder{hint}; expected {_EXPECTED}")
-
-
-def _holds_one(folder: Path) -> bool:
-    return any(f.weights(folder) for f in READ.values())
 
 
 def read(folder: str | Path) -> Autoencoder:

@@ -6,7 +6,7 @@
     x_n = scale * (x - mean);  z = (x_n - b_dec where subtract_b_dec) @ w_enc + b_enc
     f = the selection rule's;  x_hat = (f @ w_dec + b_dec) / scale + mean
 
-The rules here rewrite one such form as another with the same x_hat, in float64.
+The functions here rewrite one such form as another with the same x_hat, in float64.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _SWITCHES: dict[str, dict[str, Any]] = {
     "vaease": {"sparsity": "none", "relu": False, "gate": "sigma"},
 }
 RULES = tuple(_SWITCHES)
-# Rules by a threshold, and the array that holds it.
+# The rules that have thresholds, and the array that holds them.
 THRESHOLDS = {n: s.THRESHOLD for n, s in SPARSIFIERS.items() if s.THRESHOLD}
 
 
@@ -61,10 +61,10 @@ class Autoencoder:
 
     layer_norm: each row is first brought to mean 0 and standard deviation 1, and
       x_hat back (OpenAI): x' = (x - m) / (std + 1e-5), with std unbiased.
-    latent_scale: its latents are this times those of what it was rewritten from.
-    data, train: of a run's config.json, as far as they are known.
+    latent_scale: its latents are this many times those of its original.
+    data, train: those of a run's config.json, as far as they are known.
     source: format, name, step and dtype of the files it comes from.
-    notes: what a reader has to know and no field says.
+    notes: what a reader has to know and no other field says.
     """
 
     config: SAEConfig
@@ -139,8 +139,8 @@ def foreign(
 
 
 def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
-    """The same weights under another selection rule; of two by a threshold, one for
-    all latents and one of each, which then are equal."""
+    """The same weights under another selection rule. One threshold for all latents
+    and one for each are turned into each other, where the latter are equal."""
     if rule == ae.rule:
         return ae
     params = dict(ae.params)
@@ -156,14 +156,14 @@ def with_rule(ae: Autoencoder, rule: str) -> Autoencoder:
 
 
 def same_kind(rule: str, other: str) -> bool:
-    """Whether autoencoders of both rules have the same kind of arrays: thresholds, a
-    gate of the same sort, or neither."""
+    """Whether autoencoders of both rules have the same kind of arrays: thresholds, the
+    same gate, or neither."""
     gates = [_SWITCHES[name].get("gate") for name in (rule, other)]
     return gates[0] == gates[1] and (rule in THRESHOLDS) == (other in THRESHOLDS)
 
 
 def thresholds(ae: Autoencoder) -> np.ndarray:
-    """The threshold of each latent, `[d_sae]`, of a rule by thresholds."""
+    """The threshold of each latent, `[d_sae]`, under a rule that has thresholds."""
     own = ae.params[THRESHOLDS[ae.rule]]
     return np.full(ae.config.d_sae, own, np.float32)
 
@@ -207,54 +207,50 @@ def _float32(array: Any) -> np.ndarray:
 
 
 def refuse_thresholds(ae: Autoencoder, name: str) -> None:
-    """Stops a format that has neither thresholds nor a gate."""
+    """Refuses thresholds and gates, for a format that has neither."""
     refuse_gate_by_sigma(ae, name)
     if ae.rule in THRESHOLDS or ae.config.gate != "none":
         what = "thresholds" if ae.rule in THRESHOLDS else "gate"
         raise UserError(
-            f"{name} cannot say the {what} of a {ae.rule} autoencoder; write it "
+            f"{name} cannot hold the {what} of a {ae.rule} autoencoder; write it "
             "with --to=saelens, dictionary_learning or vsae_jax"
         )
 
 
 def refuse_gate_by_sigma(ae: Autoencoder, name: str) -> None:
-    """Stops a format other than ours: none has a gate by sigma."""
+    """Refuses a gate by sigma, which no format but ours has."""
     if ae.config.gate == "sigma":
         raise UserError(
-            f"{name} cannot say the gate of a {ae.rule} autoencoder, 1 - sigma of each "
-            "row; write it with --to=vsae_jax"
+            f"{name} cannot hold the gate of a {ae.rule} autoencoder, 1 - sigma of "
+            "each row; write it with --to=vsae_jax"
         )
 
 
 def refuse_layer_norm(ae: Autoencoder, name: str) -> None:
-    """Stops a format that has no per-row LayerNorm."""
+    """Refuses a per-row LayerNorm, for a format that has none."""
     if ae.layer_norm:
         raise UserError(
-            f"{name} cannot say the per-row LayerNorm of {ae.source.get('name')}; "
+            f"{name} cannot hold the per-row LayerNorm of {ae.source.get('name')}; "
             "write it with --to=saelens, openai or vsae_jax"
         )
 
 
 def shown(value: Any) -> str:
-    """A value from a stranger in a message; a container only by its type."""
+    """A value from a stranger as it is shown in a message; a container by its type."""
     scalar = value is None or isinstance(value, str | int | float)
     return repr(str(value)[:40]) if scalar else f"a {type(value).__name__}"
 
 
-def whole_number(value: Any, name: str, *, where: Any, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`."""
-    if type(value) is not int or not least <= value < 2**31:
-        raise UserError(
-            f"{where}: {name} is {shown(value)}, expected a whole number of at least "
-            f"{least}"
-        )
-    return value
-
-
 def check_k(k: Any, *, d_sae: int, where: Any) -> int:
-    """k of a TopK, between 1 and d_sae."""
+    """k of a TopK, a whole number between 1 and d_sae."""
     if k is None:
-        raise UserError(f"{where} says TopK but no k; expected the latents kept a row")
-    if whole_number(k, "k", where=where) > d_sae:
+        raise UserError(
+            f"{where} says TopK but no k; expected the number of latents kept per row"
+        )
+    if type(k) is not int or not 1 <= k < 2**31:
+        raise UserError(
+            f"{where}: k is {shown(k)}, expected a whole number of at least 1"
+        )
+    if k > d_sae:
         raise UserError(f"{where}: k={k} must not exceed d_sae={d_sae}")
     return k

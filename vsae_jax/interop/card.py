@@ -97,7 +97,7 @@ def _facts(ae: Autoencoder) -> dict[str, Any]:
 
 
 def _origin(source: dict[str, Any]) -> str | None:
-    """What another library wrote: its format, and the repository or the file."""
+    """Where another library's files came from: format, and repository or file."""
     source = source.get("origin", source)
     if source.get("format") in (None, "vsae_jax"):
         return None
@@ -127,5 +127,5 @@ def _table(values: dict[str, Any], left: str, right: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A stranger's words in one cell: no new line, no new column."""
+    """A stranger's words in one cell: no line break, no column border."""
     return " ".join(str(value).split()).replace("|", " ")

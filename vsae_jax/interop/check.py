@@ -16,8 +16,8 @@ from vsae_jax.system.errors import UserError
 
 GENERATED = "generated"
 _CHUNK = 128
-# Two sums of float32 in another order may select another latent where two are nearly
-# equal; more rows than this share say that it is another autoencoder.
+# float32 sums in another order may select another latent where two are nearly equal.
+# Where more than this share of the rows differ, it is another autoencoder.
 _TOLERANCE, _SHARE = 1e-4, 0.01
 
 
@@ -46,7 +46,7 @@ class Pass(NamedTuple):
 
 
 def given_rows(ae: Autoencoder, folder: Path | None, *, count: int) -> tuple[Any, str]:
-    """Activations of a folder, or generated ones, and what to call them."""
+    """Rows of a folder of activations, or generated ones, and what to call them."""
     if folder is None:
         return generated_rows(ae, count=count), GENERATED
     activations = Activations.open(folder)
@@ -61,8 +61,8 @@ def given_rows(ae: Autoencoder, folder: Path | None, *, count: int) -> tuple[Any
 
 
 def generated_rows(ae: Autoencoder, *, count: int) -> Float[np.ndarray, "rows d"]:
-    """mean + b_dec / s + the decoder's rows in random positive sums + noise: near what
-    it was trained on, and the same every time."""
+    """mean + b_dec / s + random positive sums of the decoder's rows + noise: close to
+    what it was trained on, and the same every time."""
     rng = np.random.default_rng(0)
     m, few = ae.config.d_sae, min(ae.k or 16, 64)
     rows = np.empty((count, ae.config.d_model))
@@ -105,7 +105,7 @@ def sane(ae: Autoencoder, rows: Float[np.ndarray, "rows d"]) -> Pass:
 def compare(
     ours: Autoencoder, theirs: Autoencoder, rows: Any, *, rows_from: str
 ) -> Check:
-    """Both on the same rows; refuses what is not the same autoencoder."""
+    """The self-check of both on the same rows; refuses two different autoencoders."""
     a, b = run_rows(ours, rows), sane(theirs, rows)
     l0 = np.count_nonzero(b.f, axis=1)
     difference = np.abs(a.x_hat - b.x_hat).max(axis=1)
@@ -130,8 +130,8 @@ def compare(
 
 
 class Cost(NamedTuple):
-    """What another selection rule does to the same rows: the share of them whose x_hat
-    changes by over 1e-4 of the largest, and the explained variance of both."""
+    """What another selection rule changes on the same rows: the share of rows whose
+    x_hat changes by over 1e-4 of the largest, and the explained variance of both."""
 
     rows_changed: float
     variance_before: float | None
@@ -139,7 +139,7 @@ class Cost(NamedTuple):
 
 
 def cost(ours: Autoencoder, other: Autoencoder, rows: Any) -> Cost:
-    """What `other` loses against `ours`."""
+    """What is lost with `other` in place of `ours`."""
     a, b = run_rows(ours, rows).x_hat, run_rows(other, rows).x_hat
     changed = np.abs(a - b).max(axis=1) > _TOLERANCE * max(np.abs(a).max(), 1e-30)
     before, after = (_explained_variance(rows, x_hat) for x_hat in (a, b))
@@ -153,15 +153,15 @@ def _explained_variance(x: Any, x_hat: Any) -> float | None:
 
 
 def refuse_negative(ae: Autoencoder, rows: Any, *, format: str, says: str) -> None:
-    """Stops a format whose files say another rule, where that would change a row."""
+    """Refuses a format whose files say another rule, where that would change a row."""
     negative = int((run_rows(ae, rows).f < 0).any(axis=1).sum())
     if negative:
         others = {"abstopk": "--to=saelens or ", "gated_linear": ""}
         raise UserError(
             f"{format} has no {ae.rule}, and {says} would drop the negative latents "
             f"that {negative} of {len(rows)} rows keep; write it with "
-            f"{others.get(ae.rule, '--to=openai or ')}--to=vsae_jax, or drop them, "
-            "with the cost said, with --lossy=true"
+            f"{others.get(ae.rule, '--to=openai or ')}--to=vsae_jax, or drop them with "
+            "--lossy=true, which reports the cost"
         )
 
 

@@ -11,9 +11,9 @@
                       is subtracted from x, a decoder.bias (April mode) is not
 
 with encoder.weight [d_sae, d_in] and decoder.weight [d_in, d_sae], W_enc and W_dec as
-here. VSAETopK is read and
-written as AutoEncoderTopK, which the package itself knows. The input's scale is folded
-into the biases: the decoder keeps its norms, latents get the units of x.
+here. VSAETopK is read, and written as AutoEncoderTopK, which the package itself knows.
+The input's scale is folded into the biases: the decoder keeps its norms and latents get
+the units of x.
 """
 
 import re
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vsae_jax import runs
-from vsae_jax.autoencoder import sae
 from vsae_jax.config import read_hook
 from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import (
@@ -40,11 +39,11 @@ from vsae_jax.interop.canonical import (
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.pt_write import write_pt
 from vsae_jax.interop.tensors import (
-    as_float32,
-    check_layout,
+    file_beside,
+    our_arrays,
     read_json,
-    size_of,
     source_dtype,
+    their_arrays,
 )
 from vsae_jax.system.errors import UserError
 
@@ -54,7 +53,6 @@ SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 SAYS |= {"gated_linear": "gated"}
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 _SUBMODULE = re.compile(r"(mlp_out|attn_out)_layer_?(\d{1,4})")
-# A `.weight` of theirs is the transposed of ours.
 _LINEAR = {"w_enc": "encoder.weight", "b_enc": "encoder.bias"}
 _LINEAR |= {"w_dec": "decoder.weight", "b_dec": "b_dec"}
 _PLAIN = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec"}
@@ -63,7 +61,7 @@ _ONE, _EACH = {"threshold": "threshold"}, {"theta": "threshold"}
 
 
 class _Class(NamedTuple):
-    """A class of theirs: the rule that it says, its trainer, our names and theirs."""
+    """One of their classes: its selection rule, its trainer, our names and theirs."""
 
     rule: str
     trainer: str
@@ -86,10 +84,7 @@ _CLASSES = {
 _HEAD = {"w_var": "var_encoder.weight", "b_var": "var_encoder.bias"}
 
 
-def weights(folder: Path) -> Path | None:
-    """The file of the weights, if this is such a folder."""
-    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-    return folder / WEIGHTS if both else None
+weights = file_beside(CONFIG, WEIGHTS)
 
 
 def read(folder: Path) -> Autoencoder:
@@ -114,24 +109,23 @@ def read(folder: Path) -> Autoencoder:
         names["b_dec"] = "decoder.bias"
     if kind == "VSAETopK" and _HEAD["b_var"] in arrays:
         names |= _HEAD
-    m = size_of(arrays, names["b_enc"], where=path)
-    d = size_of(arrays, names["b_dec"], where=path)
+    groups = arrays.pop("group_sizes", None)
+    params = our_arrays(arrays, names, where=path)
+    if "threshold" in params:  # theirs is -1 until it is set
+        params["threshold"] = np.maximum(params["threshold"], np.float32(0))
+    d, m = params["w_enc"].shape
     if (trainer.get("activation_dim", d), trainer.get("dict_size", m)) != (d, m):
         raise UserError(
             f"{where} says activation_dim={shown(trainer.get('activation_dim'))}, "
             f"dict_size={shown(trainer.get('dict_size'))}, but {WEIGHTS} has {d}, {m}"
         )
-    groups = arrays.pop("group_sizes", None)
-    prefixes = "none"
-    if kind == "MatryoshkaBatchTopKSAE":
-        prefixes = _prefixes(groups, d_sae=m, where=path)
-    check_layout(arrays, _layout(names, d, m), where=path)
+    nested = kind == "MatryoshkaBatchTopKSAE"
     return foreign(
-        _params(as_float32(arrays, where=path), names),
+        params,
         rule=rule,
         k=check_k(k, d_sae=m, where=where) if has_k else None,
         subtract_b_dec=names["b_dec"] != "decoder.bias" and rule != "jump_relu",
-        prefixes=prefixes,
+        prefixes=_prefixes(groups, d_sae=m, where=path) if nested else "none",
         data=_data(trainer, config.get("buffer")),
         source={
             "format": NAME,
@@ -143,19 +137,10 @@ def read(folder: Path) -> Autoencoder:
     )
 
 
-def _layout(names: dict[str, str], d: int, m: int) -> dict[str, tuple[int, ...]]:
-    sizes, every = {"d_model": d, "d_sae": m}, sae.every_array()
-    layout = {}
-    for ours, theirs in names.items():
-        axes = every[ours].axes[:: -1 if theirs.endswith(".weight") else 1]
-        layout[theirs] = tuple(sizes[axis] for axis in axes)
-    return layout
-
-
 def _prefixes(groups: np.ndarray | None, *, d_sae: int, where: Path) -> str:
-    """The sums of a Matryoshka's first groups, which are one after another."""
+    """The prefixes of a Matryoshka: the running sums of its groups' sizes."""
     if groups is None or groups.ndim != 1 or groups.dtype.kind != "i":
-        raise UserError(f"{where}: group_sizes is no list of whole numbers")
+        raise UserError(f"{where}: group_sizes is not a list of whole numbers")
     sizes = [int(size) for size in groups[:1000]]
     if sum(sizes) != d_sae or min(sizes) < 1:
         raise UserError(f"{where}: group_sizes do not add up to the {d_sae} latents")
@@ -163,37 +148,25 @@ def _prefixes(groups: np.ndarray | None, *, d_sae: int, where: Path) -> str:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """A .pt file that holds nothing but a dict of tensors."""
+    """The tensors of a .pt file that holds nothing but a dict of them."""
     value = read_pt(path)
     if not isinstance(value, dict) or not all(
         isinstance(n, str) and isinstance(a, np.ndarray) for n, a in value.items()
     ):
-        raise UserError(f"{path} is no dict of tensors")
+        raise UserError(f"{path} is not a dict of tensors")
     return value
 
 
 def _pop_k(arrays: dict, trainer: dict[str, Any], path: Path, where: Path) -> Any:
-    """k, which stands in the config and, as a scalar, among the tensors."""
+    """k, which is in the config and, as a scalar, among the tensors."""
     stored, k = arrays.pop("k", None), trainer.get("k")
     if stored is None:
         return k
     if stored.shape != () or stored.dtype.kind != "i":
-        raise UserError(f"{path}: k is no whole number but {list(stored.shape)}")
+        raise UserError(f"{path}: k is not a whole number but {list(stored.shape)}")
     if k is not None and int(stored) != k:
         raise UserError(f"{where} says k={shown(k)} but {path.name} has k={stored}")
     return int(stored)
-
-
-def _params(
-    floats: dict[str, np.ndarray], names: dict[str, str]
-) -> dict[str, np.ndarray]:
-    params = {
-        ours: floats[theirs].T.copy() if theirs.endswith(".weight") else floats[theirs]
-        for ours, theirs in names.items()
-    }
-    if "threshold" in params:  # theirs is -1 until it is set
-        params["threshold"] = np.maximum(params["threshold"], np.float32(0))
-    return params
 
 
 def _data(trainer: dict[str, Any], buffer: Any) -> dict[str, Any]:
@@ -225,7 +198,7 @@ def _notes(kind: str, threshold: np.ndarray | None) -> tuple[str, ...]:
 
 
 def _submodule(data: dict[str, Any]) -> str | None:
-    """Their name of what attention or an MLP adds; of the stream the layer says all."""
+    """Their name of a site inside a block; the stream's needs only the layer."""
     hook = read_hook(data.get("hook_name"))
     if hook is None or hook.site == "resid_post":
         return None
@@ -250,11 +223,8 @@ def write(ae: Autoencoder, folder: Path) -> Path:
 
 
 def _arrays(ae: Autoencoder) -> dict[str, Any]:
-    p, kind = ae.params, _class(ae)
-    arrays: dict[str, Any] = {
-        theirs: np.ascontiguousarray(p[ours].T) if "weight" in theirs else p[ours]
-        for ours, theirs in _CLASSES[kind].names.items()
-    }
+    kind = _class(ae)
+    arrays: dict[str, Any] = their_arrays(ae.params, _CLASSES[kind].names)
     if ae.config.has_k:
         arrays["k"] = np.array(ae.config.k, np.int32)
     if kind == "AutoEncoderTopK":
@@ -266,7 +236,7 @@ def _arrays(ae: Autoencoder) -> dict[str, Any]:
 
 
 def _class(ae: Autoencoder) -> str:
-    """The class that says the rule of an autoencoder."""
+    """Their class with the autoencoder's selection rule."""
     if ae.rule == "batch_topk":
         return "MatryoshkaBatchTopKSAE" if ae.config.widths else "BatchTopKSAE"
     says = SAYS.get(ae.rule, ae.rule)

@@ -3,9 +3,9 @@
     W_enc [d_model, d_sae], b_enc, W_dec [d_sae, d_model], b_dec, threshold [d_sae]
     z = x @ W_enc + b_enc;  f = relu(z) where z > threshold;  x_hat = f @ W_dec + b_dec
 
-Read only. The files do not say where in which language model they belong; their folder
-does: `gemma-scope-2b-pt-res/layer_20/...`, here, on the hub and in its cache. The same
-files also hold transcoders, which are refused by the names of their folders.
+Read only. The files do not say which language model and layer they belong to; their
+folder's name does: `gemma-scope-2b-pt-res/layer_20/...`, here, on the hub and in its
+cache. Transcoders have the same files and are refused by the names of their folders.
 """
 
 import re
@@ -18,11 +18,9 @@ from vsae_jax.interop import provenance
 from vsae_jax.interop.canonical import Autoencoder, foreign, shown
 from vsae_jax.interop.npz import read_npz
 from vsae_jax.interop.tensors import (
-    as_float32,
-    check_layout,
+    our_arrays,
     read_json,
     read_safetensors,
-    size_of,
     source_dtype,
 )
 from vsae_jax.system.errors import UserError
@@ -53,19 +51,19 @@ def read(folder: Path) -> Autoencoder:
     """The autoencoder of a folder of Gemma Scope."""
     path = weights(folder)
     if path is None:
-        raise UserError(f"{folder} has not one of {', '.join(_READERS)}")
+        raise UserError(f"{folder} has none of {', '.join(_READERS)}, or both")
     place = _place(folder)
     _check_is_autoencoder(folder, place)
-    arrays = {_capital(name): a for name, a in _READERS[path.name](path).items()}
+    # Gemma 3's files write w_enc and w_dec.
+    arrays = {
+        f"W{name[1:]}" if name.startswith("w_") else name: array
+        for name, array in _READERS[path.name](path).items()
+    }
     factor = arrays.pop("scaling_factor", np.ones(1))
     if not (factor == 1).all():
         raise UserError(f"{path}: a scaling_factor other than 1 is not read")
-    d, m = (size_of(arrays, bias, where=path) for bias in ("b_dec", "b_enc"))
-    layout = {"W_enc": (d, m), "b_enc": (m,), "W_dec": (m, d), "b_dec": (d,)}
-    check_layout(arrays, layout | {"threshold": (m,)}, where=path)
-    floats = as_float32(arrays, where=path)
     return foreign(
-        {ours: floats[theirs] for ours, theirs in _NAMES.items()},
+        our_arrays(arrays, _NAMES, where=path),
         rule="jump_relu",
         subtract_b_dec=False,
         data=_data(place),
@@ -87,12 +85,8 @@ def _place(folder: Path) -> str:
     return path[at:] if at >= 0 else "/" + "/".join(path.split("/")[-3:])
 
 
-def _capital(name: str) -> str:
-    return f"W{name[1:]}" if name.startswith("w_") else name
-
-
 def _check_is_autoencoder(folder: Path, place: str) -> None:
-    """Refuses what maps one activation to another, by the folder's name or config."""
+    """Refuses a transcoder, recognised by the folder's name or by its config."""
     path = folder / CONFIG
     c: dict[str, Any] = read_json(path) if path.is_file() else {}
     if _TRANSCODERS.search(place) or c.get("hf_hook_point_out"):
@@ -108,7 +102,7 @@ def _check_is_autoencoder(folder: Path, place: str) -> None:
 
 
 def _data(place: str) -> dict[str, Any]:
-    """The language model and the hook, as far as the folder's name says them."""
+    """The language model and the hook, as far as the folder's name tells them."""
     two, three = _GEMMA_2.search(place), _GEMMA_3.search(place)
     site, layer = _SITES_3.search(place), _LAYER.search(place)
     if two:

@@ -9,8 +9,8 @@ from vsae_jax.interop import provenance, releases, sidecar
 from vsae_jax.lm.files import HUB_TIMEOUT_S, connection_errors
 from vsae_jax.system.errors import UserError, one_line
 
-# All that any format reads; the rest of a repository stays there. No `*`, which would
-# match in every folder below, too; OpenAI's files are numbered by layer.
+# The files that any format reads; the rest of a repository is not fetched. There is no
+# `*`, which would also match in every folder below; OpenAI numbers its files by layer.
 _FILES = (
     "config.json",
     "cfg.json",
@@ -29,8 +29,8 @@ _FILES = (
 
 
 class Found(NamedTuple):
-    """A folder, and what its name says: `source`, where it is from, and `data`, of the
-    language model."""
+    """A folder, and what its name says: `source`, where it is from, and `data`, what is
+    known of the language model."""
 
     folder: Path
     source: dict[str, str]
@@ -38,25 +38,25 @@ class Found(NamedTuple):
 
 
 def find(name: str | Path, *, revision: str | None = None) -> Found:
-    """The folder itself; or the snapshot of a hub id (`owner/name`, or
-    `owner/name/folder` of a repository with many) at a branch, tag or commit, or of
-    one of SAELens' names (`release/id`). Of a file of it, its folder."""
+    """The folder that a name leads to: a local folder, or the snapshot of a hub id
+    (`owner/name`, or `owner/name/folder` of a repository with many) at a branch, tag or
+    commit, or of one of SAELens' names (`release/id`). A file leads to its folder."""
     folder, name = Path(name).expanduser(), str(name)
     if folder.name in _FILES and not folder.is_dir():
         folder, name = folder.parent, name.rpartition("/")[0] or "."
-    # `runs/topc` beside a folder `runs` is a slip, no hub id.
+    # `runs/topc` beside a folder `runs` is a slip, not a hub id.
     local = folder.is_absolute() or Path(folder.parts[0] if name else ".").exists()
     published = None if local else releases.find(name)
     if local or name.startswith(".") or "/" not in name:
         if revision:
             raise UserError(f"revision={revision} needs a hub id, not {name}")
         if near := "" if local else releases.nearest(name):
-            raise UserError(f"{name} is no folder here{near}")
+            raise UserError(f"{name} is not a folder here{near}")
         return Found(folder, {}, {})
     place = f"{published.repository}/{published.path}" if published else name
     owner, repository, *below = place.rstrip("/").split("/")
     if ".." in below:
-        raise UserError(f"{name} is no folder here and no hub id")
+        raise UserError(f"{name} is neither a folder here nor a hub id")
     repo, inside = f"{owner}/{repository}", "/".join(below)
     snapshot = _fetched(repo, inside, revision=revision)
     source = {"repository": place.rstrip("/"), "revision": snapshot.name}
@@ -83,7 +83,7 @@ def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
         )
     except errors.RevisionNotFoundError:
         raise UserError(
-            f"revision={revision} is no branch, tag or commit of {repo}"
+            f"revision={revision} is not a branch, tag or commit of {repo}"
         ) from None
     except errors.GatedRepoError:
         raise UserError(
@@ -92,20 +92,21 @@ def _fetched(repo: str, inside: str, *, revision: str | None) -> Path:
         ) from None
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         raise UserError(
-            f"{repo} is no folder here, and no repository that the hub shows you (a "
-            f"private one needs `hf auth login`){releases.nearest(f'{repo}/{inside}')}"
+            f"{repo} is neither a folder here nor a repository that the hub shows you "
+            "(a private one needs `hf auth login`)"
+            f"{releases.nearest(f'{repo}/{inside}')}"
         ) from None
     except connection_errors() as error:
         raise UserError(
-            f"{repo} is no folder here and cannot be fetched ({one_line(error)})"
+            f"{repo} is not a folder here and cannot be fetched ({one_line(error)})"
             f"{releases.nearest(f'{repo}/{inside}')}"
         ) from None
     return Path(path)
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads every file of the folder as one commit, without the local paths that
-    JSON files hold; returns its address."""
+    """Uploads every file of the folder as one commit, local paths in JSON files cut to
+    their last part; returns its address."""
     from huggingface_hub import CommitOperationAdd, HfApi, errors
 
     api = HfApi()
@@ -129,8 +130,8 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
 
 
 def content(path: Path) -> str | bytes:
-    """What is uploaded of a file: its path, or a JSON file's text with the last name
-    instead of each absolute path."""
+    """What is uploaded for a file: its path; or a JSON file's text, in which only the
+    last part of each absolute path is left."""
     if path.suffix != ".json":
         return os.fspath(path)
     value = _without_folders(json.loads(path.read_text()))

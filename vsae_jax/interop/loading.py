@@ -1,4 +1,4 @@
-"""`vsae_jax.load`: a run, another library's files, or either from the hub."""
+"""`vsae_jax.load`: opens a run or another library's files, here or from the hub."""
 
 import dataclasses
 from pathlib import Path
@@ -17,10 +17,10 @@ _ROWS = 64
 
 
 def load(path_or_hub_id: str | Path, *, revision: str | None = None) -> TrainedSAE:
-    """The autoencoder of a run folder or of SAELens', dictionary_learning's, sparsify's
-    or OpenAI's files or Gemma Scope's, in float32: a local folder, a hub id
-    (`owner/name[/folder]`) at `revision`, or one of SAELens' names (`release/id`).
-    Nothing that the files say is run."""
+    """The autoencoder, in float32, of a run folder or of the files of SAELens,
+    dictionary_learning, sparsify, OpenAI or Gemma Scope: in a local folder, under a hub
+    id (`owner/name[/folder]`) at `revision`, or under one of SAELens' names
+    (`release/id`). No code in the files is run."""
     found = hub.find(path_or_hub_id, revision=revision)
     interop.recognised(found.folder)
     opened = open_any(found.folder)
@@ -29,8 +29,8 @@ def load(path_or_hub_id: str | Path, *, revision: str | None = None) -> TrainedS
 
 
 def read(name: str | Path, *, revision: str | None = None) -> tuple[Path, Autoencoder]:
-    """The folder that a name leads to, and its autoencoder, with what is known of it
-    by the name alone."""
+    """The folder that a name leads to, and its autoencoder, with what only the name
+    tells of it."""
     found = hub.find(name, revision=revision)
     ae = interop.read(found.folder)
     source, data = ae.source | found.source, found.data | ae.data

@@ -1,8 +1,8 @@
 """`.npz` files from strangers: plain arrays of floats, nothing evaluated.
 
-A `.npz` is a zip of `.npy` files, each a short header and an array's bytes. The header
-is a Python literal that NumPy parses as one; here it has to be, to the letter, what
-NumPy writes. So no pickle is read, and no array is larger than the bytes it has.
+A `.npz` is a zip of `.npy` files, each a short header and an array's bytes. NumPy
+parses the header as a Python literal; here it has to be exactly what NumPy writes. So
+no pickle is read, and no array is larger than the bytes that it has.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 from vsae_jax.system.errors import UserError, one_line
 
 _MAX_ENTRIES, _MAX_HEADER = 64, 2**12
-# Weights hardly compress; a file of zeros does, a thousand times.
+# Weights hardly compress; a file of zeros shrinks a thousand times.
 _MOST_TIMES = 4
 _LENGTHS = {b"\x01\x00": "<H", b"\x02\x00": "<I", b"\x03\x00": "<I"}
 _HEADER = re.compile(
@@ -39,13 +39,13 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 for info in entries
             }
     except (*_NO_ZIP, struct.error, ValueError) as error:
-        raise UserError(f"{path} is no .npz file: {one_line(error)}") from None
+        raise UserError(f"{path} is not a .npz file: {one_line(error)}") from None
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
     names = [info.filename for info in entries]
     if len(names) > _MAX_ENTRIES or len(set(names)) != len(names):
-        raise UserError(f"{path}: over {_MAX_ENTRIES} arrays, or one stands twice")
+        raise UserError(f"{path} has over {_MAX_ENTRIES} arrays, or one twice")
     for name in names:
         if not re.fullmatch(r"\w{1,100}\.npy", name, re.ASCII):
             raise UserError(f"{path} has an entry named {name[:80]!r}; expected .npy")
@@ -64,14 +64,14 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> np.nda
     with archive.open(info) as file:
         magic, version = file.read(6), file.read(2)
         if magic != b"\x93NUMPY" or version not in _LENGTHS:
-            raise UserError(f"{where} is no array of NumPy's")
+            raise UserError(f"{where} is not an array of NumPy's")
         form = _LENGTHS[version]
         (length,) = struct.unpack(form, file.read(struct.calcsize(form)))
         header = file.read(min(length, _MAX_HEADER)).decode("latin-1")
         found = _HEADER.fullmatch(header)
         if not found or found[1] not in _DTYPES:
             raise UserError(
-                f"{where} is no plain array of {', '.join(_DTYPES)}: {header[:60]!r}"
+                f"{where} is not a plain array of {', '.join(_DTYPES)}: {header[:60]!r}"
             )
         dtype = _DTYPES[found[1]]
         shape = tuple(int(n) for n in found[3].replace(",", " ").split())

@@ -3,9 +3,10 @@
     encoder.weight [d_sae, d_in], latent_bias, decoder.weight [d_in, d_sae], pre_bias
     activation(encoder (x - pre_bias) + latent_bias);  decoder f + pre_bias
 
-Their TopK implies a LayerNorm of every row, which ours never had. So a TopK is written
-with `"input_norm": "none"` in vsae_jax_export.json; without it, it means LayerNorm.
-Their own code always normalises a TopK; set `normalize = False` on their Autoencoder.
+Their TopK implies a LayerNorm of every row, which ours never has. So a TopK of ours is
+written with `"input_norm": "none"` in vsae_jax_export.json; without that note a TopK is
+read with the LayerNorm. Their own code always normalises a TopK: set
+`normalize = False` on their Autoencoder.
 """
 
 from pathlib import Path
@@ -25,18 +26,15 @@ from vsae_jax.interop.canonical import (
 )
 from vsae_jax.interop.pt import read_pt
 from vsae_jax.interop.pt_write import write_pt
-from vsae_jax.interop.tensors import (
-    as_float32,
-    check_layout,
-    size_of,
-    source_dtype,
-)
+from vsae_jax.interop.tensors import our_arrays, source_dtype
 from vsae_jax.system.errors import UserError
 
 NAME = "openai"
 # The rule that its files say, where it is not the autoencoder's own.
 SAYS = {"abstopk": "relu_topk"}
 WEIGHTS = "autoencoder.pt"
+_NAMES = {"w_enc": "encoder.weight", "b_enc": "latent_bias"}
+_NAMES |= {"w_dec": "decoder.weight", "b_dec": "pre_bias"}
 _RULES = {"ReLU": "relu", "Identity": "none"}
 _TOPK_RULES = {"ReLU": "relu_topk", "Identity": "topk"}
 _STATISTICS = (
@@ -62,7 +60,7 @@ def read(folder: Path) -> Autoencoder:
         raise UserError(f"{folder} has no .pt file that holds a state dict")
     activation = value.pop("activation", "ReLU")
     settings = value.pop("activation_state_dict", {})
-    # Their state_dict says a TopK's settings twice.
+    # Their state_dict holds a TopK's settings twice.
     twins = {n: value.pop(f"activation.{n}", None) for n in ("k", "postact_fn")}
     stated = settings if isinstance(settings, dict) else {}
     if any(twins[n] not in (None, stated.get(n)) for n in twins):
@@ -70,19 +68,10 @@ def read(folder: Path) -> Autoencoder:
     arrays = {n: a for n, a in value.items() if n not in _STATISTICS}
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):
         raise UserError(f"{path} holds more than tensors and an activation")
-    d = size_of(arrays, "pre_bias", where=path)
-    m = size_of(arrays, "latent_bias", where=path)
-    layout = {"encoder.weight": (m, d), "latent_bias": (m,), "decoder.weight": (d, m)}
-    check_layout(arrays, layout | {"pre_bias": (d,)}, where=path)
-    rule, k = _rule(activation, settings, d_sae=m, where=path)
-    floats = as_float32(arrays, where=path)
+    params = our_arrays(arrays, _NAMES, where=path)
+    rule, k = _rule(activation, settings, d_sae=len(params["b_enc"]), where=path)
     return foreign(
-        {
-            "w_enc": floats["encoder.weight"].T.copy(),
-            "b_enc": floats["latent_bias"],
-            "w_dec": floats["decoder.weight"].T.copy(),
-            "b_dec": floats["pre_bias"],
-        },
+        params,
         rule=rule,
         k=k,
         layer_norm=k is not None and sidecar.layer_norm(folder),

@@ -22,11 +22,9 @@ _TYPES = {
 
 
 def data(**values: Any) -> dict[str, Any]:
-    """The values that are of their types; the layer and its hook from one another; the
-    hub id of a language model that TransformerLens has a short name for.
-
-    `layer` is set only for a hook that is known here.
-    """
+    """A run's `data` from values of another library: those of the right types, the
+    layer and its hook from one another, and a language model's hub id for
+    TransformerLens' short name of it. `layer` is set only for a hook known here."""
     found = {n: v for n, v in values.items() if type(v) is _TYPES[n] and v != ""}
     for start, owner in _OWNERS.items():
         if str(found.get("model", "")).startswith(start) and "/" not in found["model"]:
@@ -39,17 +37,14 @@ def data(**values: Any) -> dict[str, Any]:
 
 
 def public(name: str | None) -> str | None:
-    """A hub id as it is; of a local model's folder the hub id that its config.json says
-    it is from, of any other local path only the last part."""
+    """A name that may be published: a hub id as it is; for a local model's folder the
+    hub id in its config.json; for any other local path only its last part."""
     if not name or not (name.startswith(("/", ".", "~")) or Path(name).is_dir()):
         return name
     path = Path(name).expanduser() / "config.json"
     origin = read_json(path).get("_name_or_path") if path.is_file() else None
-    return origin if _is_hub_id(origin) else Path(name).name
-
-
-def _is_hub_id(name: Any) -> bool:
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name))
+    known = isinstance(origin, str) and _HUB_ID.fullmatch(origin)
+    return origin if known else Path(name).name
 
 
 def model_name(ae: Autoencoder) -> str | None:

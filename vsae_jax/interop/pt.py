@@ -26,7 +26,7 @@ def read_pt(path: Path) -> Any:
             return _read(archive, path)
     except _NO_ZIP as error:
         raise UserError(
-            f"{path} is no .pt file that torch 1.6 or later wrote: {one_line(error)}"
+            f"{path} is not a .pt file of torch 1.6 or later: {one_line(error)}"
         ) from None
 
 
@@ -63,10 +63,10 @@ def _read(archive: zipfile.ZipFile, path: Path) -> Any:
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
-    """Refuses what torch never writes: it is not needed and may be an attack."""
+    """Refuses what torch never writes and may be an attack."""
     names = [info.filename for info in entries]
     if len(names) > _MAX_ENTRIES or len(set(names)) != len(names):
-        raise UserError(f"{path}: over {_MAX_ENTRIES} entries, or one stands twice")
+        raise UserError(f"{path} has over {_MAX_ENTRIES} entries, or one twice")
     for info in entries:
         parts = PurePosixPath(info.filename).parts
         odd = "\\" in info.filename or not info.filename.isprintable()
@@ -78,4 +78,4 @@ def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
                 "writes neither"
             )
     if sum(info.file_size for info in entries) > path.stat().st_size:
-        raise UserError(f"{path}: its entries overlap, they are larger than the file")
+        raise UserError(f"{path}: its entries overlap: they are larger than the file")

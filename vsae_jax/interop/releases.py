@@ -1,6 +1,6 @@
 """SAELens' names of published autoencoders: `release/id` to a place on the hub.
 
-The table is that of an installed SAELens, which is not imported for it, else the one
+The table is that of the installed SAELens (which is not imported), or else the one
 bundled here (`experiments/make_release_table.py`): names and places, no weights.
 """
 
@@ -31,7 +31,7 @@ _TRANSCODERS = ("transcoder", "crosscoder", "clt")
 class Published(NamedTuple):
     """Where a published autoencoder is, and what its files may not say.
 
-    format: SAELens' name of it. center: it takes rows whose mean over d_model was
+    format: SAELens' name of it. center: it reads rows whose mean over d_model is
       subtracted.
     """
 
@@ -60,8 +60,8 @@ def find(name: str) -> Published | None:
     published = _published(release, found, sae)
     if published.format not in READ:
         raise UserError(
-            f"{name} is in the format {published.format}, which is not read; read are "
-            f"{', '.join(READ)}"
+            f"{name} is in the format {published.format}, which is not read; those "
+            f"that are: {', '.join(READ)}"
         )
     return published
 
@@ -84,7 +84,7 @@ def all_published() -> Iterator[Published]:
 
 
 def from_saelens(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The table, of what SAELens' pretrained_saes.yaml holds."""
+    """The table, made from the content of SAELens' pretrained_saes.yaml."""
     return {
         release: {
             "repository": said["repo_id"],
@@ -98,7 +98,7 @@ def from_saelens(stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _overrides(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what SAELens sets over a config, that which changes a latent."""
+    """The part of SAELens' overrides of a config that changes a latent."""
     model = said.get("model_from_pretrained_kwargs") or {}
     center = {"center": True} if model.get("center_writing_weights") else {}
     normalised = said.get("normalize_activations", "none")
@@ -135,5 +135,5 @@ def _table() -> dict[str, dict[str, Any]]:
     return json.loads(lzma.decompress(bundled.read_bytes()))["releases"]
 
 
-# For a process in which another SAELens appears.
+# For tests, in which another SAELens appears.
 forget = _table.cache_clear

@@ -11,16 +11,14 @@ import numpy as np
 from vsae_jax import runs
 from vsae_jax.config.fields import to_json
 from vsae_jax.interop.canonical import Autoencoder
+from vsae_jax.interop.tensors import file_beside
 
 NAME = "vsae_jax"
 SAYS: dict[str, str] = {}
 CONFIG, WEIGHTS = runs.CONFIG, runs.PARAMETERS
 
 
-def weights(folder: Path) -> Path | None:
-    """The file of the weights, if this is such a folder."""
-    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-    return folder / WEIGHTS if both else None
+weights = file_beside(CONFIG, WEIGHTS)
 
 
 def read(folder: Path) -> Autoencoder:

@@ -8,8 +8,8 @@ jumprelu, gated; of training, batchtopk and matryoshka_batchtopk).
     above 0
     batchtopk, matryoshka_batchtopk: topk_threshold [], which becomes a jumprelu's
 
-The input's scale and mean are folded into the weights; latents keep their values. Of a
-checkpoint of training what only training reads is left.
+The input's scale and mean are folded into the weights; latents keep their values. What
+a training checkpoint holds for training alone is ignored.
 """
 
 from pathlib import Path
@@ -33,13 +33,13 @@ from vsae_jax.interop.canonical import (
 )
 from vsae_jax.interop.saelens_before_6 import as_of_6
 from vsae_jax.interop.tensors import (
-    as_float32,
     check_keys,
-    check_layout,
+    file_beside,
+    our_arrays,
     read_json,
     read_safetensors,
-    size_of,
     source_dtype,
+    their_arrays,
 )
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
@@ -63,7 +63,7 @@ _KEYS = (
     "architecture d_in d_sae k dtype device apply_b_dec_to_input normalize_activations "
     "reshape_activations rescale_acts_by_decoder_norm metadata"
 )
-# Of checkpoints of training: they change no latent of a trained autoencoder.
+# Settings of training, which change no latent of a trained autoencoder.
 _OF_TRAINING = (
     " decoder_init_norm aux_loss_coefficient use_sparse_activations topk_threshold_lr "
     "matryoshka_widths use_matryoshka_aux_loss l1_coefficient l1_warm_up_steps lp_norm "
@@ -83,10 +83,7 @@ _NAMES_OF = {
 }
 
 
-def weights(folder: Path) -> Path | None:
-    """The file of the weights, if this is such a folder."""
-    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-    return folder / WEIGHTS if both else None
+weights = file_beside(CONFIG, WEIGHTS)
 
 
 def read(folder: Path) -> Autoencoder:
@@ -95,27 +92,18 @@ def read(folder: Path) -> Autoencoder:
     c = c if _is_6(c.get("metadata")) else as_of_6(c, where)
     _check_config(c, where)
     arrays = read_safetensors(folder / WEIGHTS)
-    # Of before 6, which wrote it where it was not used, too.
+    # Before 6 it was also written where it was not used.
     if (arrays.get("scaling_factor", np.zeros(1)) == 1).all():
         del arrays["scaling_factor"]
-    d = size_of(arrays, "b_dec", where=folder / WEIGHTS)
     rule = _ARCHITECTURES[c["architecture"]]
     names = _NAMES_OF.get(rule, _NAMES)
-    m = size_of(arrays, names["b_enc"], where=folder / WEIGHTS)
+    params = our_arrays(arrays, names, where=folder / WEIGHTS)
+    d, m = params["w_enc"].shape
     if (c.get("d_in"), c.get("d_sae")) != (d, m):
         raise UserError(
             f"{where} says d_in={shown(c.get('d_in'))}, d_sae={shown(c.get('d_sae'))}, "
             f"but {WEIGHTS} has {d} and {m}"
         )
-    sizes = {"d_model": d, "d_sae": m}
-    every = sae.every_array()
-    layout = {
-        theirs: tuple(sizes[axis] for axis in every[ours].axes)
-        for ours, theirs in names.items()
-    }
-    check_layout(arrays, layout, where=folder / WEIGHTS)
-    floats = as_float32(arrays, where=folder / WEIGHTS)
-    params = {ours: floats[theirs] for ours, theirs in names.items()}
     if c.get("rescale_acts_by_decoder_norm"):
         params = _with_unit_rows(params)
     return foreign(
@@ -145,11 +133,11 @@ def _check_config(c: dict[str, Any], where: Path) -> None:
     if c.get("reshape_activations", "none") != "none":
         raise UserError(f"{where}: reshape_activations is not read; expected none")
     if type(c.get("apply_b_dec_to_input")) is not bool:
-        raise UserError(f"{where}: apply_b_dec_to_input is missing or no true/false")
+        raise UserError(f"{where}: apply_b_dec_to_input must be true or false")
 
 
 def _k(c: dict[str, Any], rule: str, *, d_sae: int, where: Path) -> int | None:
-    """k of a rule that has one; of a batchtopk, whose k is a mean, rounded."""
+    """k of a rule that has one; that of a batchtopk, which is a mean, rounded."""
     k = c.get("k")
     if rule == "batch_topk" and type(k) is float and 0.5 <= k < 2**31:
         k = round(k)
@@ -158,12 +146,12 @@ def _k(c: dict[str, Any], rule: str, *, d_sae: int, where: Path) -> int | None:
 
 
 def _prefixes(c: dict[str, Any], *, d_sae: int, where: Path) -> str:
-    """The widths of a matryoshka_batchtopk but the last, which is d_sae."""
+    """The widths of a matryoshka_batchtopk, without the last, d_sae."""
     if c["architecture"] != "matryoshka_batchtopk":
         return "none"
     widths = c.get("matryoshka_widths")
     if not isinstance(widths, list) or not all(type(w) is int for w in widths):
-        raise UserError(f"{where}: matryoshka_widths is no list of whole numbers")
+        raise UserError(f"{where}: matryoshka_widths is not a list of whole numbers")
     return ":".join(str(w) for w in widths if w != d_sae) or "none"
 
 
@@ -175,12 +163,13 @@ def _is_6(metadata: Any) -> bool:
 
 
 def _with_unit_rows(params: dict[str, Any]) -> dict[str, Any]:
-    """TopK of pre * ||W_dec_i||, f / ||W_dec_i|| decoded, is TopK with unit rows."""
+    """The same with decoder rows of norm 1: TopK of pre * ||W_dec_i||, with
+    f / ||W_dec_i|| decoded, is TopK with unit rows."""
     norm = np.linalg.norm(params["w_dec"].astype(np.float64), axis=1)
     if not norm.all():
         raise UserError("a decoder row of norm 0 cannot be rescaled")
     every = sae.every_array()
-    # A batchtopk's one threshold is already of unit rows.
+    # A batchtopk's one threshold is already that of unit rows.
     latents = [n for n in params if every[n].in_latents and every[n].axes]
     new = {n: params[n] * norm for n in latents}
     new |= {"w_enc": params["w_enc"] * norm, "w_dec": params["w_dec"] / norm[:, None]}
@@ -202,7 +191,7 @@ def _data(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewritten(ae: Autoencoder) -> Autoencoder:
-    """What `write` writes: nothing but the scale and the mean is folded."""
+    """What `write` writes: the same, with scale and mean folded."""
     refuse_gate_by_sigma(ae, NAME)
     return folded(ae, units="scaled")
 
@@ -211,7 +200,7 @@ def write(ae: Autoencoder, folder: Path) -> Path:
     """The two files of a rewritten autoencoder; returns that of the weights."""
     architecture = _WRITTEN.get(ae.rule, "standard")
     names = _NAMES | _GATED if architecture == "gated" else _NAMES
-    arrays = {theirs: ae.params[ours] for ours, theirs in names.items()}
+    arrays = their_arrays(ae.params, names)
     if ae.rule in THRESHOLDS:
         arrays["threshold"] = thresholds(ae)
     config = {

@@ -1,7 +1,7 @@
-"""Configs of SAELens before 6, said as those of 6: most published ones have them.
+"""Configs of SAELens before 6, which most published autoencoders have, as those of 6.
 
-SAELens 6 does the same when it loads one (`handle_pre_6_0_config`), but drops what it
-does not know; here what would change a latent is refused.
+SAELens 6 does the same when it loads one (`handle_pre_6_0_config`) but ignores what it
+does not know; here, what would change a latent is refused.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ _OF_MODEL = (
     "model_name hook_name hook_head_index context_size prepend_bos dataset_path "
     "model_from_pretrained_kwargs"
 )
-# What else may stand there and would change what is computed.
+# Settings that would change what is computed.
 _REFUSED = "finetuning_scaling_factor is_transcoder d_out hook_point_out hook_name_out"
 _DEFAULTS = {"architecture": "standard", "activation_fn": "relu", "prepend_bos": True}
 
@@ -44,7 +44,7 @@ def as_of_6(c: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _activation(old: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The architecture, and the k of a TopK, which then was an activation function."""
+    """The architecture, and k of a TopK, which was an activation function then."""
     kwargs = old.get("activation_fn_kwargs") or {}
     function, architecture = old["activation_fn"], old["architecture"]
     if function == "relu" and not kwargs:

@@ -64,8 +64,8 @@ def write(
     notes: list[str],
     check: dict[str, Any] | None,
 ) -> None:
-    """The note on `ae`, as it was written to `weights`; and its variance head.
-    `notes` are of this format; those of `ae` go with it into the next."""
+    """Writes the note on `ae`, whose weights are in the file `weights`, and its
+    variance head. `notes` are about this format; those of `ae` are carried along."""
     run = {"train": ae.train, "sae": dataclasses.asdict(ae.config), "data": ae.data}
     value = {
         "format_version": FORMAT_VERSION,
@@ -89,14 +89,14 @@ def write(
 
 
 def apply(ae: Autoencoder, folder: Path, *, weights: Path) -> Autoencoder:
-    """`ae` as it was before its export, as far as the note beside it says so."""
+    """`ae` as it was before its export, as far as the note beside it tells."""
     path = folder / NOTE
     if not path.is_file():
         return ae
     note = _checked(read_json(path), path)
     if note["weights_sha256"] != sha256(weights):
         raise UserError(
-            f"{path} does not belong to {weights.name}: its checksum is another; "
+            f"{path} does not belong to {weights.name}: the checksums differ; "
             f"delete {NOTE} to read the weights as they are"
         )
     if (
@@ -128,7 +128,7 @@ def apply(ae: Autoencoder, folder: Path, *, weights: Path) -> Autoencoder:
 
 
 def layer_norm(folder: Path) -> bool:
-    """Whether OpenAI's TopK means per-row LayerNorm here: the note can deny it."""
+    """Whether OpenAI's TopK implies a LayerNorm here; the note can deny it."""
     path = folder / NOTE
     if not path.is_file():
         return True
@@ -163,14 +163,14 @@ def _head(ae: Autoencoder, path: Path) -> dict[str, np.ndarray]:
 
 
 def _with_run(ae: Autoencoder, run: dict[str, Any], path: Path) -> Autoencoder:
-    """The autoencoder with the run's own config, which has to be of these weights."""
+    """The autoencoder with the run's own config, which has to fit these weights."""
     data, train = run.get("data"), run.get("train")
     if not isinstance(data, dict) or not isinstance(train, dict | None):
-        raise UserError(f"{path}: its run has no data, or train is no object")
+        raise UserError(f"{path}: its run has no data, or train is not an object")
     config = from_json(SAEConfig, run.get("sae", {}), where=str(path))
     told = dataclasses.replace(ae, config=config)
     if (told.rule, told.k) != (ae.rule, ae.k) or any(
         getattr(config, name) != getattr(ae.config, name) for name in _OF_WEIGHTS
     ):
-        raise UserError(f"{path}: its run is another than the files beside it")
+        raise UserError(f"{path}: its run does not fit the files beside it")
     return dataclasses.replace(told, data=data, train=train)

@@ -4,12 +4,11 @@
     the k largest of relu((x - b_dec) @ encoder.weight.T + encoder.bias)
 
 It always subtracts b_dec; `layers.3` is the output of block 3. Latents get the units of
-x, so that unit decoder rows stay so.
+x, so that decoder rows of norm 1 keep it.
 """
 
 import re
 from pathlib import Path
-from typing import Any
 
 from safetensors.numpy import save
 
@@ -25,13 +24,13 @@ from vsae_jax.interop.canonical import (
     subtracting,
 )
 from vsae_jax.interop.tensors import (
-    as_float32,
     check_keys,
-    check_layout,
+    file_beside,
+    our_arrays,
     read_json,
     read_safetensors,
-    size_of,
     source_dtype,
+    their_arrays,
 )
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
@@ -40,19 +39,18 @@ NAME = "sparsify"
 # The rule that its files say, where it is not the autoencoder's own.
 SAYS = {"topk": "relu_topk", "abstopk": "relu_topk", "none": "relu"}
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_NAMES = {"w_enc": "encoder.weight", "b_enc": "encoder.bias"}
+_NAMES |= {"w_dec": "W_dec", "b_dec": "b_dec"}
 _HOOKPOINT = re.compile(r"layers\.(\d{1,4})")
 _KEYS = (
     "d_in k num_latents expansion_factor activation normalize_decoder multi_topk "
     "skip_connection transcode signed"
 )
-# What else may stand in a config and would change what is computed.
+# Settings that would change what is computed, and their only supported value.
 _REFUSED = {"skip_connection": False, "transcode": False, "signed": False}
 
 
-def weights(folder: Path) -> Path | None:
-    """The file of the weights, if this is such a folder."""
-    both = (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
-    return folder / WEIGHTS if both else None
+weights = file_beside(CONFIG, WEIGHTS)
 
 
 def read(folder: Path) -> Autoencoder:
@@ -67,24 +65,16 @@ def read(folder: Path) -> Autoencoder:
             f"{where}: activation {shown(c['activation'])} is not read; expected topk"
         )
     arrays = read_safetensors(folder / WEIGHTS)
-    d = size_of(arrays, "b_dec", where=folder / WEIGHTS)
-    m = size_of(arrays, "encoder.bias", where=folder / WEIGHTS)
+    params = our_arrays(arrays, _NAMES, where=folder / WEIGHTS)
+    d, m = params["w_enc"].shape
     if c.get("d_in") != d or c.get("num_latents", 0) not in (0, m):
         raise UserError(
             f"{where} says d_in={shown(c.get('d_in'))}, "
             f"num_latents={shown(c.get('num_latents'))}, but {WEIGHTS} has {d}, {m}"
         )
-    layout = {"encoder.weight": (m, d), "encoder.bias": (m,), "W_dec": (m, d)}
-    check_layout(arrays, layout | {"b_dec": (d,)}, where=folder / WEIGHTS)
-    floats = as_float32(arrays, where=folder / WEIGHTS)
     hookpoint = _HOOKPOINT.fullmatch(folder.resolve().name)
     return foreign(
-        {
-            "w_enc": floats["encoder.weight"].T.copy(),
-            "b_enc": floats["encoder.bias"],
-            "w_dec": floats["W_dec"],
-            "b_dec": floats["b_dec"],
-        },
+        params,
         rule="relu_topk",
         k=check_k(c.get("k"), d_sae=m, where=where),
         data=provenance.data(layer=int(hookpoint[1]) if hookpoint else None),
@@ -102,13 +92,7 @@ def rewritten(ae: Autoencoder) -> Autoencoder:
 
 def write(ae: Autoencoder, folder: Path) -> Path:
     """The two files of a rewritten autoencoder; returns that of the weights."""
-    p, d, m = ae.params, ae.config.d_model, ae.config.d_sae
-    arrays: dict[str, Any] = {
-        "encoder.weight": p["w_enc"].T.copy(),
-        "encoder.bias": p["b_enc"],
-        "W_dec": p["w_dec"],
-        "b_dec": p["b_dec"],
-    }
+    d, m = ae.config.d_model, ae.config.d_sae
     config = {
         "activation": "topk",
         "expansion_factor": max(m // d, 1),
@@ -120,6 +104,6 @@ def write(ae: Autoencoder, folder: Path) -> Path:
         "transcode": False,
         "d_in": d,
     }
-    replace_file(folder / WEIGHTS, save(arrays))
+    replace_file(folder / WEIGHTS, save(their_arrays(ae.params, _NAMES)))
     runs.write_json(folder / CONFIG, config)
     return folder / WEIGHTS

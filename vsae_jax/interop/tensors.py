@@ -1,20 +1,21 @@
-"""Tensors and JSON from strangers: bounded, checked by name, never executed.
+"""Tensors and JSON from strangers: bounded in size, checked by name, never executed.
 
 A safetensors file is 8 bytes of length, a JSON header and the tensors' bytes. It is
-read here rather than by its library because that one does not know bfloat16 in NumPy,
-and admits headers of 100 MB.
+read here rather than by its library, which does not know bfloat16 in NumPy and accepts
+headers of 100 MB.
 """
 
 import hashlib
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from vsae_jax.autoencoder import sae
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.strict_json import parse_object, read_object
 
@@ -30,13 +31,23 @@ DTYPES = {
 _FLOATS = {DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
+def file_beside(config: str, weights: str) -> Callable[[Path], Path | None]:
+    """A format's `weights`: the file of that name, in a folder that has both files."""
+
+    def found(folder: Path) -> Path | None:
+        both = (folder / config).is_file() and (folder / weights).is_file()
+        return folder / weights if both else None
+
+    return found
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of at most 1 MiB."""
     return read_object(path, limit=MAX_JSON_BYTES)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the file, each of its own stretch of bytes."""
+    """Every tensor of the file; no two may share bytes, and no byte may be unused."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -70,7 +81,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _stretch(path: Path, name: str, entry: Any) -> tuple[int, int, np.dtype, tuple]:
-    """First and last byte, dtype and shape of one tensor, checked on their own."""
+    """First and last byte, dtype and shape of one tensor, which must fit together."""
     entry = entry if isinstance(entry, dict) else {}
     if not name.isprintable() or len(name) > 200:
         raise UserError(f"{path}: a tensor is named {name[:40]!r}")
@@ -101,18 +112,18 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names from a stranger, in one line."""
+    """Names from a stranger, in one bounded line."""
     text = ", ".join(names)[:200]
     return text if text.isprintable() else repr(text)
 
 
 def check_keys(config: Mapping[str, Any], known: str, *, where: Path) -> None:
-    """Refuses what a config says besides the names in `known`: it might change what is
+    """Refuses keys of a config that are not in `known`: they might change what is
     computed."""
     if unknown := sorted(config.keys() - set(known.split())):
         expected = textwrap.shorten(known.replace(" ", ", "), 300, placeholder=" ...")
         raise UserError(
-            f"{where} has what is not known: {listed(unknown)}; expected {expected}"
+            f"{where} has unknown keys: {listed(unknown)}; expected {expected}"
         )
 
 
@@ -125,7 +136,7 @@ def check_layout(
     """Refuses unknown and missing names and wrong shapes, saying what was expected."""
     if unknown := sorted(arrays.keys() - layout.keys()):
         raise UserError(
-            f"{where} has tensors that are not known: {listed(unknown)}; "
+            f"{where} has unknown tensors: {listed(unknown)}; "
             f"expected {', '.join(layout)}"
         )
     if missing := sorted(layout.keys() - arrays.keys()):
@@ -138,6 +149,46 @@ def check_layout(
             raise UserError(
                 f"{where}: {name} has shape {list(found)}, expected {list(shape)}{hint}"
             )
+
+
+def our_arrays(
+    arrays: Mapping[str, np.ndarray], names: Mapping[str, str], *, where: Path
+) -> dict[str, np.ndarray]:
+    """Our arrays in float32 from another library's, `names` saying what it calls each.
+    One that it calls `.weight` is the transposed of ours. Refuses missing and unknown
+    arrays, and wrong shapes."""
+    axes = {ours: spec.axes for ours, spec in sae.every_array().items()}
+    sizes = {
+        "d_model": size_of(arrays, names["b_dec"], where=where),
+        "d_sae": size_of(arrays, names["b_enc"], where=where),
+    }
+    layout = {
+        theirs: tuple(sizes[axis] for axis in axes[ours])[:: _order(theirs)]
+        for ours, theirs in names.items()
+    }
+    check_layout(arrays, layout, where=where)
+    floats = as_float32(arrays, where=where)
+    return {
+        ours: floats[theirs].T.copy() if _order(theirs) < 0 else floats[theirs]
+        for ours, theirs in names.items()
+    }
+
+
+def their_arrays(
+    params: Mapping[str, np.ndarray], names: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """The inverse of `our_arrays`."""
+    return {
+        theirs: np.ascontiguousarray(params[ours].T)
+        if _order(theirs) < 0
+        else params[ours]
+        for ours, theirs in names.items()
+    }
+
+
+def _order(theirs: str) -> int:
+    """-1 for a matrix that torch's Linear holds transposed, else 1."""
+    return -1 if theirs.endswith(".weight") else 1
 
 
 def as_float32(arrays: Mapping[str, np.ndarray], *, where: Path) -> dict[str, Any]:
@@ -154,7 +205,7 @@ def as_float32(arrays: Mapping[str, np.ndarray], *, where: Path) -> dict[str, An
 
 
 def size_of(arrays: Mapping[str, np.ndarray], name: str, *, where: Path) -> int:
-    """The length of a bias, which no transposition can change."""
+    """The length of a bias, which cannot be transposed by mistake."""
     if name not in arrays:
         raise UserError(f"{where} lacks {name}; it has {listed(arrays)}")
     if arrays[name].ndim != 1 or not arrays[name].size:

@@ -61,7 +61,7 @@ def read_pickle(
 
 
 def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
-    """Names and arguments; the argument of one that is not known is not read."""
+    """Names and arguments of the opcodes; an unknown one's argument is not read."""
     at = 0
     while at < len(data):
         name = _NAMES.get(chr(data[at]), f"0x{data[at]:02x}")
@@ -248,7 +248,7 @@ _FIXED = {
     "BINGET": "<B",
     "LONG_BINGET": "<I",
 }
-# Bytes of the length that comes first, and what the rest is.
+# How many bytes of length come first, and how the rest is read.
 _SIZED: dict[str, tuple[int, Callable[[bytes], Any]]] = {
     "BINUNICODE": (4, bytes.decode),
     "SHORT_BINUNICODE": (1, bytes.decode),

@@ -1,13 +1,12 @@
 """The batches of a run on their way to the device.
 
-`stream` reads them from the shards, ahead of the steps, in the dtype on disk. `device`
-puts all rows on the device once and gathers there: the same batches in the same order.
-With --stream they come from the language model instead. On a mesh each device gets its
-rows of a batch; of several processes each reads its own.
+`--feed=stream` reads them from the shards, ahead of the steps, in the dtype on disk.
+`--feed=device` puts all rows on the device once and gathers batches there: the same
+ones in the same order. With `--stream` they come from the language model instead. On a
+mesh each device gets its rows of a batch, and each of several processes reads its own.
 """
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self
 
 import jax
@@ -25,13 +24,13 @@ from vsae_jax.system.memory import free_bytes
 from vsae_jax.system.mesh import over_data, own_rows, whole
 from vsae_jax.training.plan import PlannedRun
 
-# Of a device's free memory, what rows may take.
+# The share of a device's free memory that rows may take.
 _SHARE = 0.5
 _ROWS_AT_ONCE = 2**16
 
 
 class InOrder:
-    """Rows as they come, with the names of `ShuffledRows`."""
+    """Rows in the order in which they come, with the methods of `ShuffledRows`."""
 
     def __init__(self, read: Callable[[int, int], np.ndarray]):
         self._read = read
@@ -70,14 +69,16 @@ class Feed:
             "left_out": planned.left_out.rows if planned.left_out else (),
             "forward": c.stream,
         }
-        # The same stream, of the rows' numbers.
+        # The same stream, but of the rows' numbers instead of the rows.
         self._numbers = ShuffledRows(_numbers, **order)
         if c.stream and processes.count() > 1:
-            raise UserError("--stream runs in one process; leave one of them away")
+            raise UserError(
+                "--stream runs in one process; leave it out, or start one process only"
+            )
         if c.feed == "device" and processes.count() > 1:
             raise UserError(
-                "--feed=device would put every row on every device; of several "
-                "processes each reads only its own: --feed=stream"
+                "--feed=device would put every row on every device, but each of "
+                "several processes reads only its own; use --feed=stream"
             )
         self._resident: Array | None = None
         if planned.activations.in_order:
@@ -91,18 +92,14 @@ class Feed:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._further is not None:
             self._further.close()
         self._rows.close()
 
     def first(self, count: int) -> Float[Array, "rows d_model"]:
-        """The stream's first rows, at most one epoch, in float32; in every process."""
+        """The stream's first rows, at most one epoch, in float32; every process gets
+        all of them."""
         count = min(count, self._n_rows)
         if self._own == (0, self._batch):
             return self._take(0, count).astype(jnp.float32)
@@ -121,8 +118,8 @@ class Feed:
     def stack(
         self, position: int, count: int, *, n_max: int
     ) -> Float[Array, "n_max batch d_model"]:
-        """That many batches from row `position` on; unused ones are filled with a row
-        of the last."""
+        """`count` batches from row `position` on; the others up to `n_max`, which are
+        not used, repeat the last row."""
         if self._mesh is not None:
             return self._spread(position, count, n_max)
         taken = self._take(position, count * self._batch)
@@ -138,8 +135,8 @@ class Feed:
         return self._resident[jnp.asarray(taken[:, 0], jnp.int32)]
 
     def _spread(self, position: int, count: int, n_max: int) -> Array:
-        """The same on a mesh: this process's rows, each sent to where it is trained
-        on. Nothing here waits for another process: it runs beside the steps."""
+        """The same on a mesh: this process's rows, each sent to its device. Nothing
+        here may wait for another process, since it runs beside the steps."""
         taken = self._rows.take(position, count * self._batch)
         if self._resident is not None:
             taken = taken.astype(np.int32)

@@ -8,7 +8,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -26,8 +25,9 @@ _KEPT = 2
 
 @functools.cache
 def _quiet_closed_loops() -> None:
-    """Once an array fails, Orbax closes the loop that TensorStore calls for the others,
-    and Python would print a traceback of each, now or later."""
+    """Silences what follows a failed array: Orbax closes the event loop, which
+    TensorStore still uses for the other arrays, and Python would print a traceback of
+    each."""
     hook = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
@@ -40,11 +40,11 @@ def _quiet_closed_loops() -> None:
 
 
 class Checkpoints:
-    """The last two checkpoints of a run, below `folder`; `read_only` of a run of which
-    nothing is to change. A context manager.
+    """The last two checkpoints of a run, below `folder`; with `read_only`, nothing is
+    changed there. A context manager.
 
-    Each device writes its part of a state, and what is restored lies on `mesh`, however
-    many devices wrote it.
+    Each device writes its part of a state. What is restored lies on `mesh`, whatever
+    the number of devices that wrote it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpoints:
         # Orbax takes most of a second to import; commands that never train skip it.
         import orbax.checkpoint as ocp
 
-        # What goes wrong is raised and said in one line; Orbax would log tracebacks,
+        # Errors are raised and reported in one line. Orbax would also log tracebacks,
         # and asyncio those of the other arrays, which nobody waits for any more.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -70,7 +70,7 @@ class Checkpoints:
                 enable_async_checkpointing=False,
                 read_only=read_only,
                 create=not read_only,
-                # What a kill left half written.
+                # Removes what a kill left half written.
                 cleanup_tmp_directories=not read_only,
             ),
         )
@@ -78,12 +78,7 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._manager.close()
 
     def steps(self) -> list[int]:
@@ -118,8 +113,8 @@ class Checkpoints:
     ) -> tuple[TrainState, int] | None:
         """The newest readable state, shaped `like`, and its data position; or None.
 
-        A damaged checkpoint is named and the one before it is used. `up_to` leaves
-        out those of later steps.
+        A damaged checkpoint is named, and the one before it is used. Those of steps
+        after `up_to` are left out.
         """
         for step in reversed(self.steps()):
             if up_to is not None and step > up_to:
@@ -138,7 +133,8 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, int]:
-        # Orbax finds out too late: it leaves coroutines behind, a traceback of each.
+        # Checked here, since Orbax finds out too late: each coroutine that it leaves
+        # behind would print a traceback.
         stored = self._metadata(self._folder / str(step) / "state").tree
         old = old_checkpoints.is_old(stored)
         shape = jax.eval_shape(
@@ -153,12 +149,13 @@ class Checkpoints:
         read = self._manager.restore(step, args=parts)
         if jax.tree.structure(read["state"]) != jax.tree.structure(shape):
             raise ValueError("its arrays are not those of this run")
-        # Orbax has no checksum of its arrays' bytes. Older checkpoints have none here.
+        # Orbax has no checksum of the arrays' bytes; older checkpoints of ours neither.
         said = read["progress"].get("sha256")
         found = _sha256(read["state"])
         if None not in (said, found) and said != found:
             raise ValueError("its checksum is wrong")
-        state = _keyed(read["state"])
+        state = read["state"]
+        state = state._replace(key=jax.random.wrap_key_data(state.key))
         state = old_checkpoints.as_new(state, like) if old else state
         if int(state.step) != step:
             raise ValueError(f"it holds step {int(state.step)}")
@@ -166,8 +163,8 @@ class Checkpoints:
 
 
 def _sha256(plain: Any) -> str | None:
-    """SHA-256 of every array, in the tree's order; None where the state is spread over
-    processes: none of them gathers it."""
+    """SHA-256 over all arrays in the tree's order; None where the state is spread over
+    several processes, none of which has all of it."""
     if processes.count() > 1:
         return None
     digest = hashlib.sha256()
@@ -181,7 +178,7 @@ def _shapes(tree: Any) -> list[tuple[int, ...]]:
 
 
 def _reason(error: Exception) -> str:
-    """The system's own words out of TensorStore's account, where it has them."""
+    """The operating system's message within TensorStore's, if there is one."""
     text = one_line(error)
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
         if os.strerror(number) in str(error):
@@ -190,8 +187,5 @@ def _reason(error: Exception) -> str:
 
 
 def _plain(state: TrainState) -> Any:
+    """The state with its key as numbers, which Orbax can store."""
     return state._replace(key=jax.random.key_data(state.key))
-
-
-def _keyed(state: TrainState) -> TrainState:
-    return state._replace(key=jax.random.wrap_key_data(state.key))

@@ -1,4 +1,4 @@
-"""`vsae_jax.fit`: training from Python, by the loop of the command."""
+"""`vsae_jax.fit`: training from Python, with the same loop as the command's."""
 
 import contextlib
 import dataclasses
@@ -20,16 +20,16 @@ from vsae_jax.system.errors import Interrupted, UserError
 from vsae_jax.training.loop import run_arms
 from vsae_jax.training.plan import PlannedRun, plan
 
-# Those of several processes, which only a command joins.
+# Flags that are no keywords of `fit`; only a command can join several processes.
 _NOT_OURS = {"activations", "out", *PROCESS_FIELDS}
-# What needs all rows before the first step.
+# Settings that need all rows before the first step.
 _NEEDS_ALL = {"bad_rows": "skip", "feed": "device"}
 
 History = dict[str, Float[np.ndarray, " intervals"]]
 
 
 class Fit(NamedTuple):
-    """A trained autoencoder, and its metrics: an array a name, over `step`."""
+    """A trained autoencoder, and its metrics: an array over `step` by name."""
 
     sae: TrainedSAE
     history: History
@@ -50,20 +50,21 @@ def fit(
       rows: raw activations: a NumPy or JAX array or torch tensor `[rows, d_model]`, a
         `.npy` file of one (mapped, not read whole), a folder that `extract` wrote or
         its `Activations`; or batches `[rows, d_model]` of any length, which are taken
-        in their order. Other rows are shuffled, and the last 5 % held out
-        (`held_out=`).
-      out: a run folder, which is resumed and which every command opens; None: the
-        result stays in memory.
+        in their order. Rows other than batches are shuffled, and the last 5 % are held
+        out (`held_out=`).
+      out: a run folder, which every command opens, and where training is resumed; with
+        None the result stays in memory.
       progress: whether to print what the command prints.
-      model, layer: whose residual stream the rows are, where that is known; a folder
-        says it itself.
+      model, layer: the language model and block whose residual stream the rows are,
+        where that is known; a folder says it itself.
       settings: the command's flags by their names (`python -m vsae_jax.train --help`):
         variant, d_sae, k, steps, batch_size, lr, beta, seed, preset, ... with the same
         defaults. The same rows, settings and machine give the same bits.
 
-    Raises UserError, a ValueError, in one line: for what is unknown or out of range
-    before the first step, for rows that are not finite when they are read. A signal
-    raises KeyboardInterrupt, and Interrupted once the state is saved in `out`.
+    Raises UserError, a ValueError, in one line: before the first step for a setting
+    that is unknown or out of range, and for rows that are not finite when they are
+    read. A signal raises KeyboardInterrupt, or with `out` Interrupted, once the state
+    is saved there.
     """
     for name in settings.keys() & _NOT_OURS:
         raise UserError(f"fit has no keyword {name}; it is a flag of the command only")
@@ -74,8 +75,13 @@ def fit(
         if out:
             folder = Path(out)
         else:
+            if config.tensorboard:
+                raise UserError(
+                    "tensorboard=True writes to the run folder; name it by out="
+                )
             place = stack.enter_context(tempfile.TemporaryDirectory("_vsae_jax"))
-            folder, config = Path(place) / "run", _unsaved(config)
+            folder = Path(place) / "run"
+            config = dataclasses.replace(config, checkpoint_every=0)
         config = dataclasses.replace(config, out=str(folder))
         try:
             run_arms([_planned(rows, config, model, layer)])
@@ -90,16 +96,10 @@ def fit(
     return Fit(trained, history)
 
 
-def _unsaved(config: TrainConfig) -> TrainConfig:
-    if config.tensorboard:
-        raise UserError("tensorboard=True writes to the run folder; name it by out=")
-    return dataclasses.replace(config, checkpoint_every=0)
-
-
 def _planned(
     rows: Any, config: TrainConfig, model: str, layer: int | None
 ) -> PlannedRun:
-    """The run of a folder as the command plans it, or of rows that are given."""
+    """The run on a folder, as the command plans it, or on rows that are given."""
     activations = given(rows)
     if not isinstance(activations, GivenRows):
         if model or layer is not None:
@@ -107,13 +107,15 @@ def _planned(
         place = str(activations.folder)
         return plan(dataclasses.replace(config, activations=place))
     if config.stream:
-        raise UserError("stream=True goes on with the text of a folder; give its name")
+        raise UserError(
+            "stream=True goes on with the text of a folder; give the folder's name"
+        )
     asked = [n for n, v in _NEEDS_ALL.items() if getattr(config, n) == v]
     asked += [] if config.max_norm_multiple is None else ["max_norm_multiple"]
     if asked and activations.in_order:
         raise UserError(
             f"{asked[0]}={getattr(config, asked[0])!r} needs all rows before the "
-            "start, and batches come one by one; give an array"
+            "start, but batches come one by one; give an array"
         )
     known = {} if layer is None else {"layer": layer, "hook_name": Hook(layer).name}
     activations.known = known | ({"model": model} if model else {})
@@ -121,7 +123,8 @@ def _planned(
 
 
 def _signature() -> inspect.Signature:
-    """With the flags of `train` as keywords, for help and completion."""
+    """The signature of `fit` with the flags of `train` as keywords, for help and
+    completion."""
     own = inspect.signature(fit)
     keywords = [
         inspect.Parameter(

@@ -1,4 +1,4 @@
-"""The gradient of the objective on one batch: whole, or on a CPU in parts."""
+"""The gradient of the objective on one batch: of all at once, or on a CPU in parts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ from vsae_jax.config import SAEConfig
 from vsae_jax.system import mesh
 from vsae_jax.training.layout import to_public
 
-# On a CPU a part of a batch has so many bytes of latents: they stay in cache between
-# the passes over them.
+# On a CPU a part of a batch has this many bytes of latents, so that they stay in cache
+# between the passes over them.
 CPU_PART_BYTES = 2**25
-# Below so many rows a product no longer fills the cores.
+# With fewer rows a product no longer keeps all cores busy.
 _LEAST_ROWS = 128
 
 
@@ -33,8 +33,8 @@ def gradient(
     buffers: dict[str, Array],
     config: SAEConfig,
 ) -> tuple[dict[str, Array], Info]:
-    """The gradient by the held parameters, and the batch's `Info`. The key is consumed;
-    `any_dead` is whether AuxK acts."""
+    """The gradient with respect to the held parameters, and the batch's `Info`. The key
+    is consumed; `any_dead` is whether AuxK acts."""
 
     def of(rows: Array, first_row: Array | int) -> tuple[Any, Info]:
         def loss(held: dict[str, Array], dead: Array | None) -> tuple[Array, Info]:
@@ -52,7 +52,7 @@ def gradient(
         part = jax.grad(loss, has_aux=True)
         if not config.auxk:
             return part(held, None)
-        # Where no latent is dead AuxK is left out, not multiplied by 0.
+        # Where no latent is dead, AuxK is not computed rather than multiplied by 0.
         return lax.cond(any_dead, lambda: part(held, dead), lambda: part(held, None))
 
     rows = rows_of_a_part(len(x_n), config.d_sae)

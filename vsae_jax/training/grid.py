@@ -16,15 +16,17 @@ from vsae_jax.training.plan import PlannedRun, plan, run_name
 
 
 def run(arms: Sequence[TrainConfig], *, names: Sequence[str] = ()) -> Path:
-    """Trains all arms; started again, it goes on. `names` are those of the
-    arms' folders; unset, the swept fields and their values.
+    """Trains all arms, or goes on where it was stopped. `names` are those of the arms'
+    folders; unset, the swept fields and their values.
 
     Writes `grid.json` (the arms and the fields that differ between them) and, also when
     training ends early, `summary.csv` (those fields and each finished arm's last
     metrics).
     """
     swept = swept_fields(arms)
-    folder = Path(arms[0].out or f"runs/grid_{'_'.join(swept)}_{_common_name(arms)}")
+    unset = {name: getattr(TrainConfig(), name) for name in swept}
+    common = run_name(dataclasses.replace(arms[0], **unset))
+    folder = Path(arms[0].out or f"runs/grid_{'_'.join(swept)}_{common}")
     names = names or [arm_name(arm, swept) for arm in arms]
     arms = [
         dataclasses.replace(arm, out=str(folder / name))
@@ -58,12 +60,6 @@ def arm_name(arm: TrainConfig, swept: Sequence[str]) -> str:
     return "_".join(f"{name}-{getattr(arm, name)}" for name in swept)
 
 
-def _common_name(arms: Sequence[TrainConfig]) -> str:
-    swept = swept_fields(arms)
-    unset = {name: getattr(TrainConfig(), name) for name in swept}
-    return run_name(dataclasses.replace(arms[0], **unset))
-
-
 def _write_grid(
     folder: Path, swept: Sequence[str], arms: Sequence[TrainConfig]
 ) -> None:
@@ -84,8 +80,8 @@ def _write_grid(
 
 
 def _last_metrics(arm: PlannedRun, *, swept: Sequence[str]) -> dict[str, Any]:
-    """A line of the summary: what the arm was asked for, and its last metrics but
-    those of that name (the last learning rate has decayed)."""
+    """A line of the summary: what the arm was asked for, and its last metrics. A swept
+    field is as it was asked for: the last learning rate, say, has decayed."""
     lines = runs.read_metrics(arm.folder / runs.METRICS)
     if not lines:
         raise UserError(f"{arm.folder / runs.METRICS} has no line of metrics")

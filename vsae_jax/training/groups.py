@@ -1,8 +1,8 @@
 """Arms of a grid that are trained together: every arm sees the same batches.
 
 Arms whose static switches agree share one compiled function. `vmap` runs them at once,
-which fills a GPU; `loop` runs them one after another on the batches that are there,
-which is faster on a CPU: an arm's step then is its single run's, bit for bit.
+which keeps a GPU busy. `loop` runs them one after another on the same batches, which is
+faster on a CPU; an arm's steps then are those of a single run, bit for bit.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from vsae_jax.training.layout import make, shardings
 from vsae_jax.training.native import Kernels
 from vsae_jax.training.step import Numbers, TrainState, compile_steps
 
-# Of the memory that is free, what a pass may take.
+# The share of the free memory that a pass may take.
 _SHARE = 0.8
 
 
 class Arm(NamedTuple):
-    """An arm: its static switches, its numbers, its state, whose kernels it takes."""
+    """An arm: its static switches, its numbers, its state and its kernels."""
 
     config: SAEConfig
     numbers: Numbers
@@ -40,8 +40,8 @@ class Arm(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Arms (by place) that one call advances; with several, each array of `state` and
-    `numbers` has a leading axis over them."""
+    """Arms, by their places in the pass, that one call advances. With several, each
+    array of `state` and `numbers` has a leading axis over them."""
 
     arms: tuple[int, ...]
     numbers: Numbers
@@ -50,8 +50,8 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A compiled pass: its groups, bytes of states and of work on one device, seconds
-    to compile."""
+    """A compiled pass: its groups, the bytes of states and of work on one device, the
+    number of compiled functions, and the seconds that compiling took."""
 
     groups: list[Group]
     state_bytes: int
@@ -87,7 +87,7 @@ def compile_pass(
                 with tracing(mesh):
                     lowered[kind] = steps.lower(state, rows, 1, numbers)
             waiting.append((kind, places, numbers, state))
-    # Programs compile side by side: each keeps about one core busy for seconds.
+    # Programs compile in parallel: each keeps about one core busy for seconds.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = pool.map(lambda program: program.compile(), lowered.values())
         compiled = dict(zip(lowered, programs, strict=True))
@@ -105,7 +105,7 @@ def compile_pass(
 
 
 def advance(groups: Sequence[Group], rows: Array, n: int) -> list[Group]:
-    """Every arm `n` steps further, on the first `n` batches of `rows`."""
+    """The groups after `n` more steps, on the first `n` batches of `rows`."""
     return [
         group._replace(state=group.run(group.state, rows, n, group.numbers))
         for group in groups
@@ -122,7 +122,7 @@ def states(groups: Sequence[Group]) -> dict[int, TrainState]:
 
 
 def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
-    """Passes of as many arms as the device has room for, at least one."""
+    """The arms in passes of as many as the device has room for, at least one."""
     room = max(int(_SHARE * free_bytes() / max(bytes_of_one, 1)), 1)
     passes = -(-len(arms) // room)
     size = -(-len(arms) // passes)
@@ -132,8 +132,8 @@ def split(arms: Sequence[Any], bytes_of_one: int) -> list[list[Any]]:
 def bytes_of_one(
     config: SAEConfig, *, batch_size: int, mesh: Mesh | None = None
 ) -> int:
-    """About what one more arm takes at once on a device: float32 parameters, Adam's
-    moments and gradients, and of each row in a batch what a step keeps."""
+    """About the bytes that one more arm takes on a device: float32 parameters, Adam's
+    moments and gradients, and what a step keeps of each row in a batch."""
     shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
     d_sae = config.d_sae // shape["latents"]
     of_device = dataclasses.replace(config, d_sae=d_sae, k=1, k_aux=1, prefixes="none")
@@ -146,8 +146,8 @@ def bytes_of_one(
 def _same_switches(
     arms: Sequence[Arm],
 ) -> dict[tuple[SAEConfig, Kernels], tuple[int, ...]]:
-    """Places of arms by their static config, in which k is the largest of them, and
-    their kernels."""
+    """The places of arms by their static config and kernels; k there is the largest of
+    the arms'."""
     sets: dict[tuple[SAEConfig, Kernels], list[int]] = {}
     for place, arm in enumerate(arms):
         key = dataclasses.replace(arm.config, k=arm.config.d_sae)
@@ -172,7 +172,7 @@ def _stack(trees: Sequence[Any], mesh: Mesh | None) -> Any:
 
 
 def member(tree: Any, i: int, n: int) -> Any:
-    """The i-th of the n arms whose arrays are stacked in `tree`; one is not stacked."""
+    """The i-th of n arms from a tree of stacked arrays; a single arm is not stacked."""
     return tree if n == 1 else jax.tree.map(lambda leaf: leaf[i], tree)
 
 

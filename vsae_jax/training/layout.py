@@ -1,13 +1,13 @@
-"""How a training state lies: the decoder transposed, arrays cut over devices.
+"""How a training state is held: the decoder transposed, arrays split over devices.
 
     rows of a batch                                         over `data`
     arrays with an axis d_sae, their moments, silence       over `latents`
     the others, keys, sums                                  whole on every device
 
 Training holds the decoder as `w_dec_t [d_model, d_sae]`, so that every matrix product
-of a step is of rows by rows (autoencoder/matmul.py), and before its columns are brought
-to norm 1, which the next step does first. Of an array that stays above 0
-(`ArraySpec.log`) it holds the logarithm, as `log_NAME`.
+of a step is of rows by rows (autoencoder/matmul.py). Its columns are brought to norm 1
+at the start of the next step, so what is held is not normalised yet. For an array that
+stays above 0 (`ArraySpec.log`) training holds the logarithm, as `log_NAME`.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from vsae_jax.config import SAEConfig
 
 DECODER = "w_dec_t"
 _LOGS = {n: f"log_{n}" for n, spec in sae.every_array().items() if spec.log}
-# Which axis of an array, counted from the last, is d_sae.
+# The axis of an array that is d_sae, counted from the last.
 _LATENT_AXES = {"rows_since_fired": -1, DECODER: -1} | {
     _LOGS.get(name, name): spec.axes.index("d_sae") - len(spec.axes)
     for name, spec in sae.every_array().items()
@@ -41,7 +41,7 @@ def to_training(params: sae.Params) -> dict[str, Array]:
 
 
 def to_public(held: dict[str, Array]) -> dict[str, Array]:
-    """The parameters as everybody else takes them."""
+    """The parameters as everything else takes them."""
     params = dict(held)
     params["w_dec"] = params.pop(DECODER).T
     for name, log in _LOGS.items():
@@ -51,8 +51,8 @@ def to_public(held: dict[str, Array]) -> dict[str, Array]:
 
 
 def normed(held: dict[str, Array], config: SAEConfig) -> dict[str, Array]:
-    """The held parameters with the decoder's columns at norm 1, where they are kept
-    there."""
+    """The held parameters with the decoder's columns at norm 1, unless the config
+    leaves their norms free."""
     if config.decoder_norm == "free":
         return held
     w = held[DECODER]
@@ -61,8 +61,8 @@ def normed(held: dict[str, Array], config: SAEConfig) -> dict[str, Array]:
 
 
 def shardings(tree: Any, mesh: Mesh | None) -> Any:
-    """The place of each array of a training state (or of numbers). With several arms
-    the leading axis, over them, is not split."""
+    """The sharding of each array of a training state (or of numbers). With several
+    arms, the leading axis over them is not split."""
 
     def place(path: tuple[Any, ...], leaf: Any) -> Any:
         if mesh is None:
@@ -78,7 +78,7 @@ def shardings(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def shaped(tree: Any, mesh: Mesh | None) -> Any:
-    """Shapes and dtypes of a state with the place of each array."""
+    """The shape, dtype and sharding of each array of a state."""
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         tree,
@@ -87,8 +87,8 @@ def shaped(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def make(build: Callable[..., Any], *arguments: Any, mesh: Mesh | None) -> Any:
-    """`build(*arguments)`, a state: on a mesh each array is made where it lies, never
-    whole on one device."""
+    """The state `build(*arguments)`; on a mesh each array is made where it belongs,
+    never whole on one device."""
     if mesh is None:
         return build(*arguments)
     places = shardings(jax.eval_shape(build, *arguments), mesh)

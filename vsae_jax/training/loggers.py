@@ -26,8 +26,8 @@ class Logger(Protocol):
 
 
 def open_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    """The loggers that the config asks for; a missing package is said in one line.
-    None but in the first of several processes."""
+    """The loggers that the config asks for; a missing package is reported in one line.
+    Only the first of several processes has any."""
     if not processes.first():
         return []
     loggers: list[Logger] = [JsonLines(folder / runs.METRICS)]
@@ -39,10 +39,10 @@ def open_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
 
 
 class JsonLines:
-    """One JSON object a line, written through at once."""
+    """One JSON object per line, written at once."""
 
     def __init__(self, path: Path):
-        # Unbuffered: a line that failed is not tried again by `close`.
+        # Unbuffered, so that `close` does not try a line again that failed.
         self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

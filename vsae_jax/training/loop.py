@@ -1,8 +1,8 @@
-"""The training loop, one for a single run as for a grid.
+"""The training loop, the same for a single run and for a grid.
 
 Batches are read ahead in a thread, every arm takes the same ones, several steps run in
-one dispatch, the device is read once per log interval, and what is started again goes
-on.
+one dispatch, and the device is read once per log interval. A run that was stopped goes
+on from its last checkpoint.
 """
 
 import contextlib
@@ -65,14 +65,14 @@ def _run_arms(arms: Sequence[PlannedRun], locked: contextlib.ExitStack) -> None:
     if diverged:
         raise UserError(
             f"{len(diverged)} of {len(arms)} arms diverged ({', '.join(diverged)}); "
-            "the others are finished; give those a lower --lr or a smaller --beta in "
-            "a grid of their own"
+            "the others are finished; train those with a lower --lr or a smaller "
+            "--beta in a grid of their own"
         )
 
 
 def _train(arms: Sequence[PlannedRun]) -> list[str]:
-    """Trains arms of one stream of batches, in as few passes over it as memory and
-    their checkpoints allow; returns the names of those that diverged."""
+    """Trains arms that share a stream of batches, in as few passes over it as memory
+    and their checkpoints allow; returns the names of those that diverged."""
     diverged: list[str] = []
     with contextlib.ExitStack() as stack:
         print(memory.foresee(arms))
@@ -105,8 +105,8 @@ def _one_pass(
     saves: Mapping[Path, Checkpoints],
     feed: Feed,
 ) -> list[str]:
-    """Trains arms that are at the same step to the end, and writes what they became.
-    Empties `starts`, their states."""
+    """Trains arms that are at the same step to the end and writes their parameters;
+    returns the names of those that diverged. Empties `starts`, their states."""
     config, step = arms[0].train, int(starts[0].step)
     if step:
         print(f"going on from step {step}")
@@ -122,7 +122,7 @@ def _one_pass(
         for arm, state in zip(arms, starts, strict=True)
     ]
     compiled = compile_pass(members, feed.shape(pace.most), how=config.arms, mesh=mesh)
-    # With vmap the states are copies; the first ones would keep their memory.
+    # With vmap the compiled states are copies; these would keep their memory.
     del members
     starts.clear()
     print(_describe(compiled, len(arms), mesh))

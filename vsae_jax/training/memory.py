@@ -1,4 +1,4 @@
-"""What a training needs of the device's memory, foreseen, and which flag helps."""
+"""A forecast of the device memory that a training needs, and the flags that help."""
 
 from collections.abc import Sequence
 
@@ -13,20 +13,21 @@ from vsae_jax.system.progress import size
 from vsae_jax.training import groups
 from vsae_jax.training.plan import PlannedRun, steps_at_once
 
-# `batches` holds two groups of rows; four dispatches wait, run or are being made.
+# `batches` holds two groups of rows; up to four dispatches are made, wait or run.
 _GROUPS_BYTES = 2 * 2**29
 _DISPATCHES = 4
 
 
 def of_one(planned: PlannedRun) -> int:
-    """About the bytes that one more arm takes on a device."""
+    """Roughly the bytes that one more arm takes on a device."""
     return groups.bytes_of_one(
         planned.sae, batch_size=planned.train.batch_size, mesh=planned.mesh
     )
 
 
 def foresee(arms: Sequence[PlannedRun]) -> str:
-    """The line of the plan; refuses what will not fit even with one arm at a time."""
+    """A line that says what is needed; refuses what does not fit even one arm at a
+    time."""
     planned = max(arms, key=of_one)
     needs, free = _needs(planned), free_bytes()
     total = sum(needs.values())
@@ -44,7 +45,7 @@ def foresee(arms: Sequence[PlannedRun]) -> str:
 
 
 def _needs(planned: PlannedRun) -> dict[tuple[str, str], int]:
-    """Bytes by what needs them and the flags that help, the largest first."""
+    """Bytes by what needs them and by the flags that lower them, the largest first."""
     parameters = groups.bytes_of_one(planned.sae, batch_size=0, mesh=planned.mesh)
     batch_size = planned.train.batch_size
     row = planned.sae.d_model * np.dtype(READ[planned.data["dtype"]]).itemsize

@@ -1,9 +1,9 @@
-"""The gradient on a CPU that touches k of d_sae latents: a second one to `gradient.py`,
-which it is held to.
+"""A gradient for CPUs that touches only k of d_sae latents. `gradient.py` is the
+reference, which it has to agree with.
 
-Only the encoder's product is dense. What follows it are the kernels of
-native_kernels.py, in machine code by numba, an extra. The KL's gradient is dense, but
-needs no product with the latents of a batch: with c its rows less their mean m, and
+Only the encoder's product is dense. The rest are the kernels of native_kernels.py,
+machine code made by numba, an optional package. The KL's gradient is dense but needs no
+product with the latents of a batch: with c its rows minus their mean m, and
 mu = x w + b,
 
     sum over rows of x' mu = c' c w + batch m mu(m)
@@ -34,14 +34,15 @@ Kernels = Literal["xla", "native"]
 
 _TARGET = "vsae_jax_native"
 _ROWS, _SELECT, _LISTS, _DECODE, _SUMS = range(5)
-# From so many of d_sae latents on XLA's dense products win, by operands' dtype; where a
-# batch has fewer latents than this in all, compiling costs more than is won.
+# XLA's dense products are faster where k is more than this share of d_sae, by the
+# operands' dtype. With fewer latents than this in a batch, compiling costs more than it
+# saves.
 _MOST = {"float32": 1 / 8, "bfloat16": 1 / 32}
 _LEAST_LATENTS = 2**19
 
 
 class Choice(NamedTuple):
-    """Whose kernels a run takes, and what there is to say of it, or nothing."""
+    """The kernels that a run uses, and a note on them, or ""."""
 
     kernels: Kernels
     note: str
@@ -54,7 +55,7 @@ def choice(
     batch_size: int,
     together: bool,
 ) -> Choice:
-    """The kernels of a run; `together` is whether several devices or arms share a step.
+    """The kernels of a run; `together`: whether several devices or arms share a step.
     Refuses `native` where numba is missing."""
     by_xla = Choice("xla", "")
     if asked == "xla":
@@ -69,7 +70,7 @@ def choice(
     ):
         return by_xla
     if uncovered:
-        return Choice("xla", f"XLA's kernels: the native ones do not know {uncovered}")
+        return Choice("xla", f"XLA's kernels: the native ones lack {uncovered}")
     if broken := _broken():
         if asked == "native":
             raise UserError(f"--kernels=native: {broken}; or use --kernels=xla")
@@ -87,7 +88,7 @@ def _missing() -> str:
 
 
 def _broken() -> str:
-    """What keeps the kernels from being loaded here, or nothing."""
+    """What keeps the kernels from being loaded here, or ""."""
     try:
         load()
     except Exception as error:  # numba and XLA's FFI raise errors of many kinds
@@ -96,7 +97,7 @@ def _broken() -> str:
 
 
 def _uncovered(config: SAEConfig, *, together: bool) -> str:
-    """What of a config the kernels do not know, or nothing."""
+    """What the kernels lack that a config needs, or ""."""
     kl, sizes = config.penalty == "kl", (config.d_model, config.d_sae)
     known = {
         f"d_model {sizes[0]} and d_sae {sizes[1]}, which must be multiples of 16": (
@@ -128,8 +129,8 @@ def gradient(
     buffers: dict[str, Array],
     config: SAEConfig,
 ) -> tuple[dict[str, Array], Info]:
-    """What `gradient.gradient` gives, of a config that `choice` gave to these kernels;
-    where AuxK acts, by it."""
+    """What `gradient.gradient` returns, for a config that `choice` allows. Where AuxK
+    acts, that function computes it."""
     load()
     if not config.auxk:
         return _sparse(held, x_n, key, numbers, config=config)
@@ -153,7 +154,7 @@ def _sparse(
 ) -> tuple[dict[str, Array], Info]:
     n, b_dec = len(x_n), held["b_dec"]
     x_in = x_n - b_dec[None, :] if config.subtract_b_dec else x_n
-    # k, and whether values that are not above 0 have no gradient.
+    # k, and whether there is a relu: then values not above 0 have no gradient.
     k = jnp.stack([jnp.asarray(numbers["k"], jnp.int32), jnp.int32(config.relu)])
     index, value = _selected(held, x_n, key, numbers, k, config=config)
     w_dec = _rows(held[DECODER], config.dtype)
@@ -187,7 +188,7 @@ def _sparse(
 def _kl(
     held: dict[str, Array], x_in: Float[Array, "batch d_model"], *, config: SAEConfig
 ) -> tuple[Array, Array, Array]:
-    """The mean KL over rows, and its gradients by w_enc and b_enc."""
+    """The mean KL over rows, and its gradients for w_enc and b_enc."""
     n, w = len(x_in), held["w_enc"]
     mean = jnp.mean(x_in, axis=0)
     centred = (x_in - mean[None, :]).astype(config.dtype)
@@ -208,9 +209,9 @@ def _selected(
     *,
     config: SAEConfig,
 ) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
-    """Each row's k latents by index, and their values; 0 from the k-th on. In parts of
-    the batch, whose latents stay in cache."""
-    # Without noise the bias and the relu are left to the kernel, and a pass is saved.
+    """Each row's k latents by index, and their values; 0 from place k on. Computed in
+    parts of the batch, so that latents stay in cache."""
+    # Without noise the kernel adds the bias and takes the relu, which saves a pass.
     none = jnp.zeros(config.d_sae)
     inside, after = (none, held["b_enc"])[:: -1 if config.noise else 1]
     params = {**held, "w_enc": held["w_enc"].astype(config.dtype), "b_enc": inside}
@@ -236,17 +237,17 @@ def select(
     *,
     k_max: int,
 ) -> list[Array]:
-    """The indices and the values of each row's k[0] largest of z + bias, by index, as
-    `jax.lax.top_k` chooses them; where k[1] is 1, negative values then are 0. Places up
-    to k_max are 0."""
+    """Each row's k[0] largest values of z + bias and their indices, by index, chosen as
+    by `jax.lax.top_k`. Where k[1] is 1, negative values are set to 0. The other places
+    up to k_max are 0."""
     load()
     shape = len(z), k_max
     return _call(_SELECT, [_of(shape, jnp.int32), _of(shape)], z, bias, k)
 
 
 class _Lists(NamedTuple):
-    """Who selected each latent: where its list starts, `[row, place]` after each other,
-    and which latents had a value above 0."""
+    """Which rows selected each latent: where its list starts, all lists of
+    `[row, place]` one after another, and which latents had a value above 0."""
 
     start: Int[Array, "d_sae+1 1"]
     pairs: Int[Array, "values 2"]
@@ -266,7 +267,7 @@ def _rows(w: Float[Array, "n m"], dtype: Any) -> Float[Array, "m n"]:
 def _decoded(
     x: Array, w_dec: Array, b_dec: Array, index: Array, value: Array, k: Array
 ) -> list[Array]:
-    """The gradients of the mean squared error by x_hat and by each selected latent."""
+    """The gradients of the mean squared error for x_hat and each selected latent."""
     out = [_of(x.shape), _of(value.shape)]
     return _call(_DECODE, out, x, w_dec, b_dec, index, value, k)
 
@@ -274,8 +275,8 @@ def _decoded(
 def _summed(
     lists: _Lists, rows: Float[Array, "batch d_model"], weight: Float[Array, "batch k"]
 ) -> list[Array]:
-    """For each latent the weighted sum of the rows that selected it, in a column, and
-    that of the weights."""
+    """For each latent the weighted sum of the rows that selected it, as a column, and
+    the sum of the weights."""
     d_sae = len(lists.fired)
     out = [_of((rows.shape[1], d_sae)), _of((d_sae,))]
     return _call(_SUMS, out, lists.start, lists.pairs, rows, weight.reshape(-1, 1))
@@ -291,8 +292,8 @@ def _call(kernel: int, out: list[Any], *operands: Array) -> list[Array]:
 
 @functools.cache
 def load() -> None:
-    """Compiles the kernels, or reads what was compiled before, and names them to XLA;
-    once a process."""
+    """Compiles the kernels, or reads those compiled before, and registers them with
+    XLA; once per process."""
     from vsae_jax.training import native_kernels
 
     capsule = jax.ffi.pycapsule(native_kernels.call.address)

@@ -1,4 +1,4 @@
-"""Checkpoints of vsae_jax 0.1, whose sums were a field for each penalty there was."""
+"""Checkpoints of early vsae_jax 0.1, with one field for each penalty's sum."""
 
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ from vsae_jax.training.step import Totals, TrainState
 
 
 class _Totals(NamedTuple):
-    """The sums in the order in which they were written, and hashed."""
+    """The sums in the order in which they were written and hashed."""
 
     steps: Any
     loss: Any
@@ -22,19 +22,19 @@ class _Totals(NamedTuple):
 
 
 def is_old(stored: Any) -> bool:
-    """Whether the tree of a stored state is one of these."""
+    """Whether the tree of a stored state is that of such a checkpoint."""
     return "sums" not in stored["totals"]
 
 
 def as_old(like: TrainState) -> Any:
-    """What Orbax has to be asked for, for a state shaped `like`."""
+    """A state shaped `like`, as such a checkpoint stores it."""
     fields = dict.fromkeys(_Totals._fields, jnp.zeros(()))
     fields |= {"steps": jnp.int32(0), "bad_step": jnp.int32(-1)}
     return like._replace(totals=_Totals(**fields))  # pyright: ignore[reportArgumentType]
 
 
 def as_new(state: Any, like: TrainState) -> TrainState:
-    """A state that was read as `as_old(like)`, as it is held now."""
+    """A state that was read as `as_old(like)`, in today's form."""
     old = state.totals
     sums = {name: getattr(old, name) for name in like.totals.sums}
     return state._replace(totals=Totals(old.steps, old.bad_step, sums))

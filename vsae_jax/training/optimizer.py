@@ -40,9 +40,9 @@ def adam(
     eps: Scalar = 1e-8,
     unit_norm_decoder: bool = True,
 ) -> optax.GradientTransformation:
-    """Gradient clipping and Adam; before them, for a unit-norm decoder, the gradient's
-    part along each decoder row is removed (as dictionary_learning does; `layout.normed`
-    is the other half). Numbers may be traced."""
+    """Gradient clipping, then Adam. For a unit-norm decoder, the gradient's part along
+    each decoder row is removed first (as in dictionary_learning; `layout.normed` is the
+    other half). Numbers may be traced."""
     steps = [
         clip_by_global_norm(clip_norm),
         optax.scale_by_adam(b1, b2, eps),
@@ -54,7 +54,7 @@ def adam(
 
 
 def rate_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
-    """The learning rate at `step`, by the numbers of a run."""
+    """The learning rate at `step`, from the numbers of a run."""
     return learning_rate(
         step,
         peak=numbers["lr"],
@@ -65,12 +65,12 @@ def rate_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
 
 
 def beta_of_step(step: Scalar, numbers: Mapping[str, Any]) -> Float[Array, ""]:
-    """The weight of the KL at `step`, by the numbers of a run."""
+    """The weight of the KL at `step`, from the numbers of a run."""
     return kl_weight(step, beta=numbers["beta"], warmup=numbers["kl_warmup_steps"])
 
 
 def warmed(step: Scalar, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers at `step`: some penalties' weights rise over the same steps."""
+    """The numbers at `step`: some penalties' weights rise as the KL's does."""
     rising = [penalty.weight for penalty in PENALTIES.values() if penalty.warms]
     warmup = numbers["kl_warmup_steps"]
     return {
@@ -94,8 +94,8 @@ def of_step(
 
 
 def clip_by_global_norm(max_norm: Scalar) -> optax.GradientTransformation:
-    """optax's, but as one factor, which XLA takes in where the gradient is used: a
-    quotient it would store."""
+    """optax's, but as a product with one factor, which XLA fuses into the gradient's
+    use; a quotient would be stored."""
 
     def update(updates: Any, params: Any) -> Any:
         del params

@@ -1,7 +1,7 @@
-"""How many steps one call to the device takes.
+"""How many steps one call to the device makes.
 
-A call cannot be interrupted, so it takes about a second, by the measured time of the
-calls before it, however many steps `--steps_per_dispatch` allows. What a run becomes
+A call cannot be interrupted, so it should take about a second, judged by the time of
+the calls before it, even if `--steps_per_dispatch` allows more. The result of a run
 does not depend on it.
 """
 
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from vsae_jax.config import TrainConfig
 from vsae_jax.system import processes
 
-# Longer calls would not train faster, and a signal is heard after one.
+# Longer calls would not train faster, and a signal is noticed only after a call.
 CALL_S = 1.0
 _MOST_AHEAD = 2
 
 
 class Chunk(NamedTuple):
-    """Steps `start` to `stop` in one call, and what follows them."""
+    """The steps `start` to `stop` of one call, and what follows them."""
 
     start: int
     stop: int
@@ -27,17 +27,20 @@ class Chunk(NamedTuple):
 
 
 class Pace:
-    """The steps of the next call, `at_once`, of at most `most`, and how many calls may
-    wait for the device, `ahead`: one where calls are long, as then little is won by
-    more. One step in one call until calls were measured; but processes that train
-    together take `most` steps always, as all must take the same."""
+    """How the steps of a run are divided into calls.
+
+    at_once: the steps of the next call, at most `most`. One until calls were measured;
+      but always `most` in processes that train together, as all must take the same.
+    ahead: how many calls may wait for the device: one where calls are long, as more
+      would gain little.
+    """
 
     def __init__(self, most: int):
         self.most, self.ahead = most, 1
         self.at_once = 1 if processes.count() == 1 else most
 
     def took(self, seconds: float, *, steps: int) -> None:
-        """Takes note of how long the last calls took, of so many steps in all."""
+        """Notes how long the last calls took, which made `steps` steps in all."""
         a_step = max(seconds, 1e-9) / steps
         if processes.count() == 1:
             self.at_once = int(min(max(CALL_S / a_step, 1), self.most))
@@ -45,8 +48,8 @@ class Pace:
 
 
 def chunks(begin: int, config: TrainConfig, pace: Pace) -> Iterator[Chunk]:
-    """Calls from step `begin` to the end, cut at every log line and checkpoint; each
-    as long as `pace` says when it is asked for."""
+    """The calls from step `begin` to the end, cut at every log line and checkpoint;
+    each is as long as `pace` says at that time."""
     while begin < config.steps:
         ends = _next(begin, config.log_every), _next(begin, config.checkpoint_every)
         stop = int(min(begin + pace.at_once, *ends, config.steps))

@@ -39,11 +39,10 @@ _CPU_OPERATIONS = 10**11
 
 
 class PlannedRun(NamedTuple):
-    """A run, resolved: what to train, on what, where it goes, on which devices (None:
-    on one).
+    """A run, resolved: what to train, on what, where it goes, and on which devices.
 
-    asked: the config before its unset fields were filled. left_out: rows that are not
-    trained on. kernels: whose the step's are, and what there is to say of it.
+    asked: the config before its unset fields were filled. mesh: None for one device.
+    left_out: rows that are not trained on. kernels: those of the step, with a note.
     """
 
     asked: TrainConfig
@@ -130,7 +129,7 @@ def _check_preset(preset: str, activations: Activations) -> None:
 
 def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
     """What the run is trained on, for config.json; the last contexts are held out."""
-    if activations.in_order:  # they have no end
+    if activations.in_order:  # their number is not known
         rows = config.steps * config.batch_size
         return activations.described() | {"train_rows": rows}
     n_contexts = activations.n_contexts
@@ -148,7 +147,7 @@ def _data(activations: Activations, config: TrainConfig) -> dict[str, Any]:
 
 
 def explain(planned: PlannedRun) -> None:
-    """What is trained, and what a flag does not do here."""
+    """Prints what is trained, and which flags have no effect here."""
     c, rows = planned.train, planned.train.steps * planned.train.batch_size
     k = f"k {c.k}, " if planned.sae.has_k else ""
     passes = f"{rows / planned.data['train_rows']:.2f} epochs"
@@ -166,8 +165,9 @@ def explain(planned: PlannedRun) -> None:
         print("note: no other library's format can hold a gate by sigma")
     elif not planned.sae.relu and planned.sae.sparsity in ("none", "topk"):
         print(
-            "note: it keeps negative latents, which SAELens, dictionary_learning and "
-            "sparsify cannot hold; to export it there, train with --relu=true"
+            "note: it keeps negative latents, which the formats of SAELens, "
+            "dictionary_learning and sparsify cannot hold; to export it there, train "
+            "with --relu=true"
         )
     if planned.left_out:
         print(
@@ -194,9 +194,9 @@ def _devices(mesh: Mesh | None) -> str:
 
 
 def steps_at_once(arms: Sequence[PlannedRun]) -> int:
-    """Steps in one call to the device: what was asked for, but on a CPU so few that a
-    signal is heard within seconds. A step of an arm has six matrix products, and
-    with each latent of a batch about a thousand other operations."""
+    """The most steps in one call to the device: what was asked for, but on a CPU so few
+    that a signal is noticed within seconds. A step of an arm has six matrix products
+    and about a thousand other operations for each latent of a batch."""
     c = arms[0].train
     most = c.log_every, c.checkpoint_every or c.steps, c.steps
     asked = min(c.steps_per_dispatch, *most)
@@ -250,7 +250,7 @@ def _write_config(planned: PlannedRun, stated: dict[str, Any]) -> None:
 
 
 def _anything_saved(folder: Path) -> bool:
-    """Whether there is more to lose than a config and the lines before a checkpoint."""
+    """Whether there are checkpoints or parameters, which must not be lost."""
     checkpoints = folder / runs.CHECKPOINTS
     saved = checkpoints.is_dir() and any(checkpoints.iterdir())
     return saved or (folder / runs.PARAMETERS).is_file()
@@ -258,7 +258,7 @@ def _anything_saved(folder: Path) -> bool:
 
 def _lasting(part: Any) -> dict[str, Any]:
     part = part if isinstance(part, dict) else {}
-    # An older run has no hash of the weights, which its manifest's hash covers.
+    # An older run has no hash of the weights; its manifest's hash covers them.
     fleeting = RUNTIME_FIELDS | {"weights_hash"}
     return {n: v for n, v in part.items() if n not in fleeting}
 
@@ -288,7 +288,7 @@ def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
 
 
 def _input_norm(planned: PlannedRun) -> tuple[float, np.ndarray]:
-    """scale and mean such that the root mean square row norm is what was asked."""
+    """The scale and mean that give rows the root mean square norm asked for."""
     rows = planned.left_out or planned.activations.manifest
     mean = np.zeros(planned.sae.d_model, np.float32)
     mean_squared_norm = rows.mean_squared_norm

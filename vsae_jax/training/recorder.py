@@ -1,4 +1,4 @@
-"""What is seen of arms while they train: metrics, checkpoints, divergence."""
+"""What is recorded of arms while they train: metrics, checkpoints, divergence."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,11 @@ from vsae_jax.training.step import Numbers, TrainState, zero_totals
 
 
 class Watch:
-    """Logs and saves arms that train together. `jobs` are in the arms' places;
-    `diverged` are names of those whose loss was not finite, no longer recorded;
-    `shown` is the last interval's main numbers."""
+    """Logs and saves arms that train together.
+
+    jobs: the arms' runs, by place. diverged: the names of those whose loss was not
+    finite, which are no longer recorded. shown: the last interval's main numbers.
+    """
 
     def __init__(
         self,
@@ -45,7 +47,8 @@ class Watch:
         return first if len(self.jobs) == 1 else first.parent
 
     def log(self, groups: Sequence[Group], step: int) -> list[Group]:
-        """Writes each arm's line by one device read; returns the sums at zero."""
+        """Writes each arm's line after one device read; returns the groups with their
+        sums set to zero."""
         read = jax.device_get([_readings(group) for group in groups])
         lines = {}
         for group, (totals, dead, numbers) in zip(groups, read, strict=True):
@@ -62,7 +65,7 @@ class Watch:
         return [g._replace(state=_without_totals(g.state)) for g in groups]
 
     def save(self, groups: Sequence[Group], step: int) -> None:
-        """A checkpoint of each arm that is finite."""
+        """Writes a checkpoint of each arm whose loss is finite."""
         for place, state in states(groups).items():
             job = self.jobs[place]
             if self._is_finite(place, jax.device_get(state.totals)):
@@ -70,19 +73,20 @@ class Watch:
                 self._saves[job.folder].save(state, data_position=position)
 
     def close(self) -> None:
-        """Ends the records."""
+        """Closes the logs."""
         for log in (log for logs in self._loggers for log in logs):
             log.close()
 
     def _rate(self, step: int) -> float:
-        """Rows per second, of one arm, since the last line."""
+        """Rows per second of one arm since the last line."""
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-9), now
         steps, self._last_step = step - self._last_step, step
         return steps * self.jobs[0].train.batch_size / seconds
 
     def _is_finite(self, place: int, totals: Any) -> bool:
-        """Whether to go on with an arm. The only one raises; of several, it is left."""
+        """Whether an arm's loss is finite. A single arm whose loss is not raises; one
+        of several is left out from then on."""
         job, bad = self.jobs[place], int(totals.bad_step)
         if bad < 0:
             return job.folder.name not in self.diverged
@@ -102,8 +106,7 @@ class Watch:
 
 
 def _readings(group: Group) -> tuple[Any, Any, Numbers]:
-    """Sums, share of dead latents and numbers of every arm of a group: a line needs
-    no more."""
+    """What a line needs: sums, share of dead latents and numbers of a group's arms."""
     limit = jnp.expand_dims(group.numbers["dead_after_tokens"], -1)
     dead = jnp.mean(dead_latents(group.state.rows_since_fired, limit), axis=-1)
     return group.state.totals, dead, group.numbers
@@ -115,7 +118,7 @@ def _metrics(
     """The interval's means, and the schedules at its last step."""
     n = int(totals.steps)
     mean = {name: float(total) / n for name, total in totals.sums.items()}
-    # A penalty that a run does not have is 0: every run has the same columns.
+    # A penalty that a run does not have is 0, so that all runs have the same columns.
     names = ("loss", "squared_error", *PENALTIES, "l0")
     line = {name: mean.get(name, 0.0) for name in names}
     variance = max(float(totals.sums["variance"]), 1e-30)
@@ -136,7 +139,7 @@ def _without_totals(state: TrainState) -> TrainState:
 
 
 def _shown(lines: Sequence[Mapping[str, float]]) -> dict[str, float | str]:
-    """One arm's main numbers; of several the least and the most."""
+    """One arm's main numbers; for several arms the lowest and the highest."""
     if not lines:
         return {}
     rate: dict[str, float | str] = {"rows/s": lines[0]["rows_per_second"]}

@@ -20,13 +20,13 @@ from vsae_jax.training.plan import PlannedRun, first_b_dec, first_state
 from vsae_jax.training.step import TrainState
 
 _MEDIAN_ROWS = 8192
-# What decides which arrays there are, and how large.
+# The settings that decide which arrays there are, and their shapes.
 _OF_SHAPES = ("d_model", "d_sae", "variance", "gate", "sparsity")
 
 
 class Together(NamedTuple):
-    """Arms that go on together, the state each goes on from, and those that have to
-    wait since they are at another step, in lists of arms at one step."""
+    """Arms that go on together, the state that each starts from, and those that have
+    to wait because they are at another step, in lists of arms at one step."""
 
     arms: list[PlannedRun]
     states: list[TrainState]
@@ -38,8 +38,8 @@ def together(
 ) -> Together:
     """The arms that can go on together.
 
-    A kill while arms are saved leaves some a checkpoint ahead: those go back to the
-    step that all of them have.
+    A kill while arms are being saved leaves some of them a checkpoint ahead: those go
+    back to the last step that all of them have.
     """
     saved = {arm.folder: saves[arm.folder].steps() for arm in arms}
     ahead = [arm for arm in arms if saved[arm.folder]]
@@ -61,8 +61,8 @@ def together(
 
 def fork(job: PlannedRun, own: Checkpoints) -> None:
     """Makes the last checkpoint of the run that `--fork_from` names the first one of
-    the new run, unless this has one already. The noise is that of the new seed, the
-    scale that of the new config and rows."""
+    the new run, unless that has one already. Noise comes from the new seed, the scale
+    from the new config and rows."""
     if not job.train.fork_from or own.steps():
         return
     source = Path(job.train.fork_from)
@@ -77,7 +77,7 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
     if found is None:
         raise UserError(f"--fork_from={source} has no checkpoint yet")
     trained, new = found[0], first_state(job, None)
-    # The same moments; which stateless parts stand between them depends on the config.
+    # The moments are the same; the stateless parts between them depend on the config.
     moments = jax.tree.leaves(trained.opt_state)
     state = new._replace(
         step=trained.step,
@@ -89,14 +89,14 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
     if step >= steps:
         raise UserError(
             f"--steps={steps} must be above the {step} steps that --fork_from={source} "
-            "has done: they count"
+            "has done, which count"
         )
     print(f"{job.folder.name} starts from step {step} of {source}")
     own.save(state, data_position=step * job.train.batch_size)
 
 
 def _forkable(source: Path, job: PlannedRun) -> SAEConfig:
-    """The source's config: of a run whose arrays are those of the new one."""
+    """The source's config; refuses a run whose arrays have other shapes."""
     if not (source / runs.CHECKPOINTS).is_dir():
         raise UserError(f"--fork_from={source} is not a run with checkpoints")
     where = source / runs.CONFIG
@@ -114,7 +114,7 @@ def _forkable(source: Path, job: PlannedRun) -> SAEConfig:
 def _restored(
     job: PlannedRun, checkpoints: Checkpoints, up_to: int | None
 ) -> TrainState:
-    """The newest state, of step `up_to` or before where there is one."""
+    """The newest state, if possible of step `up_to` or earlier."""
     like = jax.eval_shape(partial(first_state, job, None))
     found = checkpoints.restore(like, up_to=up_to) or checkpoints.restore(like)
     assert found is not None  # an unreadable folder is refused by `restore`

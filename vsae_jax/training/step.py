@@ -19,14 +19,13 @@ from vsae_jax.config.fields import traced
 from vsae_jax.training import gradient, native, optimizer
 from vsae_jax.training.layout import normed, to_public, to_training
 
-# The numbers of a run by the names of their flags: changing one does not recompile.
+# The numbers of a run, by their flags' names; changing one does not recompile.
 Numbers = dict[str, Array]
 
 
 class Totals(NamedTuple):
-    """Sums over the steps since the last line of metrics.jsonl: of each mean in `Info`
-    by its name. `bad_step` is the first step whose loss was not finite, or -1.
-    """
+    """Sums over the steps since the last line of metrics.jsonl, of the means in `Info`
+    by name. `bad_step` is the first step whose loss was not finite, or -1."""
 
     steps: Int[Array, ""]
     bad_step: Int[Array, ""]
@@ -34,12 +33,14 @@ class Totals(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that survives a step.
+    """Everything that survives a step.
 
-    step: steps done. params, norm: the autoencoder's variables, as training/layout.py
-    holds them; `variables` gives them as they are used. opt_state: Adam's. key: of the
-    noise; step t draws with fold_in(key, t). rows_since_fired: `[d_sae]`, rows seen
-    since each latent last had a value above 0.
+    step: the number of steps done.
+    params, norm: the autoencoder's variables in the form of training/layout.py;
+      `variables` gives them as everything else takes them.
+    opt_state: Adam's.
+    key: that of the noise; step t draws with fold_in(key, t).
+    rows_since_fired: `[d_sae]`, rows seen since each latent was last above 0.
     """
 
     step: Int[Array, ""]
@@ -86,7 +87,7 @@ def variables(state: TrainState, config: SAEConfig) -> dict[str, dict[str, Array
 
 
 def summed(config: SAEConfig) -> list[str]:
-    """The names of what a run of `config` adds up between two lines of its metrics."""
+    """The names of what a run adds up between two lines of its metrics."""
     return ["loss", "squared_error", "variance", "l0", *penalties_of(config)]
 
 
@@ -109,7 +110,7 @@ def train_step(
     x_n = sae.normalise({"params": held, "norm": state.norm}, x)
     dead = dead_latents(state.rows_since_fired, numbers["dead_after_tokens"])
     any_dead = jnp.any(dead)
-    if axis is not None:  # the same for all arms, or each would take both branches
+    if axis is not None:  # agreed between arms, or each would compute both branches
         any_dead = lax.psum(any_dead.astype(jnp.int32), axis) > 0
     by = native if kernels == "native" else gradient
     grads, info = by.gradient(
@@ -124,7 +125,7 @@ def train_step(
     )
     adam = optimizer.of_step(state.step, numbers, config)
     updates, opt_state = adam.update(grads, state.opt_state, held)
-    # Saturates, so that a run of over 2^31 rows does not wrap around.
+    # Saturates, so that it does not overflow in a run of over 2^31 rows.
     silent = jnp.minimum(state.rows_since_fired, 2**30) + len(x)
     state = state._replace(
         step=state.step + 1,
@@ -144,10 +145,10 @@ def compile_steps(
     arms: int = 1,
     places: Any = None,
 ) -> Any:
-    """`steps(state, rows [n_max, batch, d_model], n, numbers) -> state`, jitted, the
-    state donated: runs the first `n` (traced) batches, so a run has one trace. With
-    several arms, `state` and `numbers` have a leading axis over them. `places` are the
-    shardings of the state that is returned; None on one device."""
+    """The jitted `steps(state, rows [n_max, batch, d_model], n, numbers) -> state`,
+    which donates the state and runs the first `n` batches; n is traced, so a run is
+    traced once. With several arms, `state` and `numbers` have a leading axis over them.
+    `places` are the shardings of the returned state; None on one device."""
     step = partial(train_step, config=config, kernels=kernels)
     if arms > 1:
         together = partial(train_step, config=config, axis="arms")

@@ -1,8 +1,8 @@
-"""What an array of an autoencoder is: its axes, how it starts, how it scales.
+"""What is known of an array of an autoencoder: its axes, its start, its units.
 
-Each part (encoder, posterior, sparsifier, decoder) lists its arrays once, as a table
-of `ArraySpec` by name. Files, meshes, memory, forks, folding and other formats read
-those tables, through `sae.arrays` and `sae.buffers`.
+Each part (encoder, posterior, gate, sparsifier, decoder) lists its arrays once, as a
+table of `ArraySpec` by name. Files, meshes, memory, forks, folding and other formats
+read those tables through `sae.arrays` and `sae.buffers`.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from vsae_jax.config import SAEConfig
 
 
 class Start(Protocol):
-    """The first value of an array, of the key, its shape and those made before it."""
+    """A function that makes an array's first value from the key, its shape and the
+    arrays made before it."""
 
     def __call__(
         self, key: Any, /, shape: tuple[int, ...], made: Mapping[str, Array]
@@ -34,13 +35,13 @@ def ones(key: Any, /, shape: tuple[int, ...], made: Mapping[str, Array]) -> Arra
 
 
 def unit_rows(key: Any, /, shape: tuple[int, ...], made: Mapping[str, Array]) -> Array:
-    """Rows uniform on the sphere of radius 1, drawn from `key`."""
+    """Rows drawn uniformly from the sphere of radius 1."""
     w = jax.random.normal(key, shape, jnp.float32)
     return w / jnp.linalg.norm(w, axis=1, keepdims=True)
 
 
 def transpose_of(name: str) -> Start:
-    """The start that is the transpose of `name`, an array made before."""
+    """A start that is the transpose of `name`, an array made before."""
 
     def start(key: Any, /, shape: tuple[int, ...], made: Mapping[str, Array]) -> Array:
         return made[name].T
@@ -49,11 +50,11 @@ def transpose_of(name: str) -> Start:
 
 
 class ArraySpec(NamedTuple):
-    """The axes of an array, how it starts, and what follows from its meaning.
+    """The axes of an array, its start, and what follows from its meaning.
 
     times: the flag of `train` by which the start is multiplied.
-    in_latents: it has the units of the latents, so it grows with them.
-    log: training holds its logarithm (training/layout.py), so that it stays above 0.
+    in_latents: whether it has the units of the latents and is scaled with them.
+    log: whether training holds its logarithm (training/layout.py), to keep it above 0.
     """
 
     axes: tuple[Literal["d_model", "d_sae"], ...]

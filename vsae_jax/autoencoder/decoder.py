@@ -1,7 +1,7 @@
 """The decoder: x_hat_n = f @ w_dec + b_dec.
 
-A nested one (Bussmann et al. 2025) is trained to reconstruct x from its first latents
-alone, too: the sum of those errors is a penalty. At evaluation it is like any other.
+A nested decoder (Bussmann et al. 2025) is also trained to reconstruct x from its first
+latents alone: the sum of those errors is a penalty. At evaluation it is like any other.
 """
 
 import jax.numpy as jnp
@@ -34,8 +34,8 @@ def prefixes(
     *,
     config: SAEConfig,
 ) -> list[Float[Array, "batch d_model"]]:
-    """x_hat_n of the first `width` latents, for each of the rising widths: each adds
-    the latents that it has besides to the one before."""
+    """x_hat_n from the first `width` latents, for each of the rising widths. Each adds
+    its further latents to the reconstruction before it."""
     product = plain_affine if config.top_k == "lax" else affine
     start, bias, so_far = 0, params["b_dec"], None
     found = []

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-# Edges of the histogram of log10 firing rates; latents that never fire are apart.
+# Edges of the histogram of log10 firing rates; latents that never fire are not in it.
 DENSITY_EDGES = np.arange(-6.0, 0.01, 0.25)
 
 

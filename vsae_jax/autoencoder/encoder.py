@@ -1,7 +1,8 @@
 """The encoder: mu = (x_n - b_dec where subtract_b_dec) @ w_enc + b_enc, then relu.
 
-`head` is any affine map of the encoder's input; a learned variance is another one. With
-a gate path (gate.py) this map is the gate's, and mu a second one by the same weights.
+`head` is such an affine map of the encoder's input; a learned variance has another one.
+With a gate path (gate.py) this map is the gate's, and mu a second one by the same
+weights.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ ARRAYS = {
 
 
 class Encoded(NamedTuple):
-    """mu, after the relu where there is one, and g of a gate path, else None."""
+    """mu, after the relu if there is one, and g of a gate path, or else None."""
 
     mu: Float[Array, "batch d_sae"]
     g: Float[Array, "batch d_sae"] | None
@@ -67,8 +68,8 @@ def _carry(
     b_dec: Float[Array, " d_model"],
     w: Float[Array, "d_model d_sae"],
 ) -> Float[Array, " d_sae"]:
-    """b, whose gradient g gives b_dec the gradient -w g: that of (x - b_dec) w + b,
-    through one vector rather than through every row."""
+    """b, but its gradient g also gives b_dec the gradient -w g. That is the gradient
+    of (x - b_dec) w + b, computed from one vector rather than from every row."""
     del b_dec, w
     return b
 

@@ -1,4 +1,4 @@
-"""The gate: what z is multiplied by, between the posterior and the sparsifier.
+"""The gate, by which z is multiplied between the posterior and the sparsifier.
 
     path    1 where g = (x_n - b_dec) @ w_enc + b_enc is above 0, else 0. mu is then
             that of a second path by the same weights, exp(r_mag) (g - b_enc) + b_mag
@@ -7,8 +7,9 @@
             (Lu et al. 2025)
 
 The step of `path` has no gradient. Two penalties train it: the L1 norm of relu(g), and
-the error of x from relu(g) by a decoder that they do not train. `sigma` closes by the
-KL; at evaluation a gate of at most `closed_below` counts as closed.
+the error of reconstructing x from relu(g) with a decoder that this error does not
+train. The KL closes gates of `sigma`; at evaluation a gate of at most `closed_below`
+counts as closed.
 """
 
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def gated(
     config: SAEConfig,
     training: bool,
 ) -> Latents:
-    """z times the gate; `g` is that of `path`, `log_var` that of `sigma`."""
+    """z times the gate, which `path` takes from `g` and `sigma` from `log_var`."""
     if g is not None:
         return jnp.where(g > 0, z, 0)
     if config.gate != "sigma" or log_var is None:
@@ -67,7 +68,7 @@ def l1_norm(g: Latents) -> Float[Array, " batch"]:
 def reconstruction(
     params: Mapping[str, Array], g: Latents, *, config: SAEConfig
 ) -> Float[Array, "batch d_model"]:
-    """x_hat_n of relu(g), by a copy of the decoder that gets no gradient."""
+    """x_hat_n from relu(g), by the decoder, which gets no gradient from it."""
     w_dec, b_dec = (lax.stop_gradient(params[name]) for name in ("w_dec", "b_dec"))
     product = plain_affine if config.top_k == "lax" else affine
     return product(jax.nn.relu(g), w_dec, b_dec, config.dtype)

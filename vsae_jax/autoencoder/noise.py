@@ -1,9 +1,9 @@
 """Standard normal noise from a key, cheap enough to be drawn for every latent.
 
 JAX's own generator costs as much as all of a step's matrix products on a CPU
-(docs/decisions/model-and-training.md). Here a key makes two random words, and each
-element hashes its place with them: the same key gives the same noise, whatever the
-device or the dispatch.
+(docs/decisions/model-and-training.md). Here a key gives two random words, with which
+each element hashes its row and column. So the same key gives the same noise on any
+device, however the batch is divided.
 """
 
 import jax
@@ -19,9 +19,9 @@ def normal(
     *,
     first_row: int | Int[Array, ""] = 0,
 ) -> Float[Array, "rows columns"]:
-    """eps ~ N(0, I), float32 `[rows, columns]`: rows `first_row` and following of the
-    key's endless matrix. The key is consumed. 23 random bits an element, |eps| < 5.4.
-    """
+    """eps ~ N(0, I), float32 `[rows, columns]`: the rows from `first_row` on of the
+    key's endless matrix. Each element has 23 random bits, so |eps| < 5.4. The key is
+    consumed."""
     row_word, column_word = jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.arange(shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
     rows = mix(place + row_word)
@@ -42,6 +42,6 @@ def normal_of(bits: UInt32[Array, "..."]) -> Float[Array, "..."]:
     from_one_to_two = lax.bitcast_convert_type(
         (bits >> 9) | jnp.uint32(0x3F800000), jnp.float32
     )
-    # Exact in float32; 3 - 2^-23 is not, and a u of -1 would be an eps of -inf.
+    # Exact in float32. Subtracting 3 - 2^-23 would not be: u could be -1, eps -inf.
     u = (from_one_to_two - np.float32(1.5)) * 2 + np.float32(2**-23)
     return np.float32(np.sqrt(2)) * lax.erf_inv(u)

@@ -23,11 +23,11 @@ from vsae_jax.config import SAEConfig
 
 
 class Info(NamedTuple):
-    """What to look at: batch means of each part, and which latents fired.
+    """What is recorded of a batch: the means of the loss's parts, and what fired.
 
-    `variance` is sum_d (x - mean_batch x)^2, so 1 - squared_error / variance is the
-    batch's explained variance. `penalties` are the means, unweighted, of those that
-    the config has; `buffers` the sparsifier's after this batch.
+    `variance` is the mean of sum_d (x - mean_batch x)^2, so that the batch's explained
+    variance is 1 - squared_error / variance. `penalties` are unweighted means of those
+    that the config has; `buffers` are the sparsifier's after this batch.
     """
 
     loss: Float[Array, ""]
@@ -50,12 +50,12 @@ def total_loss(
     first_row: int | Int[Array, ""] = 0,
     buffers: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, ""], Info]:
-    """The weighted mean of the parts that `config` switches on, and what they were.
+    """The loss, from the parts that `config` switches on, and an `Info` of them.
 
-    `x` is normalised. `numbers`, by the names of their flags, may be traced: k,
-    noise_std and the weight of each penalty. `key` is consumed, and unused where
-    `config.noise` is False; `dead` are the latents AuxK may use; `first_row` and
-    `buffers` are as in `sae.forward`. Changes no state.
+    `x` is normalised. `numbers` holds k, noise_std and the weight of each penalty by
+    the names of their flags; they may be traced. `key` is consumed, but not used where
+    `config.noise` is False. `dead` are the latents that AuxK may use. `first_row` and
+    `buffers` are as in `sae.forward`.
     """
     out = sae.forward(
         params,

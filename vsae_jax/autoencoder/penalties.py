@@ -1,7 +1,7 @@
-"""What is added to the squared error, a row each in `PENALTIES`.
+"""The penalties, which are added to the squared error: a row each in `PENALTIES`.
 
-Parts come unreduced over the batch. A sparsifier may give penalties of its own; their
-rows here say which flag weighs them.
+They are not reduced over the batch. A sparsifier may compute penalties of its own;
+their rows here say which flag weighs them.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ from vsae_jax.config import SAEConfig, TrainConfig
 
 
 class Batch(NamedTuple):
-    """What a penalty reads: parameters, normalised rows, the pass over them, and the
-    latents that AuxK may use, None in a step in which none is dead."""
+    """What a penalty may read: parameters, normalised rows, the pass over them, and the
+    latents that AuxK may use, or None in a step in which none is dead."""
 
     params: Params
     x_n: Float[Array, "batch d_model"]
@@ -31,9 +31,12 @@ class Batch(NamedTuple):
 
 
 class Penalty(NamedTuple):
-    """weight: the flag that weighs it. on: whether a config has it. of: its value for
-    each row, None where it does not act on this batch. warms: its weight rises over
-    `--kl_warmup_steps`."""
+    """A penalty.
+
+    weight: the flag with its weight. on: whether a config has it. of: its value for
+    each row, or None where it does not act on the batch. warms: whether its weight
+    rises over `--kl_warmup_steps`.
+    """
 
     weight: str
     on: Callable[[SAEConfig | TrainConfig], bool]
@@ -62,8 +65,8 @@ def gaussian_kl(
 ) -> Float[Array, " batch"]:
     """KL(N(mean, s^2) || N(0, I)) = 1/2 sum_i (mean_i^2 + s_i^2 - 1 - log s_i^2).
 
-    Baker and Li, 2.2.2. Without `log_var` s is 1 and it is 1/2 sum_i mean_i^2. `where`
-    sums over those latents only.
+    Baker and Li, 2.2.2. Without `log_var`, s is 1 and it is 1/2 sum_i mean_i^2. With
+    `where`, the sum is over those latents only.
     """
     terms = jnp.square(mean)
     if log_var is not None:
@@ -105,8 +108,8 @@ def _kl(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
     kl = gaussian_kl(batch.out.mu, batch.out.log_var, where=where)
     if config.kl_units == "loss":
         return kl
-    # With a decoder of variance v, -log p(x | z) is error / 2 v + d / 2 log v: times
-    # 2 v, at the v that is best for this batch, that is the error and 2 v KL.
+    # With a decoder of variance v the evidence is error / 2 v + d / 2 log v + KL. Times
+    # 2 v, at the best v for this batch, that is the error plus 2 v KL.
     error = jnp.mean(squared_error(batch.x_n, batch.out.x_hat_n))
     return kl * 2 * lax.stop_gradient(error / batch.x_n.shape[1])
 

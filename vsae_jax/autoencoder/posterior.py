@@ -8,7 +8,7 @@ from vsae_jax.autoencoder.arrays import ArraySpec
 from vsae_jax.autoencoder.encoder import Params, head
 from vsae_jax.config import SAEConfig
 
-# Those of a learned variance; the others have none.
+# The arrays of a learned variance; without one there are none.
 ARRAYS = {
     "w_var": ArraySpec(("d_model", "d_sae")),
     "b_var": ArraySpec(("d_sae",)),

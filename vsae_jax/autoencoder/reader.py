@@ -1,4 +1,4 @@
-"""A trained autoencoder and how it reads a language model: arrays in, arrays out."""
+"""A trained autoencoder with how it reads a language model: arrays in, arrays out."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from vsae_jax.config import Hook, SAEConfig
 
 
 def jit_encode(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`jax.jit(function, **options)` for a function that encodes: compiled with what
-    selection needs. Inside another jit the function runs as it is."""
+    """`jax.jit(function, **options)` for a function that encodes, compiled with the
+    options that selecting latents needs. Inside another jit it is `function` itself."""
 
     @cache
     def compiled() -> Callable[..., Any]:
-        # At the first call: the options depend on the backend, which is not yet known
-        # when the module is imported.
+        # At the first call, since the options depend on the backend, which is not known
+        # yet when the module is imported.
         return jax.jit(function, compiler_options=compiler_options(), **options)
 
     @wraps(function)
@@ -45,7 +45,8 @@ def _static(default: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, eq=False, repr=False)
 class Reader:
-    """A pytree: its arrays are traced by `jax.jit`, all else is static.
+    """A trained autoencoder that reads a language model. It is a pytree: `jax.jit`
+    traces its arrays, all else is static.
 
     variables: `params` and `norm`, as `sae.encode` takes them.
     hook: where in the language model it reads; None where that is not known.
@@ -65,7 +66,7 @@ class Reader:
 
     @property
     def place(self) -> Hook:
-        """Where in the language model it reads, which has to be known."""
+        """Where in the language model it reads; raises where that is not known."""
         if self.hook is None:
             raise ValueError("it is not known which layer this autoencoder reads")
         return self.hook
@@ -77,7 +78,7 @@ class Reader:
 
     @cached_property
     def directions(self) -> Float[np.ndarray, "d_sae d_model"]:
-        """What one unit of each latent adds to x, without a LayerNorm."""
+        """What one unit of each latent adds to x (without a LayerNorm)."""
         w_dec = np.asarray(self.variables["params"]["w_dec"])
         return w_dec / float(self.variables["norm"]["scale"])
 
@@ -113,15 +114,15 @@ class Reader:
     def pre_activations(
         self, x: Float[Array | np.ndarray, "rows d_model"]
     ) -> Float[Array, "rows d_sae"]:
-        """mu of every latent, before the relu, if any."""
+        """mu of every latent, before a relu."""
         config = dataclasses.replace(self.config, relu=False)
         return sae.pre_activations(self.variables, self._normalised(x), config=config)
 
     def row_scale(
         self, x: Float[Array | np.ndarray, "rows d_model"]
     ) -> Float[Array, "rows 1"]:
-        """The factor by which a latent adds more to a row than its direction: the
-        standard deviation that a LayerNorm took away, else 1."""
+        """The factor on a latent's direction in each row: the standard deviation that
+        a LayerNorm divided by, or else 1."""
         if not self.layer_norm:
             return jnp.ones((len(x), 1))
         return normalise_rows(jnp.asarray(x, jnp.float32))[2]
@@ -160,8 +161,8 @@ def _decode(
 
 def _floats(array: Any, width: int, name: str) -> Array:
     """The array, of floats `[..., width]`; refuses what would silently be read wrongly,
-    such as the bit patterns that a shard of bfloat16 holds. NumPy's is copied: JAX
-    may read it only after it was given back, and changed."""
+    such as the raw bits in a bfloat16 shard. A NumPy array is copied: JAX might read it
+    only after the caller has changed it."""
     if type(array).__module__.partition(".")[0] == "torch":
         raise ValueError(
             "this is a torch tensor; give a NumPy or JAX array: "

@@ -35,8 +35,8 @@ Params = Mapping[str, Array]
 Variables = Mapping[str, Mapping[str, Array]]
 
 _NORM = {"scale": ArraySpec((), start=ones), "mean": ArraySpec(("d_model",))}
-# What flax folds into the key of a module's first parameter: by it a seed gives the
-# weights that it always gave.
+# What flax folds into the key of a module's first parameter, so that a seed gives the
+# weights that it gave when flax made them.
 _FIRST_PARAMETER = np.uint32(0xBF8B4530)
 
 
@@ -48,12 +48,12 @@ def arrays(config: SAEConfig) -> dict[str, ArraySpec]:
 
 
 def buffers(config: SAEConfig) -> dict[str, ArraySpec]:
-    """The arrays that are carried with them and not trained, by name."""
+    """The arrays that are saved with those and not trained, by name."""
     return {**_NORM, **sparsifier_of(config).BUFFERS}
 
 
 def every_array() -> dict[str, ArraySpec]:
-    """The arrays of all autoencoders there can be, by name."""
+    """The arrays that an autoencoder can have, by name."""
     parts = [decoder.ARRAYS, encoder.ARRAYS, posterior.ARRAYS, *gate.ARRAYS.values()]
     parts.append(_NORM)
     for sparsifier in SPARSIFIERS.values():
@@ -68,9 +68,9 @@ def shapes(config: SAEConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Forward(NamedTuple):
-    """One training pass over normalised rows. Without a learned variance `log_var` is
-    None, without a gate path `g`; `inner` are a nested decoder's reconstructions from
-    its prefixes; `penalties` and `buffers` are the sparsifier's."""
+    """One training pass over normalised rows. `log_var` is None without a learned
+    variance, `g` without a gate path. `inner` are a nested decoder's reconstructions
+    from its prefixes; `penalties` and `buffers` are the sparsifier's."""
 
     mu: Float[Array, "batch d_sae"]
     log_var: Float[Array, "batch d_sae"] | None
@@ -96,7 +96,7 @@ def forward(
     """Posterior, sample (with a key, which is consumed), gate, selection, x_hat.
 
     `numbers` holds k and noise_std, where they are needed. Where x_n is a part of a
-    batch, `first_row` is its place, for its share of the noise. `buffers` are the
+    batch, `first_row` is its place there, for its part of the noise. `buffers` are the
     sparsifier's before this step.
     """
     mu, g = encoder.encoded(params, x_n, config=config)
@@ -172,9 +172,8 @@ def init(
 ) -> dict[str, dict[str, Array]]:
     """Variables at the start: decoder rows uniform on the sphere of radius 1, the
     encoder their transpose, biases 0 unless `b_dec` is given (in normalised units).
-    `starts`: by the flags that the arrays name (`ArraySpec.times`, as
-    decoder_init_norm and threshold_init), what their starts are multiplied by. The key
-    is consumed."""
+    `starts` are factors of the arrays' starts, by the flags that the arrays name in
+    `ArraySpec.times`, such as decoder_init_norm. The key is consumed."""
     unknown = starts.keys() - {spec.times for spec in every_array().values()}
     if unknown:
         raise TypeError(f"no array starts by {sorted(unknown)}")
@@ -199,7 +198,7 @@ def fold(
     *,
     units: Literal["scaled", "raw"] = "scaled",
 ) -> tuple[dict[str, dict[str, Array]], SAEConfig]:
-    """The same autoencoder with scale 1 and mean 0, and its config; in float64.
+    """The same autoencoder with scale 1 and mean 0, and its config; made in float64.
 
     With s = scale, and latents multiplied by g:
 
@@ -211,8 +210,8 @@ def fold(
 
     `scaled` is SAELens' convention, g = 1: latents stay those of the scaled input. The
     decoder's rows then have norm 1 / s, so the config says `free`. `raw` is
-    dictionary_learning's, g = 1 / s: the weights stay, so that unit decoder rows do,
-    and latents are in the units of x.
+    dictionary_learning's, g = 1 / s: the weights stay as they are, decoder rows keep
+    norm 1, and latents get the units of x.
     """
     s = float(variables["norm"]["scale"])
     mean = np.asarray(variables["norm"]["mean"], np.float64)
@@ -241,7 +240,8 @@ def fold(
 def moved_input(
     arrays: Mapping[str, np.ndarray], by: Float[np.ndarray, " d_model"]
 ) -> dict[str, np.ndarray]:
-    """The biases with which an encoder whose input lacks `by` does the same."""
+    """The biases with which an encoder does the same on an input from which `by` was
+    subtracted."""
     moved = {
         bias: arrays[bias] + by @ arrays[weights]
         for bias, weights in (("b_enc", "w_enc"), ("b_var", "w_var"))

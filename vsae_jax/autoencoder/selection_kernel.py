@@ -1,7 +1,7 @@
-"""The k-th value of each row by a kernel for GPUs: the row is read once and stays in
-registers while its values are counted. `sparsity` says what is kept.
+"""A GPU kernel for the k-th value of each row: it reads the row once and keeps it in
+registers while it counts. `sparsity.py` says what is selected.
 
-Pallas through Triton. On a CPU it is interpreted, slow and right: for tests.
+Pallas, through Triton. On a CPU it is interpreted, which is slow but right, for tests.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int, UInt32
 
-# Wider rows would not stay in registers; and a kernel counts its places in 31 bits.
+# Wider rows would not fit into registers; a kernel counts places with 31 bits.
 MOST_LATENTS, MOST_VALUES = 2**16, 2**31 - 1
 _VALUES_PER_THREAD, _THREADS_PER_WARP, _MOST_WARPS = 32, 32, 32
 
@@ -25,10 +25,13 @@ _VALUES_PER_THREAD, _THREADS_PER_WARP, _MOST_WARPS = 32, 32, 32
 def kth_key(
     z: Float[Array, "rows d_sae"], k: Int[Array, ""]
 ) -> tuple[UInt32[Array, " rows"], Int[Array, " rows"]]:
-    """For each row a key, in the order of the values (`sparsity`), that at least k
-    values reach, and the last index that stays among those equal to it: d_sae where
-    exactly k reach it. z is finite, of at most MOST_VALUES values, and its rows of at
-    most MOST_LATENTS. Arms of a vmap are done at once, as far as they are not more."""
+    """For each row the largest key that at least k values reach (keys are ordered as
+    the values are), and the last index that is kept among the values equal to it: d_sae
+    where exactly k reach it.
+
+    z is finite and has at most MOST_VALUES values, MOST_LATENTS in a row. Under a vmap,
+    arms are done together if all of them have no more than that, else one by one.
+    """
     return _kth_key(z, k)
 
 
@@ -79,7 +82,7 @@ def _select_row(k_ref: Any, z_ref: Any, key_ref: Any, last_ref: Any, *, width: i
     index = lax.iota(jnp.int32, z_ref.shape[0])
     inside = index < width
     keys = _keys(triton.load(z_ref, mask=inside, other=0.0))
-    # No key that is tried is 0.
+    # 0 is below every key that is tried.
     keys = jnp.where(inside, keys, jnp.uint32(0))
 
     def raise_key(carry):
@@ -101,7 +104,7 @@ def _select_row(k_ref: Any, z_ref: Any, key_ref: Any, last_ref: Any, *, width: i
         before = _count(tied & (index < tried))
         return bit - 1, jnp.where(before < left, tried, last)
 
-    # No round where exactly k values reach the key.
+    # No iteration where exactly k values reach the key.
     first = jnp.minimum(count - k, 1) * (index.shape[0].bit_length() - 1) - 1
     _, last = lax.while_loop(_has_bits, raise_index, (first, jnp.int32(0)))
     key_ref[...] = key
@@ -113,7 +116,7 @@ def _has_bits(carry: Any) -> Array:
 
 
 def _keys(z: Float[Array, " n"]) -> UInt32[Array, " n"]:
-    """Unsigned integers in the order of the floats; the two zeros have one."""
+    """Unsigned integers in the order of the floats; both zeros have the same."""
     bits = lax.bitcast_convert_type(jnp.where(z == 0, 0.0, z), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))
 

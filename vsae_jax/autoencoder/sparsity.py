@@ -1,8 +1,8 @@
 """Which latents stay: exact top-k selection, and which latents are dead.
 
 `top_k_lax` is the reference: `jax.lax.top_k`, a sort for most shapes. `top_k_count`
-finds the k-th value by counting instead, and keeps exactly the same latents; so does
-the kernel, where one is asked for and the latents are on one device.
+finds the k-th value by counting instead, and keeps exactly the same latents. So does
+the GPU kernel, which is used if it is asked for and the latents are on one device.
 """
 
 import math
@@ -22,8 +22,8 @@ from vsae_jax.system import mesh
 
 TopK = Literal["auto", "lax", "kernel"]
 
-# A block of rows is counted in a core's cache; blocks of several rows waste less time
-# between the passes, and each of at most this many loops over blocks has a core.
+# A block of rows fits into a core's cache; blocks of several rows waste less time
+# between passes. Each of at most this many loops over blocks has a core of its own.
 _CPU_BLOCK_BYTES, _CPU_LOOPS = 2**19, 8
 
 
@@ -37,9 +37,9 @@ def keep_top_k(
 ) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
     """f = z where z is among its row's k largest, else 0; and the mask of those.
 
-    Exactly k stay; of equal values the lowest index stays, as `jax.lax.top_k` does.
-    `k` may be traced, up to the static `k_max`. `magnitude` ranks by |z| and keeps
-    the sign (the released code). z is finite.
+    Exactly k stay; of equal values the lowest indices stay, as with `jax.lax.top_k`.
+    `k` may be traced, up to the static `k_max`. `magnitude` ranks by |z| and keeps the
+    sign, as the released code does. z must be finite.
     """
     rank = jnp.abs(z) if selection == "magnitude" else z
     if method == "lax":
@@ -62,8 +62,8 @@ def top_k_lax(
 def top_k_count(
     z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, kernel: bool = False
 ) -> Bool[Array, "batch d_sae"]:
-    """The mask of each row's k largest values: those above the k-th, and of those
-    equal to it the first ones by index, up to k in all."""
+    """The mask of each row's k largest values: those above the k-th, and the first ones
+    by index of those equal to it, k in all."""
     z = z.astype(jnp.float32)
     k = jnp.asarray(k, jnp.int32)
     fits = z.shape[1] <= MOST_LATENTS and z.size <= MOST_VALUES
@@ -85,8 +85,9 @@ def keep_batch_top_k(
 ) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
     """f = z where z is among the batch * k largest of all of z, else 0; and the mask.
 
-    Exactly batch * k stay; of equal values the lowest row, then the lowest index. `k`
-    may be traced, up to the static `k_max`. z is finite and has fewer than 2^31 values.
+    Exactly batch * k stay; of equal values those of the lowest rows, then indices. `k`
+    may be traced, up to the static `k_max`. z must be finite, with fewer than 2^31
+    values.
     """
     if method == "lax":
         mask = batch_top_k_lax(z, k, k_max=k_max)
@@ -106,9 +107,9 @@ def batch_top_k_lax(
 def batch_top_k_count(
     z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
 ) -> Bool[Array, "batch d_sae"]:
-    """The mask of the batch * k largest values: those above the last of them, and of
-    those equal to it the first ones by row and index, up to batch * k in all. No row
-    is moved to another device: only counts are added up."""
+    """The mask of the batch * k largest values: those above the last of them, and the
+    first ones by row and index of those equal to it, batch * k in all. No row moves to
+    another device, only counts are added up."""
     z = z.astype(jnp.float32)
     kept = jnp.asarray(k, jnp.int32) * len(z)
     start = jnp.uint32(0), jnp.int32(z.size)
@@ -126,8 +127,8 @@ def batch_top_k_count(
 
 
 def compiler_options() -> dict[str, str] | None:
-    """Options of XLA for what is compiled around `keep_top_k`: on a CPU it would store
-    each comparison of a counting pass before it adds."""
+    """XLA's options for what is compiled around `keep_top_k`: without them it would, on
+    a CPU, store every comparison of a counting pass before adding them up."""
     if jax.default_backend() != "cpu":
         return None
     return {"xla_disable_hlo_passes": "tree_reduction_rewriter"}
@@ -143,8 +144,8 @@ def dead_latents(
 def _by_blocks(
     z: Float[Array, "batch d_sae"], k: Int[Array, ""]
 ) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
-    """`_kth_value`; on one CPU device a block of rows at a time, in loops that run side
-    by side since no one needs another's result."""
+    """`_kth_value`; on one CPU device a block of rows at a time, in independent loops,
+    which XLA runs in parallel."""
     n, width = z.shape
     rows = math.gcd(n, max(2 ** round(math.log2(_CPU_BLOCK_BYTES / 4 / width)), 1))
     if jax.default_backend() != "cpu" or mesh.is_split() or rows < 8:
@@ -164,8 +165,8 @@ def _by_blocks(
 def _kth_value(
     z: Float[Array, "rows d_sae"], k: Int[Array, ""]
 ) -> tuple[Float[Array, " rows"], Int[Array, " rows"]]:
-    """The k-th largest value of each row, and the last index that stays among those
-    equal to it."""
+    """The k-th largest value of each row, and the last index that is kept among the
+    values equal to it."""
     rows, width = z.shape
     start = jnp.zeros(rows, jnp.uint32), jnp.full(rows, width, jnp.int32)
     value, count = _bisected(
@@ -177,12 +178,12 @@ def _kth_value(
 def _bisected(
     reach: Callable[[Array], Array], start: tuple[Array, Array], k: Int[Array, ""]
 ) -> tuple[Float[Array, "*sets"], Int[Array, "*sets"]]:
-    """The k-th largest value of each set of numbers, and how many are not less: a
-    bisection on the bits of the value. `reach` counts those that are not less than a
-    value; `start` is 0 and the size of each set.
+    """The k-th largest value of each set of numbers, and how many are not less, by
+    bisection on the bits of the value. `reach` counts the numbers that are not less
+    than a value; `start` is 0 and the size of each set.
 
-    On a CPU one bit a pass, until every set has found its k; elsewhere four bits from
-    one reading of the numbers, since a GPU's host would wait for the answer.
+    On a CPU one bit per pass, until every set has exactly k. Elsewhere four bits per
+    pass and always all of them: on a GPU, asking whether to stop would be slower.
     """
     if jax.default_backend() == "cpu":
         _, (kth, count) = lax.while_loop(
@@ -205,8 +206,8 @@ def _refine(
     shift: Int[Array, ""],
     bits: int,
 ) -> tuple[UInt32[Array, "*sets"], Int[Array, "*sets"]]:
-    """Sets the `bits` bits of `kth` from `shift` up as high as k values allow; a set
-    that has exactly k already is left."""
+    """Sets `bits` bits of `kth`, from bit `shift` up, to the largest number that k
+    values reach. A set that has exactly k already is left as it is."""
     found, unit = count == k, jnp.uint32(1) << shift.astype(jnp.uint32)
     base = kth
     for digit in range(1, 2**bits):
@@ -231,11 +232,11 @@ def _cut_ties(
     count: Int[Array, " rows"],
     k: Int[Array, ""],
 ) -> Int[Array, " rows"]:
-    """The last index that stays among values equal to the k-th; the last of all in
-    rows of which exactly k reach it. Latents on several devices: each counts its own.
+    """The last index that is kept among values equal to the k-th; d_sae in rows where
+    exactly k values reach it. With latents on several devices, each counts its own.
 
-    At most one round of a loop: vmap would make a cond run its branch every time. The
-    sign changes so that XLA does not move the round out of the loop.
+    A loop of at most one iteration, because under vmap a cond would always compute its
+    branch. The sign changes to keep XLA from moving the iteration out of the loop.
     """
     rows, width = z.shape
     none = jnp.full(rows, width, jnp.int32)
@@ -259,8 +260,8 @@ def _cut_ties(
 def _cut_ties_of_batch(
     z: Float[Array, "rows d_sae"], last: Float[Array, ""], kept: Int[Array, ""]
 ) -> tuple[Bool[Array, " rows"], Bool[Array, " rows"], Bool[Array, " d_sae"]]:
-    """Of the values equal to the last that is kept: the rows in which all stay; the
-    one, if any, in which some do; and which latents those are."""
+    """Which values equal to the last one are kept: the rows in which all are, the one
+    row (if any) in which only some are, and the latents that are kept there."""
     left = kept - jnp.sum(z > last, dtype=jnp.int32)
     tied = z == last
     count = jnp.sum(tied, axis=1, dtype=jnp.int32)

@@ -7,11 +7,9 @@ flags in `config`, and its variants in `config.presets`.
 from collections.abc import Mapping
 from typing import Protocol
 
-from jaxtyping import Array, Float
-
 from vsae_jax.autoencoder.arrays import ArraySpec
 from vsae_jax.autoencoder.sparsifiers import batch_topk, jump_relu, none, topk
-from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
 __all__ = ["SPARSIFIERS", "Numbers", "Sparse", "Sparsifier", "sparsifier_of"]
@@ -20,10 +18,10 @@ __all__ = ["SPARSIFIERS", "Numbers", "Sparse", "Sparsifier", "sparsifier_of"]
 class Sparsifier(Protocol):
     """The names that a sparsifier's module has.
 
-    ARRAYS: what it trains. BUFFERS: what it carries and does not train, saved beside
-    `scale` and `mean`. THRESHOLD: which of them is what a latent has to be above, at
-    evaluation. WHOLE_BATCH: it looks across the rows of a batch, which then is not cut
-    into parts.
+    ARRAYS: those that it trains.
+    BUFFERS: those that it does not train, saved beside `scale` and `mean`.
+    THRESHOLD: the one of them that a latent has to exceed at evaluation, if any.
+    WHOLE_BATCH: whether it looks across rows, so that a batch must not be cut in parts.
     """
 
     @property
@@ -36,24 +34,13 @@ class Sparsifier(Protocol):
     def WHOLE_BATCH(self) -> bool: ...
 
     def apply(
-        self,
-        z: Float[Array, "batch d_sae"],
-        arrays: Mapping[str, Array],
-        numbers: Numbers,
-        *,
-        config: SAEConfig,
+        self, z: Latents, arrays: Arrays, numbers: Numbers, *, config: SAEConfig
     ) -> Sparse:
         """f, the mask of selected latents, penalties by name and the new buffers, in
         training. `arrays` holds its ARRAYS and BUFFERS."""
         ...
 
-    def encode(
-        self,
-        z: Float[Array, "batch d_sae"],
-        arrays: Mapping[str, Array],
-        *,
-        config: SAEConfig,
-    ) -> Float[Array, "batch d_sae"]:
+    def encode(self, z: Latents, arrays: Arrays, *, config: SAEConfig) -> Latents:
         """f at evaluation, a function of each row alone."""
         ...
 

@@ -1,22 +1,19 @@
 """f = z where z > theta, one threshold a latent (Rajamanoharan et al. 2024b).
 
-The step at theta has no gradient: theta gets that of a step which rises over a width
-`bandwidth` (straight through a rectangle), z only f's own. The number of latents that
-are on is a penalty, weighed by --l0: itself, or with --target_l0 the square of
-L0 / target - 1, L0 the batch's mean.
+The step at theta has no gradient. Theta gets the gradient of a step that rises over
+the width `bandwidth` (a straight-through estimator with a rectangle), z only that of f
+itself. The penalty, weighed by --l0, is the number of latents that are on, or with
+--target_l0 the square of L0 / target - 1, where L0 is the batch's mean.
 
-Files hold theta, as those of other libraries do; training its logarithm, as the paper
-does: theta stays above 0.
+Files hold theta, as those of other libraries do. Training holds its logarithm, as the
+paper does, so that theta stays above 0.
 """
-
-from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder.arrays import ArraySpec, ones
-from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
 ARRAYS = {
@@ -26,17 +23,11 @@ ARRAYS = {
 }
 BUFFERS: dict[str, ArraySpec] = {}
 THRESHOLD = "theta"
-# For the batch's mean L0.
+# The penalty may need the batch's mean L0.
 WHOLE_BATCH = True
 
 
-def apply(
-    z: Float[Array, "batch d_sae"],
-    arrays: Mapping[str, Array],
-    numbers: Numbers,
-    *,
-    config: SAEConfig,
-) -> Sparse:
+def apply(z: Latents, arrays: Arrays, numbers: Numbers, *, config: SAEConfig) -> Sparse:
     """f, and the penalty `l0_loss` where the config weighs it."""
     theta, width = arrays["theta"][None, :], numbers["bandwidth"]
     on = z > lax.stop_gradient(theta)
@@ -52,8 +43,7 @@ def apply(
     return Sparse(f, on, {"l0_loss": jnp.where(target > 0, excess, l0)})
 
 
-def encode(
-    z: Float[Array, "batch d_sae"], arrays: Mapping[str, Array], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"]:
-    """f = z where z > theta; never below 0, whatever theta another library trained."""
+def encode(z: Latents, arrays: Arrays, *, config: SAEConfig) -> Latents:
+    """f = z where z > theta; never negative, even where another library trained a theta
+    below 0."""
     return jnp.where(z > jnp.maximum(arrays["theta"], 0)[None, :], z, 0)

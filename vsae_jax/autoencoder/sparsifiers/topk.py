@@ -1,11 +1,7 @@
 """f = z where z is among its row's k largest (Gao et al. 2024; paper 2.1, 2.2)."""
 
-from collections.abc import Mapping
-
-from jaxtyping import Array, Float
-
 from vsae_jax.autoencoder.arrays import ArraySpec
-from vsae_jax.autoencoder.sparsifiers.sparse import Numbers, Sparse
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
 from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import SAEConfig
 
@@ -15,13 +11,7 @@ THRESHOLD = None
 WHOLE_BATCH = False
 
 
-def apply(
-    z: Float[Array, "batch d_sae"],
-    arrays: Mapping[str, Array],
-    numbers: Numbers,
-    *,
-    config: SAEConfig,
-) -> Sparse:
+def apply(z: Latents, arrays: Arrays, numbers: Numbers, *, config: SAEConfig) -> Sparse:
     """Exactly numbers["k"] latents of each row; k may be traced, up to config.k."""
     c = config
     f, selected = keep_top_k(
@@ -30,8 +20,6 @@ def apply(
     return Sparse(f, selected)
 
 
-def encode(
-    z: Float[Array, "batch d_sae"], arrays: Mapping[str, Array], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"]:
+def encode(z: Latents, arrays: Arrays, *, config: SAEConfig) -> Latents:
     """Exactly config.k latents of each row."""
     return apply(z, arrays, {"k": config.k}, config=config).f

@@ -59,6 +59,9 @@ embedded, and in 2-D, where k-means drew them. Mean ± standard deviation over s
 _PERPLEXITY = 30
 _BATCH_ROWS = 1024
 
+Ids = Int[np.ndarray, " n"]
+Points = Float[np.ndarray, "n d"]
+
 
 def command(configs: Sequence[MapConfig]) -> None:
     """Maps what `--run` names and prints the table."""
@@ -92,9 +95,7 @@ def table(found: Sequence[Arm], results: dict[str, dict[str, Any]]) -> str:
     return series.markdown(rows)
 
 
-def _chosen(
-    arm: Arm, features: FiringStatistics, c: MapConfig
-) -> Int[np.ndarray, " n"]:
+def _chosen(arm: Arm, features: FiringStatistics, c: MapConfig) -> Ids:
     latents = np.flatnonzero(features.firing_rate > c.min_rate)
     if len(latents) < max(c.clusters + 1, 4):
         raise UserError(
@@ -104,7 +105,7 @@ def _chosen(
     return latents
 
 
-def _write(arm: Arm, latents: Int[np.ndarray, " n"], c: MapConfig) -> dict[str, Any]:
+def _write(arm: Arm, latents: Ids, c: MapConfig) -> dict[str, Any]:
     features, opened = read_statistics(arm), open_any(arm.folder)
     w_dec = np.asarray(opened.variables["params"]["w_dec"])
     if len(w_dec) != len(features.firing_rate):
@@ -145,9 +146,7 @@ def _stem(c: MapConfig) -> str:
     return "maps" if c.points == "activations" else f"maps-{c.points}"
 
 
-def as_points(
-    run: TrainedSAE, latents: Int[np.ndarray, " n"], c: MapConfig
-) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, "n d"]]:
+def as_points(run: TrainedSAE, latents: Ids, c: MapConfig) -> tuple[Ids, Points]:
     """What the latents are as points; without those that do not vary in the sample."""
     if c.points == "decoder":
         rows = np.asarray(run.variables["params"]["w_dec"])[latents]
@@ -159,7 +158,7 @@ def as_points(
 
 
 def sampled_latents(
-    run: TrainedSAE, latents: Int[np.ndarray, " n"], c: MapConfig
+    run: TrainedSAE, latents: Ids, c: MapConfig
 ) -> Float[np.ndarray, "samples n"]:
     """Activations on at most `--samples` rows, spread evenly over the held-out ones;
     rows of special tokens are left out."""
@@ -186,8 +185,8 @@ def _text_rows(activations: Activations, start: int, stop: int) -> np.ndarray:
 
 
 def embed(
-    points: Float[np.ndarray, "n d"], *, clusters: int, seed: int
-) -> tuple[Float[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
+    points: Points, *, clusters: int, seed: int
+) -> tuple[Float[np.ndarray, "n 2"], Ids]:
     """t-SNE to two dimensions, and k-means there."""
     try:
         from sklearn.cluster import KMeans
@@ -202,9 +201,7 @@ def embed(
 
 
 def _silhouettes(
-    points: Float[np.ndarray, "n d"],
-    embedding: Float[np.ndarray, "n 2"],
-    cluster: Int[np.ndarray, " n"],
+    points: Points, embedding: Float[np.ndarray, "n 2"], cluster: Ids
 ) -> dict[str, float]:
     """Silhouettes of the same clusters in the space that was embedded and in the two
     dimensions in which k-means drew their borders."""
@@ -216,7 +213,7 @@ def _silhouettes(
 
 def _nearness(
     w_dec: Float[np.ndarray, "d_sae d_model"],
-    latents: Int[np.ndarray, " n"],
+    latents: Ids,
     rate: Float[np.ndarray, " d_sae"],
     *,
     seed: int,

@@ -10,9 +10,14 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from vsae_jax.config import SAEConfig
+
+Rows = Float[Array, "batch d_model"]
+Latents = Float[Array, "batch d_sae"]
+Mask = Bool[Array, "batch d_sae"]
+PerRow = Float[Array, " batch"]
 
 
 class Start(Protocol):

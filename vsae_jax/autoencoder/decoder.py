@@ -5,9 +5,8 @@ latents alone: the sum of those errors is a penalty. At evaluation it is like an
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from vsae_jax.autoencoder.arrays import ArraySpec, unit_rows
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, Rows, unit_rows
 from vsae_jax.autoencoder.encoder import Params
 from vsae_jax.autoencoder.matmul import affine, plain_affine
 from vsae_jax.config import SAEConfig
@@ -20,20 +19,14 @@ ARRAYS = {
 }
 
 
-def reconstruct(
-    params: Params, f: Float[Array, "batch d_sae"], *, config: SAEConfig
-) -> Float[Array, "batch d_model"]:
+def reconstruct(params: Params, f: Latents, *, config: SAEConfig) -> Rows:
     """x_hat_n `[batch, d_model]`, in normalised units."""
     return prefixes(params, f, (config.d_sae,), config=config)[0]
 
 
 def prefixes(
-    params: Params,
-    f: Float[Array, "batch d_sae"],
-    widths: tuple[int, ...],
-    *,
-    config: SAEConfig,
-) -> list[Float[Array, "batch d_model"]]:
+    params: Params, f: Latents, widths: tuple[int, ...], *, config: SAEConfig
+) -> list[Rows]:
     """x_hat_n from the first `width` latents, for each of the rising widths. Each adds
     its further latents to the reconstruction before it."""
     product = plain_affine if config.top_k == "lax" else affine

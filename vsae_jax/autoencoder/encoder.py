@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder import gate
-from vsae_jax.autoencoder.arrays import ArraySpec, transpose_of
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, Rows, transpose_of
 from vsae_jax.autoencoder.matmul import affine, plain_affine, product
 from vsae_jax.config import SAEConfig
 
@@ -29,13 +29,11 @@ ARRAYS = {
 class Encoded(NamedTuple):
     """mu, after the relu if there is one, and g of a gate path, or else None."""
 
-    mu: Float[Array, "batch d_sae"]
-    g: Float[Array, "batch d_sae"] | None
+    mu: Latents
+    g: Latents | None
 
 
-def encoded(
-    params: Params, x_n: Float[Array, "batch d_model"], *, config: SAEConfig
-) -> Encoded:
+def encoded(params: Params, x_n: Rows, *, config: SAEConfig) -> Encoded:
     """mu and g of normalised rows."""
     mu, g = head(params, x_n, weight="w_enc", bias="b_enc", config=config), None
     if config.gate == "path":
@@ -44,13 +42,8 @@ def encoded(
 
 
 def head(
-    params: Params,
-    x_n: Float[Array, "batch d_model"],
-    *,
-    weight: str,
-    bias: str,
-    config: SAEConfig,
-) -> Float[Array, "batch d_sae"]:
+    params: Params, x_n: Rows, *, weight: str, bias: str, config: SAEConfig
+) -> Latents:
     """(x_n - b_dec where it is subtracted) @ weight + bias, `[batch, d_sae]`."""
     w, b, b_dec = params[weight], params[bias], params["b_dec"]
     if config.top_k == "lax":  # the plain reference: everything by autodiff

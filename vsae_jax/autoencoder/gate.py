@@ -17,13 +17,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from vsae_jax.autoencoder.arrays import ArraySpec
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, PerRow, Rows
 from vsae_jax.autoencoder.matmul import affine, plain_affine
 from vsae_jax.config import SAEConfig
-
-Latents = Float[Array, "batch d_sae"]
 
 ARRAYS: dict[str, dict[str, ArraySpec]] = {
     "none": {},
@@ -60,14 +58,14 @@ def gated(
     return jnp.where(opening > config.closed_below, opening * z, 0)
 
 
-def l1_norm(g: Latents) -> Float[Array, " batch"]:
+def l1_norm(g: Latents) -> PerRow:
     """||relu(g)||_1."""
     return jnp.sum(jax.nn.relu(g), axis=-1)
 
 
 def reconstruction(
     params: Mapping[str, Array], g: Latents, *, config: SAEConfig
-) -> Float[Array, "batch d_model"]:
+) -> Rows:
     """x_hat_n from relu(g), by the decoder, which gets no gradient from it."""
     w_dec, b_dec = (lax.stop_gradient(params[name]) for name in ("w_dec", "b_dec"))
     product = plain_affine if config.top_k == "lax" else affine

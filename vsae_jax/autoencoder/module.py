@@ -7,6 +7,7 @@ import flax.linen as nn
 from jaxtyping import Array, Float
 
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.arrays import Latents, Rows
 from vsae_jax.config import SAEConfig
 
 
@@ -30,21 +31,19 @@ class SAE(nn.Module):
             norm[name] = self.variable("norm", name, start).value
         self.held = {"params": params, "norm": norm}
 
-    def encode(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d_sae"]:
+    def encode(self, x: Rows) -> Latents:
         """Latents of raw activations, at the mean."""
         return sae.encode(self.held, x, config=self.config)
 
-    def decode(self, f: Float[Array, "batch d_sae"]) -> Float[Array, "batch d_model"]:
+    def decode(self, f: Latents) -> Rows:
         """Raw activations from latents."""
         return sae.decode(self.held, f, config=self.config)
 
-    def forward(
-        self, x_n: Float[Array, "batch d_model"], numbers: sae.Numbers, **options: Any
-    ) -> sae.Forward:
+    def forward(self, x_n: Rows, numbers: sae.Numbers, **options: Any) -> sae.Forward:
         """`sae.forward` with this module's parameters."""
         params = self.held["params"]
         return sae.forward(params, x_n, numbers, config=self.config, **options)
 
-    def __call__(self, x: Float[Array, "batch d_model"]) -> Float[Array, "batch d"]:
+    def __call__(self, x: Rows) -> Float[Array, "batch d"]:
         """decode(encode(x))."""
         return self.decode(self.encode(x))

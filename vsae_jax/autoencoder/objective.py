@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.arrays import Rows
 from vsae_jax.autoencoder.matmul import column_counts
 from vsae_jax.autoencoder.penalties import (
     PENALTIES,
@@ -41,7 +42,7 @@ class Info(NamedTuple):
 
 def total_loss(
     params: Mapping[str, Array],
-    x: Float[Array, "batch d_model"],
+    x: Rows,
     key: Key[Array, ""] | None,
     numbers: Numbers,
     dead: Bool[Array, " d_sae"] | None = None,

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from vsae_jax.autoencoder import gate
+from vsae_jax.autoencoder.arrays import Latents, Mask, PerRow, Rows
 from vsae_jax.autoencoder.encoder import Params
 from vsae_jax.autoencoder.matmul import affine
 from vsae_jax.autoencoder.sae import Forward
@@ -25,7 +26,7 @@ class Batch(NamedTuple):
     latents that AuxK may use, or None in a step in which none is dead."""
 
     params: Params
-    x_n: Float[Array, "batch d_model"]
+    x_n: Rows
     out: Forward
     dead: Bool[Array, " d_sae"] | None
 
@@ -40,29 +41,24 @@ class Penalty(NamedTuple):
 
     weight: str
     on: Callable[[SAEConfig | TrainConfig], bool]
-    of: Callable[[Batch, SAEConfig], Float[Array, " batch"] | None]
+    of: Callable[[Batch, SAEConfig], PerRow | None]
     warms: bool = False
 
 
-def squared_error(
-    x: Float[Array, "batch d_model"], x_hat: Float[Array, "batch d_model"]
-) -> Float[Array, " batch"]:
+def squared_error(x: Rows, x_hat: Rows) -> PerRow:
     """||x - x_hat||_2^2: a sum over d_model, not a mean (Baker and Li, 2.1, 2.2)."""
     _same_shape(x, x_hat)
     return jnp.sum(jnp.square(x - x_hat), axis=-1)
 
 
-def row_variance(x: Float[Array, "batch d_model"]) -> Float[Array, ""]:
+def row_variance(x: Rows) -> Float[Array, ""]:
     """The mean over rows of sum_d (x - mean_batch x)^2."""
     return jnp.mean(squared_error(x, jnp.broadcast_to(jnp.mean(x, 0), x.shape)))
 
 
 def gaussian_kl(
-    mean: Float[Array, "batch d_sae"],
-    log_var: Float[Array, "batch d_sae"] | None = None,
-    *,
-    where: Bool[Array, "batch d_sae"] | None = None,
-) -> Float[Array, " batch"]:
+    mean: Latents, log_var: Latents | None = None, *, where: Mask | None = None
+) -> PerRow:
     """KL(N(mean, s^2) || N(0, I)) = 1/2 sum_i (mean_i^2 + s_i^2 - 1 - log s_i^2).
 
     Baker and Li, 2.2.2. Without `log_var`, s is 1 and it is 1/2 sum_i mean_i^2. With
@@ -75,21 +71,21 @@ def gaussian_kl(
     return 0.5 * jnp.sum(terms if where is None else jnp.where(where, terms, 0), -1)
 
 
-def l1_norm(f: Float[Array, "batch d_sae"]) -> Float[Array, " batch"]:
+def l1_norm(f: Latents) -> PerRow:
     """||f||_1 (Baker and Li, 2.1)."""
     return jnp.sum(jnp.abs(f), axis=-1)
 
 
 def auxk_error(
-    residual: Float[Array, "batch d_model"],
-    mu: Float[Array, "batch d_sae"],
+    residual: Rows,
+    mu: Latents,
     w_dec: Float[Array, "d_sae d_model"],
     dead: Bool[Array, " d_sae"],
     *,
     k_aux: int,
     method: TopK = "auto",
     dtype: Literal["float32", "bfloat16"] = "float32",
-) -> Float[Array, " batch"]:
+) -> PerRow:
     """||sg(x - x_hat) - f_aux @ w_dec||_2^2 (Gao et al. 2024, appendix A.2).
 
     f_aux are the `k_aux` largest of the dead latents' relu(mu), without b_dec. The
@@ -103,7 +99,7 @@ def auxk_error(
     return jnp.where(jnp.any(dead), error, 0.0)
 
 
-def _kl(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+def _kl(batch: Batch, config: SAEConfig) -> PerRow:
     where = batch.out.selected if config.kl_over == "selected" else None
     kl = gaussian_kl(batch.out.mu, batch.out.log_var, where=where)
     if config.kl_units == "loss":
@@ -114,7 +110,7 @@ def _kl(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
     return kl * 2 * lax.stop_gradient(error / batch.x_n.shape[1])
 
 
-def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
+def _auxk(batch: Batch, config: SAEConfig) -> PerRow | None:
     if batch.dead is None:
         return None
     residual = batch.x_n - batch.out.x_hat_n
@@ -132,13 +128,13 @@ def _auxk(batch: Batch, config: SAEConfig) -> Float[Array, " batch"] | None:
     return error / jnp.maximum(lax.stop_gradient(row_variance(residual)), 1e-12)
 
 
-def _gate_error(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+def _gate_error(batch: Batch, config: SAEConfig) -> PerRow:
     assert batch.out.g is not None  # a gate path has it
     x_hat = gate.reconstruction(batch.params, batch.out.g, config=config)
     return squared_error(batch.x_n, x_hat)
 
 
-def _nested(batch: Batch, config: SAEConfig) -> Float[Array, " batch"]:
+def _nested(batch: Batch, config: SAEConfig) -> PerRow:
     errors = [squared_error(batch.x_n, x_hat) for x_hat in batch.out.inner]
     return jnp.sum(jnp.stack(errors), axis=0)
 

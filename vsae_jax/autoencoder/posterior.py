@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from vsae_jax.autoencoder import noise
-from vsae_jax.autoencoder.arrays import ArraySpec
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, Rows
 from vsae_jax.autoencoder.encoder import Params, head
 from vsae_jax.config import SAEConfig
 
@@ -15,9 +15,7 @@ ARRAYS = {
 }
 
 
-def log_variance(
-    params: Params, x_n: Float[Array, "batch d_model"], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"] | None:
+def log_variance(params: Params, x_n: Rows, *, config: SAEConfig) -> Latents | None:
     """log s^2 `[batch, d_sae]` of normalised rows; None where s is 1."""
     if config.variance == "fixed":
         return None
@@ -26,12 +24,12 @@ def log_variance(
 
 def sample(
     key: Key[Array, ""],
-    mu: Float[Array, "batch d_sae"],
-    log_var: Float[Array, "batch d_sae"] | None,
+    mu: Latents,
+    log_var: Latents | None,
     *,
     noise_std: float | Float[Array, ""],
     first_row: int | Int[Array, ""] = 0,
-) -> Float[Array, "batch d_sae"]:
+) -> Latents:
     """z = mu + noise_std * s * eps with eps ~ N(0, I). The key is consumed."""
     eps = noise.normal(key, (mu.shape[0], mu.shape[1]), first_row=first_row)
     eps = eps if log_var is None else jnp.exp(0.5 * log_var) * eps

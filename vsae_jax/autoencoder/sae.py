@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from vsae_jax.autoencoder import decoder, encoder, gate, posterior
-from vsae_jax.autoencoder.arrays import ArraySpec, ones
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, Mask, PerRow, Rows, ones
 from vsae_jax.autoencoder.matmul import product
 from vsae_jax.autoencoder.sparsifiers import SPARSIFIERS, Numbers, sparsifier_of
 from vsae_jax.config import SAEConfig
@@ -72,20 +72,20 @@ class Forward(NamedTuple):
     variance, `g` without a gate path. `inner` are a nested decoder's reconstructions
     from its prefixes; `penalties` and `buffers` are the sparsifier's."""
 
-    mu: Float[Array, "batch d_sae"]
-    log_var: Float[Array, "batch d_sae"] | None
-    g: Float[Array, "batch d_sae"] | None
-    f: Float[Array, "batch d_sae"]
-    selected: Bool[Array, "batch d_sae"]
-    x_hat_n: Float[Array, "batch d_model"]
-    inner: list[Float[Array, "batch d_model"]]
-    penalties: dict[str, Float[Array, " batch"]]
+    mu: Latents
+    log_var: Latents | None
+    g: Latents | None
+    f: Latents
+    selected: Mask
+    x_hat_n: Rows
+    inner: list[Rows]
+    penalties: dict[str, PerRow]
     buffers: dict[str, Array]
 
 
 def forward(
     params: Params,
-    x_n: Float[Array, "batch d_model"],
+    x_n: Rows,
     numbers: Numbers,
     *,
     config: SAEConfig,
@@ -123,25 +123,19 @@ def forward(
     )
 
 
-def normalise(
-    variables: Variables, x: Float[Array, "batch d_model"]
-) -> Float[Array, "batch d_model"]:
+def normalise(variables: Variables, x: Rows) -> Rows:
     """x_n = scale * (x - mean), in float32."""
     norm = variables["norm"]
     return norm["scale"] * (x.astype(jnp.float32) - norm["mean"][None, :])
 
 
-def pre_activations(
-    variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"]:
+def pre_activations(variables: Variables, x: Rows, *, config: SAEConfig) -> Latents:
     """mu of raw rows, after the optional relu and before the optional gate."""
     x_n = normalise(variables, x)
     return encoder.encoded(variables["params"], x_n, config=config).mu
 
 
-def encode(
-    variables: Variables, x: Float[Array, "batch d_model"], *, config: SAEConfig
-) -> Float[Array, "batch d_sae"]:
+def encode(variables: Variables, x: Rows, *, config: SAEConfig) -> Latents:
     """Latents of raw activations, at the mean: no noise (docs/paper_and_code.md)."""
     params, x_n = variables["params"], normalise(variables, x)
     mu, g = encoder.encoded(params, x_n, config=config)
@@ -153,9 +147,7 @@ def encode(
     return sparsifier_of(config).encode(z, own, config=config)
 
 
-def decode(
-    variables: Variables, f: Float[Array, "batch d_sae"], *, config: SAEConfig
-) -> Float[Array, "batch d_model"]:
+def decode(variables: Variables, f: Latents, *, config: SAEConfig) -> Rows:
     """Raw activations from latents: x_hat = x_hat_n / scale + mean."""
     x_hat_n = decoder.reconstruct(variables["params"], f, config=config)
     return x_hat_n / variables["norm"]["scale"] + variables["norm"]["mean"][None, :]
@@ -253,9 +245,7 @@ def moved_input(
     return moved
 
 
-def geometric_median(
-    x: Float[Array, "batch d_model"], *, steps: int = 100
-) -> Float[Array, " d_model"]:
+def geometric_median(x: Rows, *, steps: int = 100) -> Float[Array, " d_model"]:
     """The point with the least summed distance to the rows (Weiszfeld's iteration)."""
 
     def closer(_: Any, point: Array) -> Array:

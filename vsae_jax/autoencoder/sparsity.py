@@ -16,11 +16,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from vsae_jax.autoencoder.arrays import Latents, Mask, PerRow
 from vsae_jax.autoencoder.matmul import column_counts
 from vsae_jax.autoencoder.selection_kernel import MOST_LATENTS, MOST_VALUES, kth_key
 from vsae_jax.system import mesh
 
 TopK = Literal["auto", "lax", "kernel"]
+Count = int | Int[Array, ""]
 
 # A block of rows fits into a core's cache; blocks of several rows waste less time
 # between passes. Each of at most this many loops over blocks has a core of its own.
@@ -28,13 +30,13 @@ _CPU_BLOCK_BYTES, _CPU_LOOPS = 2**19, 8
 
 
 def keep_top_k(
-    z: Float[Array, "batch d_sae"],
-    k: int | Int[Array, ""],
+    z: Latents,
+    k: Count,
     *,
     k_max: int,
     selection: Literal["value", "magnitude"] = "value",
     method: TopK = "auto",
-) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
+) -> tuple[Latents, Mask]:
     """f = z where z is among its row's k largest, else 0; and the mask of those.
 
     Exactly k stay; of equal values the lowest indices stay, as with `jax.lax.top_k`.
@@ -49,9 +51,7 @@ def keep_top_k(
     return jnp.where(mask, z, 0), mask
 
 
-def top_k_lax(
-    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, k_max: int
-) -> Bool[Array, "batch d_sae"]:
+def top_k_lax(z: Latents, k: Count, *, k_max: int) -> Mask:
     """The mask of each row's k largest values by `jax.lax.top_k` of width k_max."""
     _, index = lax.top_k(z, k_max)
     keep = jnp.broadcast_to(jnp.arange(k_max) < k, index.shape)
@@ -59,9 +59,7 @@ def top_k_lax(
     return jnp.zeros(z.shape, bool).at[row, index].set(keep)
 
 
-def top_k_count(
-    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, kernel: bool = False
-) -> Bool[Array, "batch d_sae"]:
+def top_k_count(z: Latents, k: Count, *, kernel: bool = False) -> Mask:
     """The mask of each row's k largest values: those above the k-th, and the first ones
     by index of those equal to it, k in all."""
     z = z.astype(jnp.float32)
@@ -77,12 +75,8 @@ def top_k_count(
 
 
 def keep_batch_top_k(
-    z: Float[Array, "batch d_sae"],
-    k: int | Int[Array, ""],
-    *,
-    k_max: int,
-    method: TopK = "auto",
-) -> tuple[Float[Array, "batch d_sae"], Bool[Array, "batch d_sae"]]:
+    z: Latents, k: Count, *, k_max: int, method: TopK = "auto"
+) -> tuple[Latents, Mask]:
     """f = z where z is among the batch * k largest of all of z, else 0; and the mask.
 
     Exactly batch * k stay; of equal values those of the lowest rows, then indices. `k`
@@ -96,17 +90,13 @@ def keep_batch_top_k(
     return jnp.where(mask, z, 0), mask
 
 
-def batch_top_k_lax(
-    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""], *, k_max: int
-) -> Bool[Array, "batch d_sae"]:
+def batch_top_k_lax(z: Latents, k: Count, *, k_max: int) -> Mask:
     """The mask of the batch * k largest values by `jax.lax.top_k` of all of them."""
     kept = jnp.asarray(k) * len(z)
     return top_k_lax(z.reshape(1, -1), kept, k_max=k_max * len(z)).reshape(z.shape)
 
 
-def batch_top_k_count(
-    z: Float[Array, "batch d_sae"], k: int | Int[Array, ""]
-) -> Bool[Array, "batch d_sae"]:
+def batch_top_k_count(z: Latents, k: Count) -> Mask:
     """The mask of the batch * k largest values: those above the last of them, and the
     first ones by row and index of those equal to it, batch * k in all. No row moves to
     another device, only counts are added up."""
@@ -141,9 +131,7 @@ def dead_latents(
     return rows_since_fired >= dead_after
 
 
-def _by_blocks(
-    z: Float[Array, "batch d_sae"], k: Int[Array, ""]
-) -> tuple[Float[Array, " batch"], Int[Array, " batch"]]:
+def _by_blocks(z: Latents, k: Int[Array, ""]) -> tuple[PerRow, Int[Array, " batch"]]:
     """`_kth_value`; on one CPU device a block of rows at a time, in independent loops,
     which XLA runs in parallel."""
     n, width = z.shape

@@ -47,14 +47,18 @@ _EDGES = 10.0 ** np.arange(-5, 0.5, 0.5)
 _ROWS_AT_ONCE, _DIRECTIONS_AT_ONCE = 4096, 64
 _DIGITS = 3
 
+Rows = Float[np.ndarray, "rows d_model"]
+PerLatent = Float[np.ndarray, " latents"]
+PerRow = Int[np.ndarray, " rows"]
+
 
 class Text(NamedTuple):
     """The tokens at each position as numbers from 0, those that are alike the same, of
     the token alone and of it and the one before; and which positions are learned from,
     the others being predicted."""
 
-    token: Int[np.ndarray, " rows"]
-    bigram: Int[np.ndarray, " rows"]
+    token: PerRow
+    bigram: PerRow
     learned: Bool[np.ndarray, " rows"]
 
 
@@ -62,10 +66,10 @@ class Scores(NamedTuple):
     """Of each latent, NaN where it fires too seldom: the share of positions on which it
     fires, areas under the curve, and types of tokens with half of its activation."""
 
-    firing_rate: Float[np.ndarray, " latents"]
-    auc_by_token: Float[np.ndarray, " latents"]
-    auc_by_bigram: Float[np.ndarray, " latents"]
-    token_types: Float[np.ndarray, " latents"]
+    firing_rate: PerLatent
+    auc_by_token: PerLatent
+    auc_by_bigram: PerLatent
+    token_types: PerLatent
 
 
 def check(subjects: Sequence[Subject]) -> None:
@@ -98,11 +102,7 @@ def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
     ]
 
 
-def text_of(
-    token: Int[np.ndarray, " rows"],
-    before: Int[np.ndarray, " rows"],
-    context: Int[np.ndarray, " rows"],
-) -> Text:
+def text_of(token: PerRow, before: PerRow, context: PerRow) -> Text:
     """Tokens, the tokens before them (-1: none) and numbers of their contexts; the
     first half of these is learned from."""
     both = (before.astype(np.int64) + 1) * (int(token.max(initial=0)) + 1) + token
@@ -112,10 +112,7 @@ def text_of(
 
 
 def _work(
-    subjects: Sequence[Subject],
-    x: Float[np.ndarray, "rows d_model"],
-    unit: Float[np.ndarray, "rows d_model"],
-    text: Text,
+    subjects: Sequence[Subject], x: Rows, unit: Rows, text: Text
 ) -> Iterator[Callable[[], dict[str, Any]]]:
     for subject in subjects:
         firings = _encoded(subject.reader, x)
@@ -123,7 +120,7 @@ def _work(
         yield partial(_result, firings, w_dec, unit, text)
 
 
-def _encoded(reader: Reader, x: Float[np.ndarray, "rows d_model"]) -> Firings:
+def _encoded(reader: Reader, x: Rows) -> Firings:
     parts = []
     for start in range(0, len(x), _ROWS_AT_ONCE):
         f = np.asarray(reader.encode(x[start : start + _ROWS_AT_ONCE]))
@@ -133,10 +130,7 @@ def _encoded(reader: Reader, x: Float[np.ndarray, "rows d_model"]) -> Firings:
 
 
 def _result(
-    firings: Firings,
-    w_dec: Float[np.ndarray, "d_sae d_model"],
-    unit: Float[np.ndarray, "rows d_model"],
-    text: Text,
+    firings: Firings, w_dec: Float[np.ndarray, "d_sae d_model"], unit: Rows, text: Text
 ) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     of_latents = scores(firings, text, n_latents=len(w_dec))
@@ -190,9 +184,7 @@ def _of_latents(
     return Firings(*(a[latent >= 0] for a in (firings.row, latent, firings.value)))
 
 
-def _areas(
-    firings: Firings, text: Text, n_latents: int
-) -> tuple[Float[np.ndarray, " latents"], Float[np.ndarray, " latents"]]:
+def _areas(firings: Firings, text: Text, n_latents: int) -> tuple[PerLatent, PerLatent]:
     """Under the ROC curves by token and by bigram; NaN of a latent that fires at all
     positions it could be compared with."""
     rng = np.random.default_rng(0)
@@ -251,7 +243,7 @@ def _area(
     positive: Float[np.ndarray, " n"],
     bounds: Int[np.ndarray, " latents + 1"],
     others: Float[np.ndarray, "latents positions"],
-) -> Float[np.ndarray, " latents"]:
+) -> PerLatent:
     """How probably one of a latent's positives, from its bound to the next, is above
     one of its finite others; as much as below is half."""
     others = np.sort(others, axis=1)
@@ -265,9 +257,7 @@ def _area(
     return areas
 
 
-def _types_with_half(
-    firings: Firings, token: Int[np.ndarray, " rows"], n_latents: int
-) -> Float[np.ndarray, " latents"]:
+def _types_with_half(firings: Firings, token: PerRow, n_latents: int) -> PerLatent:
     """How few types of tokens carry half of a latent's activation."""
     shape = n_latents, int(token.max(initial=-1)) + 1
     size = np.abs(firings.value).astype(np.float64)
@@ -291,9 +281,7 @@ def _random_directions(
 
 
 def _largest(
-    x: Float[np.ndarray, "rows d_model"],
-    directions: Float[np.ndarray, "latents d_model"],
-    rate: Float[np.ndarray, " latents"],
+    x: Rows, directions: Float[np.ndarray, "latents d_model"], rate: PerLatent
 ) -> Firings:
     """Firings where each direction is largest, on the share `rate` of the rows, with
     values from there up."""

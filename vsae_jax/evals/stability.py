@@ -49,6 +49,10 @@ _ROWS_AT_ONCE = 4096
 _PRODUCT_BYTES = 2**32
 _DIGITS = 3
 
+Rows = Float[np.ndarray, "rows d_model"]
+Products = Float[np.ndarray, "d_a d_b"]
+PerLatent = Float[np.ndarray, " d_sae"]
+
 
 class _Latents(NamedTuple):
     """A run's latents that fire often enough on the rows: their places, unit rows of
@@ -63,7 +67,7 @@ class _Latents(NamedTuple):
     magnitude: Float[np.ndarray, " n"]
     mean: Float[np.ndarray, " n"]
     std: Float[np.ndarray, " n"]
-    rate: Float[np.ndarray, " d_sae"]
+    rate: PerLatent
 
 
 class _Pair(NamedTuple):
@@ -95,7 +99,7 @@ class _Part(NamedTuple):
     place: int
     other: int | None
     metrics: dict[str, float | None]
-    per_latent: Mapping[str, Float[np.ndarray, " d_sae"]] = {}
+    per_latent: Mapping[str, PerLatent] = {}
 
 
 def check(subjects: Sequence[Subject]) -> None:
@@ -144,9 +148,7 @@ def _kinds(subjects: Sequence[Subject]) -> list[list[_Pair]]:
 
 
 def _work(
-    subjects: Sequence[Subject],
-    kinds: Sequence[Sequence[_Pair]],
-    rows: Float[np.ndarray, "rows d_model"],
+    subjects: Sequence[Subject], kinds: Sequence[Sequence[_Pair]], rows: Rows
 ) -> Iterator[Callable[[], list[_Part]]]:
     """What is to be computed, kind by kind: each run's rows are encoded once for
     its own numbers, and once for the products with all runs of its kind."""
@@ -169,7 +171,7 @@ def _work(
                 yield partial(_compared, pair, a, b, products, len(rows))
 
 
-def _latents(reader: Reader, rows: Float[np.ndarray, "rows d_model"]) -> _Latents:
+def _latents(reader: Reader, rows: Rows) -> _Latents:
     sums = np.zeros((4, reader.config.d_sae))
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         sums += np.asarray(_sums(reader, rows[start : start + _ROWS_AT_ONCE]))
@@ -196,10 +198,8 @@ def _sums(reader: Reader, x: Float[Array, "rows d_model"]) -> Float[Array, "4 d_
 
 
 def _products(
-    readers: Mapping[int, Reader],
-    pairs: Sequence[_Pair],
-    rows: Float[np.ndarray, "rows d_model"],
-) -> Iterator[tuple[_Pair, Float[np.ndarray, "d_a d_b"]]]:
+    readers: Mapping[int, Reader], pairs: Sequence[_Pair], rows: Rows
+) -> Iterator[tuple[_Pair, Products]]:
     """Each pair's sum over rows of the products of its activations. They add up on the
     device, for as many pairs at once as `_PRODUCT_BYTES` hold."""
     d_sae = readers[pairs[0].a].config.d_sae
@@ -230,7 +230,7 @@ def _added(
 
 
 def _correlation(
-    a: _Latents, b: _Latents, products: Float[np.ndarray, "d_a d_b"], rows: int
+    a: _Latents, b: _Latents, products: Products, rows: int
 ) -> Float[np.ndarray, "n_a n_b"]:
     mean = products[np.ix_(a.which, b.which)].astype(np.float64) / rows
     mean -= np.outer(a.mean, b.mean)
@@ -248,11 +248,7 @@ def _alone(place: int, latents: _Latents) -> list[_Part]:
 
 
 def _by_chance(
-    places: Sequence[int],
-    a: _Latents,
-    b: _Latents,
-    products: Float[np.ndarray, "d_a d_b"],
-    rows: int,
+    places: Sequence[int], a: _Latents, b: _Latents, products: Products, rows: int
 ) -> list[_Part]:
     """What chance gives two runs of a kind, for all runs of the kind."""
     correlation = _matched(_correlation(a, b, products, rows)).value
@@ -264,11 +260,7 @@ def _by_chance(
 
 
 def _compared(
-    pair: _Pair,
-    a: _Latents,
-    b: _Latents,
-    products: Float[np.ndarray, "d_a d_b"],
-    rows: int,
+    pair: _Pair, a: _Latents, b: _Latents, products: Products, rows: int
 ) -> list[_Part]:
     """What each of two runs finds in the other: one matching, read from both sides."""
     if not a.which.size or not b.which.size:
@@ -304,7 +296,7 @@ def _one_sided(
     cosines: Float[np.ndarray, "n_a n_b"],
     decoder: _Match,
     firing: _Match,
-) -> tuple[dict[str, float | None], dict[str, Float[np.ndarray, " d_sae"]]]:
+) -> tuple[dict[str, float | None], dict[str, PerLatent]]:
     """What differs by the side from which a pair is looked at: numbers of a run's
     latents, and of each one."""
     close = decoder.value > CLOSE
@@ -383,9 +375,7 @@ def _result(subjects: Sequence[Subject], parts: Sequence[_Part]) -> dict[str, An
     }
 
 
-def _mean_known(
-    each: Sequence[Float[np.ndarray, " d_sae"]],
-) -> Float[np.ndarray, " d_sae"]:
+def _mean_known(each: Sequence[PerLatent]) -> PerLatent:
     """The mean of those that are not NaN; NaN where all are."""
     known = np.isfinite(each)
     total = np.where(known, each, 0).sum(axis=0)

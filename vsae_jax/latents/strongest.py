@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+Ids = Int[np.ndarray, " n"]
+Keys = Float[np.ndarray, " n"]
 Around = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -29,19 +31,11 @@ class Kept:
         self.window = np.full((d_sae, size, width), np.nan, np.float32)
         self._least = np.full(d_sae, -np.inf)
 
-    def passing(
-        self, latent: Int[np.ndarray, " n"], key: Float[np.ndarray, " n"]
-    ) -> Int[np.ndarray, " passing"]:
+    def passing(self, latent: Ids, key: Keys) -> Int[np.ndarray, " passing"]:
         """Which firings, none of them earlier than those kept, would get in."""
         return np.flatnonzero(key > self._least[latent])
 
-    def add(
-        self,
-        latent: Int[np.ndarray, " n"],
-        key: Float[np.ndarray, " n"],
-        token: Int[np.ndarray, " n"],
-        around: Around,
-    ) -> None:
+    def add(self, latent: Ids, key: Keys, token: Ids, around: Around) -> None:
         """Takes in firings; `around(latent, token)` gives the windows `[m, width]` of
         those that get a slot."""
         if not len(latent):
@@ -78,10 +72,7 @@ class Kept:
 
 
 def best_of_context(
-    latent: Int[np.ndarray, " n"],
-    key: Float[np.ndarray, " n"],
-    token: Int[np.ndarray, " n"],
-    context: Int[np.ndarray, " n"],
+    latent: Ids, key: Keys, token: Ids, context: Ids
 ) -> Int[np.ndarray, " m"]:
     """The firing with the largest key, then the earliest, of each latent in each
     context."""
@@ -91,9 +82,7 @@ def best_of_context(
     return order[first]
 
 
-def uniform(
-    token: Int[np.ndarray, " n"], latent: Int[np.ndarray, " n"] | int, *, seed: int
-) -> Float[np.ndarray, " n"]:
+def uniform(token: Ids, latent: Ids | int, *, seed: int) -> Keys:
     """A number in [0, 1) that looks random, by seed, token and latent alone: their
     splitmix64 hash (Steele et al. 2014)."""
     with np.errstate(over="ignore"):
@@ -109,7 +98,7 @@ def _mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-def _rank_in_runs(values: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+def _rank_in_runs(values: Ids) -> Ids:
     """0, 1, 2, ... within each run of equal values."""
     starts = np.flatnonzero(np.diff(values, prepend=values[0] - 1))
     lengths = np.diff(starts, append=len(values))

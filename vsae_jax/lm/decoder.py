@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]
 Start = int | Int[Array, ""]
+Stream = Float[Array, "batch time d_model"]
 
 
 class Cache(NamedTuple):
@@ -202,13 +203,8 @@ def _visible(
 
 
 def _attention(
-    p: Params,
-    x: Float[Array, "batch time d_model"],
-    *,
-    spec: Spec,
-    past: Cache | None = None,
-    start: Start = 0,
-) -> tuple[Float[Array, "batch time d_model"], Cache]:
+    p: Params, x: Stream, *, spec: Spec, past: Cache | None = None, start: Start = 0
+) -> tuple[Stream, Cache]:
     """softmax(q k' * scale) v over the visible positions, and their k and v. Where
     there is a `past`, those of x are written into it from `start` on."""
     batch, time, _ = x.shape
@@ -237,9 +233,7 @@ def _attention(
     return _linear(p, "out", mixed.reshape(batch, time, -1)), Cache(k, v)
 
 
-def _mlp(
-    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
-) -> Float[Array, "batch time d_model"]:
+def _mlp(p: Params, x: Stream, *, spec: Spec) -> Stream:
     act = ACTIVATIONS[spec.activation]
     if not spec.gated:
         return _linear(p, "down", act(_linear(p, "up", x)))
@@ -247,13 +241,8 @@ def _mlp(
 
 
 def _attn_out(
-    p: Params,
-    x: Float[Array, "batch time d_model"],
-    *,
-    spec: Spec,
-    past: Cache | None = None,
-    start: Start = 0,
-) -> tuple[Float[Array, "batch time d_model"], Cache]:
+    p: Params, x: Stream, *, spec: Spec, past: Cache | None = None, start: Start = 0
+) -> tuple[Stream, Cache]:
     """What attention adds to the stream x, and `_attention`'s keys and values."""
     norm = functools.partial(_norm, p, spec=spec)
     added, cache = _attention(p, norm("ln1", x), spec=spec, past=past, start=start)
@@ -261,12 +250,8 @@ def _attn_out(
 
 
 def _sites(
-    p: Params,
-    x: Float[Array, "batch time d_model"],
-    *,
-    spec: Spec,
-    attn_out: Float[Array, "batch time d_model"] | None = None,
-) -> dict[str, Float[Array, "batch time d_model"]]:
+    p: Params, x: Stream, *, spec: Spec, attn_out: Stream | None = None
+) -> dict[str, Stream]:
     """What a block makes of the stream x, under TransformerLens' names: y + mlp(ln2 y)
     with y = x + attention(ln1 x); if parallel, y + mlp(ln2 x). A given `attn_out`
     replaces attention's part."""
@@ -284,16 +269,12 @@ def _sites(
     }
 
 
-def _block(
-    p: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
-) -> Float[Array, "batch time d_model"]:
+def _block(p: Params, x: Stream, *, spec: Spec) -> Stream:
     return _sites(p, x, spec=spec)["resid_post"]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def embed(
-    params: Params, tokens: Int[Array, "batch time"], *, spec: Spec
-) -> Float[Array, "batch time d_model"]:
+def embed(params: Params, tokens: Int[Array, "batch time"], *, spec: Spec) -> Stream:
     """What tokens put into the residual stream; NaN for ids beyond the vocabulary."""
     rows = jnp.take(params["embed"], tokens, axis=0, mode="fill", fill_value=jnp.nan)
     return rows.astype(jnp.float32) * spec.embed_scale
@@ -301,13 +282,8 @@ def embed(
 
 @functools.partial(jax.jit, static_argnames=("spec", "start", "stop"))
 def run_blocks(
-    params: Params,
-    x: Float[Array, "batch time d_model"],
-    *,
-    spec: Spec,
-    start: int,
-    stop: int,
-) -> Float[Array, "batch time d_model"]:
+    params: Params, x: Stream, *, spec: Spec, start: int, stop: int
+) -> Stream:
     """The residual stream after the blocks start, ..., stop - 1; before block 0 it is
     `embed(params, tokens)`, to which learned positions are added here."""
     if start == 0 and spec.learned_positions:
@@ -326,12 +302,12 @@ def run_blocks(
 @functools.partial(jax.jit, static_argnames=("spec", "names"))
 def run_block(
     params: Params,
-    x: Float[Array, "batch time d_model"],
+    x: Stream,
     layer: Int[Array, ""],
     *,
     spec: Spec,
     names: tuple[str, ...],
-) -> dict[str, Float[Array, "batch time d_model"]]:
+) -> dict[str, Stream]:
     """What is at the sites of these names in block `layer`, where the stream before it
     is x, learned positions included: attn_out, resid_mid (before the MLP's part is
     added), mlp_out, resid_post."""
@@ -347,13 +323,8 @@ def run_block(
 
 @functools.partial(jax.jit, static_argnames="spec")
 def end_block(
-    params: Params,
-    x: Float[Array, "batch time d_model"],
-    attn_out: Float[Array, "batch time d_model"],
-    layer: Int[Array, ""],
-    *,
-    spec: Spec,
-) -> Float[Array, "batch time d_model"]:
+    params: Params, x: Stream, attn_out: Stream, layer: Int[Array, ""], *, spec: Spec
+) -> Stream:
     """The stream after block `layer`, where it was x before and attention added
     `attn_out`."""
     p = _arrays_of(params, layer, x.shape[1], spec=spec)
@@ -365,9 +336,7 @@ def end_block(
     return jax.lax.map(piece, pieces).reshape(x.shape)
 
 
-def _in_pieces(
-    x: Float[Array, "batch time d_model"],
-) -> Float[Array, "pieces contexts time d_model"]:
+def _in_pieces(x: Stream) -> Float[Array, "pieces contexts time d_model"]:
     """The batch in pieces that a block runs at once."""
     return x.reshape(-1, _contexts_at_once(*x.shape[:2]), *x.shape[1:])
 
@@ -383,14 +352,14 @@ def empty_cache(*, spec: Spec, batch: int, length: int) -> Cache:
 )
 def extend(
     params: Params,
-    x: Float[Array, "batch time d_model"],
+    x: Stream,
     cache: Cache,
     start: Int[Array, ""],
     *,
     spec: Spec,
     first: int,
     stop: int,
-) -> tuple[Float[Array, "batch time d_model"], Cache]:
+) -> tuple[Stream, Cache]:
     """`run_blocks` over the blocks first, ..., stop - 1 where x has the positions
     start, start + 1, ... and the cache those before them; also the extended cache."""
     time = x.shape[1]
@@ -445,7 +414,7 @@ def _contexts_at_once(batch: int, time: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def unembed(
-    params: Params, x: Float[Array, "batch time d_model"], *, spec: Spec
+    params: Params, x: Stream, *, spec: Spec
 ) -> Float[Array, "batch time vocab"]:
     """The logits of a residual stream after the last block."""
     w = params["unembed"]

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from vsae_jax.config.sites import Hook
 from vsae_jax.lm import decoder
 from vsae_jax.lm.attached import Attached
-from vsae_jax.lm.decoder import Params, Spec
+from vsae_jax.lm.decoder import Params, Spec, Stream
 from vsae_jax.lm.dtype import choose_dtype
 from vsae_jax.lm.families import FAMILIES, family_of, read_spec
 from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts
@@ -52,9 +52,7 @@ class Decoder(Attached):
         """What each token puts into the residual stream."""
         return self.params["embed"].astype(jnp.float32) * self.spec.embed_scale
 
-    def residual_from(
-        self, x: Residual, layer: int
-    ) -> Float[Array, "batch time d_model"]:
+    def residual_from(self, x: Residual, layer: int) -> Stream:
         """The residual stream after block `layer` where tokens put `x` into it."""
         return self.at_from(x, [Hook(layer)])[0]
 
@@ -62,9 +60,7 @@ class Decoder(Attached):
         """Every family here has every site."""
         check_layer(hook.layer, n_layers=self.n_layers)
 
-    def at(
-        self, tokens: Tokens, hooks: Sequence[Hook]
-    ) -> list[Float[Array, "batch time d_model"]]:
+    def at(self, tokens: Tokens, hooks: Sequence[Hook]) -> list[Stream]:
         """What is at each hook, of one pass."""
 
         def of_part(tokens: Tokens) -> list[Array]:
@@ -72,9 +68,7 @@ class Decoder(Attached):
 
         return _over_cores(of_part, tokens)
 
-    def at_from(
-        self, x: Residual, hooks: Sequence[Hook]
-    ) -> list[Float[Array, "batch time d_model"]]:
+    def at_from(self, x: Residual, hooks: Sequence[Hook]) -> list[Stream]:
         """What is at each hook where tokens put `x` into the stream."""
         for hook in hooks:
             self.check(hook)
@@ -108,9 +102,7 @@ class Decoder(Attached):
 
         return Cut(hook, *_over_cores(of_part, tokens))
 
-    def joined(
-        self, cut: Cut, values: Sequence[Residual]
-    ) -> list[Float[Array, "batch time d_model"]]:
+    def joined(self, cut: Cut, values: Sequence[Residual]) -> list[Stream]:
         """The streams after the hook's block where each of `values` is at the hook."""
         values = [jnp.asarray(value, jnp.float32) for value in values]
         if cut.hook.site == "resid_post":
@@ -124,7 +116,7 @@ class Decoder(Attached):
 
         return [_over_cores(of_part, cut.rest, value) for value in values]
 
-    def _embed(self, tokens: Tokens) -> Float[Array, "batch time d_model"]:
+    def _embed(self, tokens: Tokens) -> Stream:
         return decoder.embed(self.params, jnp.asarray(tokens), spec=self.spec)
 
     def _run(self, x: Residual, start: int, stop: int) -> Array:

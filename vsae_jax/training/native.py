@@ -21,6 +21,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vsae_jax.autoencoder import encoder, posterior
+from vsae_jax.autoencoder.arrays import Rows
 from vsae_jax.autoencoder.matmul import affine, by_rows, column_sums
 from vsae_jax.autoencoder.objective import Info
 from vsae_jax.autoencoder.penalties import row_variance
@@ -120,7 +121,7 @@ def _uncovered(config: SAEConfig, *, together: bool) -> str:
 
 def gradient(
     held: dict[str, Array],
-    x_n: Float[Array, "batch d_model"],
+    x_n: Rows,
     key: Key[Array, ""],
     numbers: Numbers,
     *,
@@ -146,7 +147,7 @@ def gradient(
 
 def _sparse(
     held: dict[str, Array],
-    x_n: Float[Array, "batch d_model"],
+    x_n: Rows,
     key: Key[Array, ""],
     numbers: Numbers,
     *,
@@ -186,7 +187,7 @@ def _sparse(
 
 
 def _kl(
-    held: dict[str, Array], x_in: Float[Array, "batch d_model"], *, config: SAEConfig
+    held: dict[str, Array], x_in: Rows, *, config: SAEConfig
 ) -> tuple[Array, Array, Array]:
     """The mean KL over rows, and its gradients for w_enc and b_enc."""
     n, w = len(x_in), held["w_enc"]
@@ -202,7 +203,7 @@ def _kl(
 
 def _selected(
     held: dict[str, Array],
-    x_n: Float[Array, "batch d_model"],
+    x_n: Rows,
     key: Key[Array, ""],
     numbers: Numbers,
     k: Int[Array, "2"],
@@ -272,9 +273,7 @@ def _decoded(
     return _call(_DECODE, out, x, w_dec, b_dec, index, value, k)
 
 
-def _summed(
-    lists: _Lists, rows: Float[Array, "batch d_model"], weight: Float[Array, "batch k"]
-) -> list[Array]:
+def _summed(lists: _Lists, rows: Rows, weight: Float[Array, "batch k"]) -> list[Array]:
     """For each latent the weighted sum of the rows that selected it, as a column, and
     the sum of the weights."""
     d_sae = len(lists.fired)

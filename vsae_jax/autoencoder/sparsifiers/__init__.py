@@ -7,9 +7,9 @@ flags in `config`, and its variants in `config.presets`.
 from collections.abc import Mapping
 from typing import Protocol
 
-from vsae_jax.autoencoder.arrays import ArraySpec
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents
 from vsae_jax.autoencoder.sparsifiers import batch_topk, jump_relu, none, topk
-from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
 __all__ = ["SPARSIFIERS", "Numbers", "Sparse", "Sparsifier", "sparsifier_of"]

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from vsae_jax.autoencoder.arrays import ArraySpec
-from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Numbers, Sparse
 from vsae_jax.autoencoder.sparsity import keep_batch_top_k
 from vsae_jax.config import SAEConfig
 

@@ -12,8 +12,8 @@ paper does, so that theta stays above 0.
 import jax.numpy as jnp
 from jax import lax
 
-from vsae_jax.autoencoder.arrays import ArraySpec, ones
-from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents, ones
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
 ARRAYS = {

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from vsae_jax.autoencoder.arrays import ArraySpec
-from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Numbers, Sparse
 from vsae_jax.config import SAEConfig
 
 ARRAYS: dict[str, ArraySpec] = {}

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array
 
-Latents = Float[Array, "batch d_sae"]
+from vsae_jax.autoencoder.arrays import Latents, Mask, PerRow
+
 Arrays = Mapping[str, Array]
 # Numbers that may be traced (k, noise_std, weights of penalties), by flag.
 Numbers = Mapping[str, Any]
@@ -15,6 +16,6 @@ class Sparse(NamedTuple):
     """f, the selected latents, penalties `[batch]` by name, and the new buffers."""
 
     f: Latents
-    selected: Bool[Array, "batch d_sae"]
-    penalties: dict[str, Float[Array, " batch"]] = {}
+    selected: Mask
+    penalties: dict[str, PerRow] = {}
     buffers: dict[str, Array] = {}

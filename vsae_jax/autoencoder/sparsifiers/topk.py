@@ -1,7 +1,7 @@
 """f = z where z is among its row's k largest (Gao et al. 2024; paper 2.1, 2.2)."""
 
-from vsae_jax.autoencoder.arrays import ArraySpec
-from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Latents, Numbers, Sparse
+from vsae_jax.autoencoder.arrays import ArraySpec, Latents
+from vsae_jax.autoencoder.sparsifiers.sparse import Arrays, Numbers, Sparse
 from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import SAEConfig
 

@@ -367,7 +367,7 @@ def test_words_are_read_where_they_stand(tiny_model):
     ("change", "says"),
     [
         ({"labelled": ""}, "needs labelled texts"),
-        ({"labelled": "nowhere.jsonl"}, "is no .jsonl file here"),
+        ({"labelled": "nowhere.jsonl"}, "is neither a .jsonl file here"),
         ({"label_column": "plant"}, "no --label_column=plant; there is: animal"),
         ({"text_column": "stars"}, "--text_column=stars is of type int, not text"),
         ({"attribute_column": ""}, "--evals=scr needs a set of --labelled with"),

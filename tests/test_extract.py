@@ -301,7 +301,7 @@ def test_a_changed_text_is_noticed_on_going_on(arguments, tmp_path, capsys):
     (arguments["out"] / "activations-00001.npy").unlink()
     write_jsonl(tmp_path / "a.jsonl", make_stories(200, seed=1))
     assert run(arguments) == 2
-    assert "the text is not that of which shard 0" in capsys.readouterr().err
+    assert "the text is not the one that shard 0" in capsys.readouterr().err
 
 
 def test_a_changed_model_is_noticed_on_going_on(arguments, tmp_path, capsys):

@@ -155,7 +155,7 @@ def nan_at(row: int):
         (lambda a: a * 0, {}, "the array: every activation row is 0"),
         (lambda a: 3, {}, "rows is a int; expected an array"),
         (lambda a: [], {}, "there is no batch"),
-        (lambda a: [a, a[:, 1:]], {}, "and d_model=16 as the first has"),
+        (lambda a: [a, a[:, 1:]], {}, "with d_model=16 as the first"),
         (lambda a: iter([a[:300]]), {}, "the batches end after 300 rows"),
         (lambda a: [a], {"bad_rows": "skip"}, "bad_rows='skip' needs all rows"),
         (lambda a: [a], {"max_norm_multiple": 9.0}, "max_norm_multiple=9.0 needs all"),

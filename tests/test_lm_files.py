@@ -109,7 +109,9 @@ def test_what_is_no_model_is_refused(folder):
         locate(str(folder / "config.json"))
     with pytest.raises(UserError, match="neither a model folder nor a hub id"):
         locate("")
-    with pytest.raises(UserError, match="/no/such/folder is neither a folder here.*demo"):
+    with pytest.raises(
+        UserError, match="/no/such/folder is neither a folder here.*demo"
+    ):
         locate("/no/such/folder")
     with pytest.raises(UserError, match="--revision=step3000 needs a hub id"):
         locate(str(folder), revision="step3000")

@@ -212,5 +212,5 @@ def test_nothing_but_bad_rows_is_refused():
     rows = ShuffledRows(
         lambda a, b: numbers[a:b], n_rows=5, row_bytes=8, seed=1, left_out=range(5)
     )
-    with pytest.raises(UserError, match="a whole block of rows is bad"):
+    with pytest.raises(UserError, match="a whole group of rows is bad"):
         rows.take(0, 1)

@@ -1,10 +1,10 @@
 """Activation rows that are not to be trained on: NaN, infinite, giant, or massive.
 
-A row is giant when a value of it is beyond `--giant` times the median norm of the
-first rows: a fault. `--bad_rows=stop` names the first such row that is read; `skip`
-reads all rows before the start and leaves them out, also of the mean and the norm.
-`--max_norm_multiple` leaves rows out whose norm is beyond so many medians: they are the
-language model's own, but few and large enough to rule the loss.
+A row is giant when one of its values is beyond `--giant` times the median norm of the
+first rows, which is a fault. `--bad_rows=stop` names the first such row that is read;
+`skip` reads all rows before the start and leaves such rows out, also of the mean and
+the norm. `--max_norm_multiple` leaves out rows whose norm is beyond that many medians:
+the language model does make them, but they are few and large enough to rule the loss.
 """
 
 import functools
@@ -22,13 +22,13 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
 _SAMPLE_ROWS = 4096
-# Rows looked at together stay in a core's cache.
+# Rows are looked at in pieces that fit into a core's cache.
 AT_ONCE_BYTES = 2**20
 
 
 class LeftOut(NamedTuple):
-    """The numbers of rows that are left out, ascending, the mean and mean squared norm
-    of the others, and why: "are NaN, ...", or "have a norm above ..."."""
+    """The numbers of the rows that are left out, ascending; the mean and mean squared
+    norm of the others; and the reason: "are NaN, ..." or "have a norm above ..."."""
 
     rows: Int[np.ndarray, " bad"]
     mean: Float[np.ndarray, " d_model"]
@@ -42,7 +42,7 @@ class LeftOut(NamedTuple):
 
 
 class Check:
-    """Finds bad rows among those of a folder, `giant` as the flag."""
+    """Finds the bad rows of a folder; `giant` is the flag."""
 
     def __init__(self, activations: Activations, *, giant: float):
         self._activations, self._giant = activations, giant
@@ -50,7 +50,7 @@ class Check:
         self._limit = min(giant * self._median, end) if self._median else end
 
     def rows(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
-        """The rows start, ..., stop - 1, as `Activations.view`; none may be bad."""
+        """The rows start, ..., stop - 1, like `Activations.view`; refuses bad ones."""
         rows = self._activations.view(start, stop)
         bad = np.flatnonzero(self.bad(rows))
         if len(bad):
@@ -58,8 +58,8 @@ class Check:
         return rows
 
     def bad(self, rows: Float[np.ndarray, "rows d_model"]) -> Bool[np.ndarray, " rows"]:
-        """The mask of the bad rows. Without their sign floats are ordered as their bits
-        are, and infinity and NaN come last: one comparison finds all."""
+        """The mask of the bad rows. Without the sign, floats are ordered like their
+        bits, with infinity and NaN last: one comparison finds all kinds."""
         whole = np.dtype(f"u{rows.dtype.itemsize}")
         signed = np.dtype(f"i{rows.dtype.itemsize}")
         sign = whole.type(1 << (8 * rows.dtype.itemsize - 1))
@@ -73,8 +73,8 @@ class Check:
         return found
 
     def survey(self, *, max_norm_multiple: float | None, stop: bool) -> LeftOut:
-        """All rows to leave out, and the statistics without them: with `stop` a bad one
-        is refused, else it is among them."""
+        """The rows to leave out, and the statistics without them. With `stop` a bad row
+        is refused, otherwise it is left out."""
         m, found = self._activations.manifest, []
         total = np.array(m.mean) * m.n_rows
         squares, kept = m.mean_squared_norm * m.n_rows, m.n_rows
@@ -101,14 +101,14 @@ class Check:
     def _massive(
         self, rows: Float[np.ndarray, "rows d_model"], multiple: float
     ) -> Bool[np.ndarray, " rows"]:
-        """Rows with a norm above so many medians."""
+        """The mask of rows with a norm above `multiple` medians."""
         with np.errstate(over="ignore", invalid="ignore"):
             norms = np.linalg.norm(rows.astype(np.float32), axis=1)
         return norms > multiple * self._median
 
     def _statistics(self, bad: np.ndarray, step: int) -> tuple[np.ndarray, float, int]:
-        """Sum, sum of squares and number of the rows that are not bad, once more from
-        the rows: what a giant added to a sum cannot be taken out of it again."""
+        """Sum, sum of squares and number of the rows that are not bad. Computed from
+        the rows again: what a giant added to a sum cannot be subtracted exactly."""
         m = self._activations.manifest
         total, squares = np.zeros(m.d_model), 0.0
         for start in range(0, m.n_rows, step):
@@ -128,13 +128,13 @@ class Check:
         return (
             f"{path}: {len(bad)} of {of} rows are NaN, infinite or have a value beyond "
             f"{self._limit:.4g} (--giant={self._giant:g} times the median norm); the "
-            f"first is {first}; --bad_rows=skip, in a new run, leaves them out"
+            f"first is {first}; a new run with --bad_rows=skip leaves them out"
         )
 
 
 def _median_norm(activations: Activations) -> tuple[float, float]:
-    """The median norm of the first rows, 0 where none is finite, and the largest value
-    of the rows' dtype."""
+    """The median norm of the first rows (0 where none is finite), and the largest
+    number of the rows' dtype."""
     first = activations.view(0, min(_SAMPLE_ROWS, activations.n_rows))
     with np.errstate(over="ignore", invalid="ignore"):
         norms = np.linalg.norm(first.astype(np.float64), axis=1)
@@ -163,7 +163,7 @@ def left_out(
     giant: float,
     max_norm_multiple: float | None = None,
 ) -> LeftOut | None:
-    """What a run leaves out of its activations; None where it leaves out nothing."""
+    """The rows that a run leaves out of its activations, or None."""
     stop = bad_rows == "stop"
     if stop and max_norm_multiple is None:
         return None

@@ -1,10 +1,10 @@
 """Contexts -> language model -> rows -> shards.
 
-Text is made into contexts in one thread and rows are written in another. The model
-runs in the main thread: torch's OpenMP is slow in any other.
+Text becomes contexts in one thread, and rows are written in another. The model runs in
+the main thread, because torch's OpenMP is slow in any other.
 
-Every shard starts a new batch: what it holds depends on its own contexts alone, so a
-killed run goes on to the bits of an undisturbed one.
+Every shard starts a new batch, so that its rows depend on its own contexts alone. A run
+that was killed and goes on therefore ends with the bits of an undisturbed one.
 """
 
 import collections
@@ -25,7 +25,7 @@ from vsae_jax.lm import LanguageModel
 from vsae_jax.system import progress, signals
 from vsae_jax.system.errors import Interrupted, UserError
 
-# Rows that may wait for the disk; a sync of the shard before takes its time.
+# Bytes of rows that may wait for the disk while the shard before is synced.
 _WAITING_BYTES = 2**26
 
 Tokens = Int[np.ndarray, "contexts context_length"]
@@ -50,11 +50,11 @@ def to_rows(
 class Piece(NamedTuple):
     """The rows of one batch, on their way to shard `index`.
 
-    tokens: those of the whole shard, `[contexts, context_length]`.
-    start: where in the shard the batch starts, in contexts.
-    rows: of the batch for each writer that lacks the shard, still on the device,
-      padding included.
-    n_contexts: in the batch without padding.
+    tokens: the tokens of the whole shard, `[contexts, context_length]`.
+    start: the context of the shard with which the batch starts.
+    rows: the batch's rows for each writer that lacks the shard, still on the device and
+      with padding.
+    n_contexts: the number of contexts in the batch, without padding.
     """
 
     index: int
@@ -67,7 +67,7 @@ class Piece(NamedTuple):
 def blocks(
     contexts: Iterator[Int[np.ndarray, " context_length"]], *, total: int, size: int
 ) -> Iterator[Tokens]:
-    """Stacks of `size` contexts, `total` contexts at most."""
+    """The contexts in stacks of `size`, at most `total` contexts in all."""
     contexts = itertools.islice(contexts, total)
     while block := list(itertools.islice(contexts, size)):
         yield np.stack(block)
@@ -80,10 +80,11 @@ def pieces(
     *,
     batch_size: int,
 ) -> Iterator[Piece]:
-    """Runs the model, for all writers in one pass, on the shards that one of them
-    lacks. The writers' manifests differ in their hook and in what is there.
+    """Runs the model, for all writers in one pass, on the shards that any of them
+    lacks. The writers' manifests differ in their hook and in the shards that are there.
 
-    What is run is always the same, so that a shard has its bits whichever lack it.
+    The model always runs for all hooks, so that a shard's bits do not depend on which
+    writers lack it.
     """
     m, hooks = writers[0].manifest, [writer.manifest.hook for writer in writers]
     batch = min(batch_size, m.shard_contexts)
@@ -117,15 +118,15 @@ def write(
     *,
     bar: progress.Bar | progress.Lines,
 ) -> None:
-    """Writes the pieces, which come in order, in a thread: the model, which runs in
-    this one, goes on while bytes are hashed and synced. Where the text breaks off with
-    a UserError, that is raised once the shards before it are written."""
+    """Writes the pieces, which come in order, in a thread, so that the model goes on in
+    this one while bytes are hashed and synced. Where the text ends with a UserError,
+    that is raised once the shards before it are written."""
     length = writers[0].manifest.context_length
     written: collections.deque[futures.Future[Piece]] = collections.deque()
     last: futures.Future[Piece] | None = None
 
     def finish_first() -> None:
-        # What waits to be written may be much, of small pieces on a slow disk.
+        # Asked often: with small pieces and a slow disk, much may wait to be written.
         if caught.signal:
             raise _interrupted(writers, caught.signal)
         bar.update(written.popleft().result().n_contexts * length)
@@ -176,7 +177,7 @@ def _interrupted(writers: Sequence[ShardWriter], number: int) -> Interrupted:
 
 
 def safe(writers: Sequence[ShardWriter]) -> str:
-    """How many shards are where."""
+    """A list of how many shards are in which folder."""
     return ", ".join(
         f"{len(writer.manifest.shards)} shards are safe in {writer.folder}"
         for writer in writers

@@ -1,7 +1,7 @@
-"""Rows of the text beyond a folder's, made when they are read.
+"""Rows of the text after a folder's, made when they are read.
 
-The folder holds the beginning of a text and says how its rows were made; what comes
-after it is run through the same language model, and its rows are never on disk.
+The folder holds the rows of the beginning of a text and says how they were made. What
+follows in the text is run through the same language model; its rows are never on disk.
 """
 
 import itertools
@@ -27,7 +27,7 @@ _CONTEXTS_AT_ONCE = 32
 
 class FurtherRows:
     """The rows of the contexts after a folder's last, counted from 0 and without an
-    end: where the text ends, it is read again from there.
+    end: where the text ends, reading starts again after the folder's last context.
 
     giant: as the flag of `train`. Raises UserError where the model is not the folder's.
     """
@@ -38,8 +38,8 @@ class FurtherRows:
         files = locate(m.model, revision=m.revision or None)
         if m.weights_hash and weights_hash(files) != m.weights_hash:
             raise UserError(
-                f"the weights of {m.model} are others than those that "
-                f"{activations.folder} was made with; extract it again"
+                f"the weights of {m.model} are not those that {activations.folder} was "
+                "made with; extract it again"
             )
         as_then: Any = {"backend": m.backend, "dtype": m.lm_dtype or "float32"}
         self._model = load_language_model(files, **as_then)
@@ -47,10 +47,10 @@ class FurtherRows:
         self._first, self._closed = True, False
 
     def read(self, start: int, stop: int) -> Shaped[np.ndarray, "rows d_model"]:
-        """The rows start, ..., stop - 1, of whole contexts, in the folder's dtype. To
-        go back is slow. The first call shows its progress; `close` breaks one off.
+        """The rows start, ..., stop - 1, of whole contexts, in the folder's dtype.
+        Going back is slow. The first call shows its progress; `close` ends a call.
 
-        Raises UserError for a bad row, and where the folder has all of the text.
+        Raises UserError for a bad row, and where the folder holds all of the text.
         """
         m, each = self._manifest, self._manifest.rows_per_context
         first, last = start // each, stop // each
@@ -79,7 +79,7 @@ class FurtherRows:
             context = m.n_contexts + (start + int(bad[0])) // each
             raise UserError(
                 f"context {context} of {m.dataset} has a row that is NaN, infinite or "
-                "giant; leave --stream away and extract more, with --bad_rows=skip"
+                "giant; leave out --stream and extract more, with --bad_rows=skip"
             )
         return rows
 
@@ -104,7 +104,7 @@ class FurtherRows:
             if (one := next(further, None)) is None:
                 raise UserError(
                     f"{m.dataset} has no text after the {m.n_contexts} contexts that "
-                    "are extracted; leave --stream away"
+                    "are extracted; leave out --stream"
                 )
             yield one
             yield from further

@@ -1,4 +1,4 @@
-"""Rows that are given from Python: of an array, or in batches as they come."""
+"""Rows that are given from Python, as an array or in batches."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +14,7 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError, one_line
 
 _AT_ONCE_BYTES = 2**26
-# Of batches, the rows that decide the scale and the mean.
+# The first rows of batches, which decide the scale and the mean.
 _SAMPLE_ROWS = 8192
 _EXPECTED = (
     "expected an array [rows, d_model] of floats, an .npy file of one, a folder that "
@@ -24,8 +24,8 @@ _EXPECTED = (
 
 class GivenRows(Activations):
     """The rows of an array `[rows, d_model]`, in memory or mapped from a file, each a
-    context of its own. `name` is said in messages; `known` is what is known of their
-    language model, in the words of a run's `data`."""
+    context of its own. `name` is for messages; `known` is what is known of the language
+    model, under the names of a run's `data`."""
 
     known: dict[str, Any] = {}
 
@@ -52,7 +52,7 @@ class GivenRows(Activations):
         return np.asarray(self._array[start:stop], self._dtype)
 
     def verify(self, shards: object) -> None:
-        """Nothing: there are no checksums of what is given."""
+        """Does nothing: given rows have no checksums."""
 
     def located(self, row: int) -> tuple[Path, str]:
         return self.folder, f"row {row}"
@@ -64,10 +64,10 @@ class GivenRows(Activations):
 
 
 class GivenBatches(GivenRows):
-    """Batches `[rows, d_model]` of any length, read once and in their order; what is
-    no iterator, as a list or a data loader, is begun again at its end.
+    """Batches `[rows, d_model]` of any length, read in their order. What is not an
+    iterator, such as a list or a data loader, starts again at its end.
 
-    Scale and mean are those of the first 8,192 rows, or of all that come in one pass.
+    Scale and mean are those of the first 8,192 rows, or of all if there are fewer.
     """
 
     in_order = True
@@ -82,12 +82,12 @@ class GivenBatches(GivenRows):
         super().__init__(sample, name="the batches")
 
     def view(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
-        """The rows start, ..., stop - 1; those before `start` are let go."""
+        """The rows start, ..., stop - 1; rows before `start` are discarded."""
         there = self._fill(stop)
         if there < stop:
             raise UserError(
-                f"the batches end after {there:,} rows, where {stop:,} are trained on: "
-                "give more, or fewer steps"
+                f"the batches end after {there:,} rows, but {stop:,} are trained on: "
+                "give more batches or fewer steps"
             )
         while start >= self._first + len(self._kept[0]):
             self._first += len(self._kept.pop(0))
@@ -101,7 +101,7 @@ class GivenBatches(GivenRows):
         return {**self.known, "dtype": self.manifest.dtype}
 
     def _fill(self, stop: int) -> int:
-        """Reads on until row `stop` is there or the batches end; returns how far."""
+        """Reads on to row `stop` or the batches' end; returns how many rows came."""
         there = self._first + sum(map(len, self._kept))
         while there < stop and (batch := self._next()) is not None:
             self._kept.append(_array(batch, "a batch", d_model=self._d_model))
@@ -118,7 +118,7 @@ class GivenBatches(GivenRows):
 
 
 def given(rows: Any) -> Activations:
-    """Anything that `vsae_jax.fit` takes, as rows to train on."""
+    """The rows to train on, from anything that `vsae_jax.fit` takes."""
     if isinstance(rows, Activations):
         return rows
     if isinstance(rows, str | Path):
@@ -143,13 +143,13 @@ def _array(rows: Any, name: str, *, d_model: int | None = None) -> np.ndarray:
     """An array `[rows, d_model]` of floats, from NumPy, JAX or torch."""
     if rows is None:
         raise UserError(f"there is no batch; {_EXPECTED}")
-    if hasattr(rows, "detach"):  # NumPy has no bfloat16 of torch's
+    if hasattr(rows, "detach"):  # NumPy cannot read torch's bfloat16
         rows = rows.detach().float().cpu()
     array = np.asarray(rows)
     floats = jnp.issubdtype(array.dtype, jnp.floating)
     wide = array.ndim == 2 and d_model in (None, array.shape[1])
     if not floats or not wide or not array.size:
-        wanted = "" if d_model is None else f", and d_model={d_model} as the first has"
+        wanted = "" if d_model is None else f", with d_model={d_model} as the first"
         raise UserError(
             f"{name} is {array.dtype}{list(array.shape)}; {_EXPECTED}{wanted}"
         )
@@ -157,13 +157,13 @@ def _array(rows: Any, name: str, *, d_model: int | None = None) -> np.ndarray:
 
 
 def _dtype(array: np.ndarray) -> str:
-    """What rows are read as: their own dtype where training knows it."""
+    """The dtype that rows are read as: their own, if training knows it."""
     own = np.dtype(array.dtype).name
     return own if own in READ else "float32"
 
 
 def _manifest(array: np.ndarray, mean: np.ndarray, mean_squared_norm: float):
-    """The manifest of rows of which no text, and no model, is known."""
+    """The manifest of rows whose text and language model are not known."""
     n, d_model = array.shape
     names = "model revision revision_asked backend config_hash tokenizer_hash hook_name"
     names = [*names.split(), "dataset", "split", "text_column"]

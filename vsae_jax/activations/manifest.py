@@ -1,7 +1,7 @@
 """manifest.json: what lies in a folder of activations and how it was made.
 
-The file is read as data from a stranger: bounded in size, and every key, type and
-range checked by name. Equal settings give equal bytes.
+The file is read like data from a stranger: its size is bounded, and every key, type and
+range is checked. Equal settings give equal bytes.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 STORED = {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}
 READ = STORED | {"bfloat16": ml_dtypes.bfloat16}
 _HASH = "sha256"
-# What older folders do not say.
+# Fields that older folders lack.
 _NEWER = ("lm_dtype", "weights_hash")
 _DERIVED = ("dropped_positions", "rows_per_context", "n_contexts", "n_rows")
 
@@ -49,9 +49,8 @@ class Manifest:
     revision: the hub commit that was loaded, "" for a local model; `revision_asked` is
       what `--revision` said.
     num_tokens: tokens asked for; `n_contexts * context_length` is what there is.
-    lm_dtype: of the language model's products; "" in folders of before it was said,
-      which is float32.
-    weights_hash: of a local model's weights; "" where nothing was said of them.
+    lm_dtype: of the language model's products; "" in older folders, which is float32.
+    weights_hash: of a local model's weights; "" where it is not known.
     hook_name: where in the model, in TransformerLens' words; `layer` is its block.
     bos: `keep` and `drop` start every context with `bos_id`, `none` does not.
     center_residual: each row's mean over d_model was subtracted.
@@ -100,7 +99,7 @@ class Manifest:
 
     @property
     def site(self) -> str:
-        """Of the hook: resid_post, mlp_out or attn_out."""
+        """The hook's site: resid_post, mlp_out or attn_out."""
         return self.hook.site
 
     @property
@@ -136,7 +135,7 @@ class Manifest:
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
-        for name in _NEWER:  # as in folders of before there was one
+        for name in _NEWER:  # as in older folders
             if not values[name]:
                 del values[name]
         return values | {name: getattr(self, name) for name in _DERIVED}
@@ -153,13 +152,13 @@ class Manifest:
                 f"reads {FORMAT_VERSION}"
             )
         derived = {name: values.pop(name, None) for name in _DERIVED}
-        said = values.pop(_HASH, None)  # folders of before it was written have none
+        said = values.pop(_HASH, None)  # older folders have none
         manifest = _typed(dict.fromkeys(_NEWER, "") | values, cls, "the manifest")
         for name, value in derived.items():
             if value != getattr(manifest, name):
                 raise ValueError(f"{name} is {value!r}, which the rest contradicts")
         if said not in (None, manifest.hash):
-            raise ValueError(f"it was edited: its {_HASH} is that of another")
+            raise ValueError(f"it was edited: its {_HASH} does not fit")
         return manifest
 
 
@@ -187,7 +186,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
 
 
 def _problem(m: Manifest) -> str:
-    """What is impossible about a manifest, or an empty string."""
+    """What is impossible about a manifest, or "" if nothing is."""
     if m.dtype not in STORED:
         return f"dtype is {m.dtype!r}, not one of {', '.join(STORED)}"
     if m.bos not in ("keep", "drop", "none"):

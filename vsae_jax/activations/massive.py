@@ -1,7 +1,7 @@
-"""Massive activations: rows of many times the usual norm, and one dimension that has
-most of the variance, as many language models have them.
+"""Massive activations: rows with many times the usual norm, and one dimension with most
+of the variance, as many language models have them.
 
-Explained variance, the loss and the scale of the input then speak mostly of those.
+They then dominate the explained variance, the loss and the scale of the input.
 `extract` looks for them in a sample of its rows.
 """
 
@@ -14,23 +14,23 @@ from jaxtyping import Float, Int
 
 from vsae_jax.activations.shards import Activations
 
-# In medians of the norm.
+# Multiples of the median norm.
 MULTIPLES = (3, 5, 10)
 SAMPLE_ROWS = 8192
 _PIECES = 16
 _MOST_TOKENS = 5
-# From here on a line says what can be done about it.
+# Beyond these, a note says what can be done.
 _LARGE_SHARE, _LARGE_MULTIPLE = 0.2, 10
 
 
 class Massive(NamedTuple):
-    """What a sample of rows holds.
+    """What was found in a sample of rows.
 
-    dimension, variance_share: the one with the largest share of the variance, and it.
-    above: share of the rows whose norm is above so many medians.
-    tokens: of the rows above the least multiple, with their shares of these rows, the
-      commonest first.
-    first_share: of these rows, those that are the first of their context.
+    dimension, variance_share: the dimension with the most variance, and its share.
+    above: the share of rows whose norm is above each multiple of the median.
+    tokens: the commonest tokens of the rows above the smallest multiple, and their
+      shares of these rows.
+    first_share: the share of these rows that are the first of their context.
     """
 
     n_rows: int
@@ -84,8 +84,8 @@ def look(
 
 
 def described(found: Massive, name: Callable[[int], str]) -> str:
-    """One line on it, and more where there is something massive; `name` says what a
-    token id stands for."""
+    """A description in one line, and more where something is massive; `name` gives a
+    token's text."""
     shares = ", ".join(f"{share:.2%} above {n}" for n, share in found.above.items())
     lines = [
         f"of {found.n_rows:,} rows looked at: dimension {found.dimension} has "
@@ -98,7 +98,7 @@ def described(found: Massive, name: Callable[[int], str]) -> str:
             f"{found.first_share:.0%} are the first of their context"
         )
     if found.variance_share > _LARGE_SHARE or found.above[_LARGE_MULTIPLE]:
-        # The largest multiple that some rows are above: a larger one leaves none out.
+        # The largest multiple that some row exceeds: a larger one leaves nothing out.
         reached = [n for n, share in found.above.items() if share]
         way = ""
         if reached:
@@ -106,8 +106,8 @@ def described(found: Massive, name: Callable[[int], str]) -> str:
             way = f"train --max_norm_multiple={max(reached)} leaves {share:.2%} of the "
             way += "rows out, and "
         lines.append(
-            "note: explained variance and the scale of the input will speak mostly of "
-            f"these; {way}evaluate's explained_variance_standardised and "
+            "note: these will dominate the explained variance and the scale of the "
+            f"input; {way}evaluate's explained_variance_standardised and "
             "_ordinary_rows look past them"
         )
     return "\n".join(lines)

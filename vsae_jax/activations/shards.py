@@ -69,13 +69,13 @@ def is_missing(folder: Path, index: int) -> bool:
 
 
 class Activations:
-    """Reads rows and tokens of a finished folder without loading a shard whole.
+    """The rows and tokens of a finished folder, read without loading whole shards.
 
-    Each file's checksum, size, shape and dtype are verified before its first use, and
-    an error names the file. Any number of threads may read.
+    Each file's checksum, size, shape and dtype are verified before its first use; an
+    error names the file. Any number of threads may read.
     """
 
-    # Whether rows can be read only once, one after the other.
+    # Whether rows can only be read once, in their order.
     in_order = False
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -109,8 +109,8 @@ class Activations:
         return self.view(start, stop).copy()
 
     def view(self, start: int, stop: int) -> Float[np.ndarray, "rows d_model"]:
-        """The rows start, ..., stop - 1, in the manifest's dtype, and read-only; a
-        copy only where they lie in several shards."""
+        """The rows start, ..., stop - 1, in the manifest's dtype, read-only; a copy
+        only where they lie in several shards."""
         pieces = self._pieces(start, stop, unit=self.rows_per_context)
         parts = [self.activations_shard(index)[within] for index, within in pieces]
         dtype = self.manifest.dtype
@@ -133,30 +133,27 @@ class Activations:
 
     def activations_shard(self, index: int) -> np.ndarray:
         """A verified memory map `[rows, d_model]` of one shard, as it is stored."""
-        shard, path = self.manifest.shards[index], activations_path(self.folder, index)
-        if path not in self._verified:
-            self._verified[path] = open_verified(
-                path,
-                shape=(shard.rows, self.d_model),
-                dtype=STORED[self.manifest.dtype],
-                sha256=shard.activations_sha256,
-            )
-        return self._verified[path]
+        path, shard = activations_path(self.folder, index), self.manifest.shards[index]
+        shape, dtype = (shard.rows, self.d_model), STORED[self.manifest.dtype]
+        return self._map(path, shape, dtype, shard.activations_sha256)
 
     def tokens_shard(self, index: int) -> np.ndarray:
         """A verified memory map `[contexts, context_length]` of one shard."""
-        shard, path = self.manifest.shards[index], tokens_path(self.folder, index)
+        path, shard = tokens_path(self.folder, index), self.manifest.shards[index]
+        shape = shard.contexts, self.manifest.context_length
+        return self._map(path, shape, np.int32, shard.tokens_sha256)
+
+    def _map(
+        self, path: Path, shape: tuple[int, int], dtype: Any, sha256: str
+    ) -> np.ndarray:
         if path not in self._verified:
             self._verified[path] = open_verified(
-                path,
-                shape=(shard.contexts, self.manifest.context_length),
-                dtype=np.int32,
-                sha256=shard.tokens_sha256,
+                path, shape=shape, dtype=dtype, sha256=sha256
             )
         return self._verified[path]
 
     def located(self, row: int) -> tuple[Path, str]:
-        """Where a row lies: its file, and what to call it there."""
+        """The file that holds a row, and a description of the row."""
         m = self.manifest
         context, at = divmod(row, m.rows_per_context)
         path = activations_path(self.folder, context // m.shard_contexts)
@@ -213,8 +210,8 @@ class ShardWriter:
             return False
         if npy_sha256(tokens) != self.manifest.shards[index].tokens_sha256:
             raise UserError(
-                f"the text is not that of which shard {index} of {self.folder} was "
-                "made; give the old text or another --out"
+                f"the text is not the one that shard {index} of {self.folder} was made "
+                "from; give the old text or another --out"
             )
         return not is_missing(self.folder, index)
 
@@ -250,23 +247,23 @@ class ShardWriter:
         row = self._rows + int(np.isfinite(rows).all(1).argmin())
         context = self._index * m.shard_contexts + row // m.rows_per_context
         position = m.dropped_positions + row % m.rows_per_context
-        hint = "; float16 ends at 65504, --dtype=bfloat16 goes on"
+        hint = "; float16 ends at 65504, use --dtype=bfloat16"
         raise UserError(
             f"{m.hook_name} is not finite in context {context} at position {position}"
             f"{hint if m.dtype == 'float16' else ''}"
         )
 
     def commit(self) -> None:
-        """Puts the open shard in its place and into the manifest."""
+        """Moves the open shard to its place and lists it in the manifest."""
         m, files = self.manifest, self._files
         tokens_sha256, activations_sha256 = (file.close() for file in files)
         entry = Shard(self._contexts, self._rows, activations_sha256, tokens_sha256)
         listed = self._index < len(m.shards)
         if listed and entry != m.shards[self._index]:
             raise UserError(
-                f"shard {self._index} came out different from what {MANIFEST} in "
-                f"{self.folder} records (another machine, version or model?); "
-                "extract anew into another --out"
+                f"shard {self._index} differs from what {MANIFEST} in {self.folder} "
+                "records (another machine, version or model?); extract again into "
+                "another --out"
             )
         for file in files:
             file.publish()
@@ -279,8 +276,8 @@ class ShardWriter:
         self._save(self._with(entry))
 
     def _with(self, entry: Shard) -> Manifest:
-        """The manifest with one more shard. The statistics follow from the old ones
-        and the shard alone, so that a resumed run has an undisturbed run's bits."""
+        """The manifest with one more shard. Its statistics depend on the old ones and
+        the shard alone, so that a resumed run gives the bits of an undisturbed one."""
         m, total = self.manifest, self.manifest.n_rows + entry.rows
         old_sum = np.array(m.mean) * m.n_rows if m.shards else 0.0
         return dataclasses.replace(

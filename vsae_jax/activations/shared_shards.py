@@ -1,8 +1,8 @@
 """Shards that several processes write, and one manifest of all of them.
 
 Process p of n writes the shards p, p + n, p + 2 n, ... Beside each it leaves a small
-file with what the manifest will say of it; at the end the first process puts these
-together in the shards' order, so the manifest has the bytes that one process writes.
+file with the manifest's entry for it. At the end the first process puts these together
+in the shards' order, so that the manifest has the bytes that one process would write.
 """
 
 import json
@@ -20,8 +20,8 @@ from vsae_jax.system.files import npy_sha256, replace_file
 
 
 def open_writer(folder: Path, manifest: Manifest) -> ShardWriter:
-    """The writer of a folder: shared where there are several processes, or where
-    several were stopped."""
+    """The writer of a folder: a shared one where there are several processes, or where
+    several processes were stopped earlier."""
     left = next(folder.glob("shard-*.json"), None)
     shared = processes.agreed(processes.count() > 1 or left is not None)
     return (
@@ -42,7 +42,7 @@ class SharedShardWriter(ShardWriter):
         processes.wait("the folder is ready")
 
     def has(self, index: int, tokens: Int[np.ndarray, "contexts time"]) -> bool:
-        """Whether the shard is there already, or another process's to write."""
+        """Whether the shard is there already, or another process will write it."""
         if super().has(index, tokens):
             return True
         if index % processes.count() != jax.process_index():
@@ -54,7 +54,7 @@ class SharedShardWriter(ShardWriter):
         return same and not is_missing(self.folder, index)
 
     def finish(self) -> None:
-        """Once every process is here, makes one manifest of what all wrote."""
+        """Once every process is done, makes one manifest of what all have written."""
         processes.wait("every shard is written")
         if processes.first():
             while (note := self._note(len(self.manifest.shards))) is not None:

@@ -1,10 +1,10 @@
 """Shuffled, resumable batches from memory-mapped shards, read ahead in a thread.
 
 An epoch is a seeded order of contiguous blocks. Groups of blocks are read one after
-another and their rows taken in a seeded order, so every row is seen exactly once an
-epoch, reads are contiguous, and memory holds one group, or two with the next one
-read ahead (512 MiB each), whatever the size of the shards.
-The stream is a function of (seed, position): resuming needs one integer.
+another, and the rows of a group are taken in a seeded order. So every row is seen
+exactly once per epoch, reads are contiguous, and memory holds one group, or two with
+the next one read ahead (512 MiB each), whatever the size of the shards. The stream is a
+function of (seed, position): resuming needs one integer.
 """
 
 import bisect
@@ -36,18 +36,18 @@ class ShuffledRows:
     """An endless stream of rows: epoch after epoch, each in its own order.
 
     Args:
-      read: gives the rows start, ..., stop - 1, `[stop - start, d_model]`. They are
+      read: returns the rows start, ..., stop - 1, `[stop - start, d_model]`. They are
         copied at once, so it may return a view.
-      n_rows: in an epoch.
-      row_bytes: sets the rows of a block (64 MiB, eight of them mixed).
+      n_rows: the rows of an epoch.
+      row_bytes: decides the rows of a block (64 MiB; a group has eight blocks).
       seed: of the order.
-      part: the rows of the stream that `take` gives; only those are read. Positions and
-        counts are still those of the whole stream.
-      left_out: numbers of rows, ascending, whose places are taken by other rows of
-        their group, in turn.
-      forward: every epoch is of the next `n_rows` rows instead of the same, as one
-        group: `read` is asked for one stretch after another.
-      prefetch: a thread loads the next group while the present one is taken from.
+      part: the rows of the stream that `take` returns; only those are kept. Positions
+        and counts are still those of the whole stream.
+      left_out: numbers of rows, ascending, which are replaced by other rows of their
+        group, in turn.
+      forward: every epoch has the next `n_rows` rows instead of the same ones, as one
+        group, so that `read` is asked for one stretch after another.
+      prefetch: whether a thread loads the next group while the present one is used.
         It ends with `close`, with the `with` block, or with the object.
 
     `present` is the group that is being taken from, None before the first row.
@@ -89,13 +89,13 @@ class ShuffledRows:
             if self._part is not None:
                 index = index[index >= 0]
             into = taken[filled : filled + len(index)]
-            # In the mode "raise" NumPy would copy `out` first; no index is outside.
+            # With mode="raise" NumPy would copy `out` first; no index is out of range.
             np.take(group.rows, index, axis=0, out=into, mode="clip")
             filled += len(index)
         return taken[:filled].view(group.dtype)
 
     def close(self) -> None:
-        """Ends the thread, after the read that it is in, and lets the rows go."""
+        """Ends the thread once its present read is done, and frees the rows."""
         if self._loader is not None:
             self._loader.shutdown(cancel_futures=True)
         self.present = self._next = None
@@ -118,7 +118,8 @@ class ShuffledRows:
         return self.present, offset - starts[number]
 
     def _enter(self, key: "_Key") -> "_Group":
-        """Group `key`, which the thread may have loaded; it goes on to the next."""
+        """Group `key`, which the thread may have loaded; the thread starts on the next
+        one."""
         if self.present is not None:
             self._free.append(self.present.buffer)
         self.present, coming, self._next = None, self._next, None
@@ -134,7 +135,7 @@ class ShuffledRows:
         return group
 
     def _load(self, key: "_Key") -> "_Group":
-        """Reads a group's blocks one after another into a buffer that is free."""
+        """Reads a group's blocks one after another into a free buffer."""
         epoch, number = key
         blocks = self._plan(epoch).groups[number]
         n_rows = sum(stop - start for start, stop in blocks)
@@ -144,7 +145,7 @@ class ShuffledRows:
         before = epoch * self._n_rows if self._forward else 0
         for start, stop in blocks:
             rows = self._read(before + start, before + stop)
-            # Bytes: NumPy holds the interpreter's lock while it copies bfloat16.
+            # As bytes, since NumPy holds Python's lock while it copies bfloat16.
             raw = np.ascontiguousarray(rows).view(np.uint8)
             if not seen:
                 buffer = self._buffer(raw.shape[1])
@@ -156,7 +157,7 @@ class ShuffledRows:
         return _Group(key, buffer, buffer[:filled], order, rows.dtype)
 
     def _bad(self, blocks: Sequence[tuple[int, int]]) -> Int[np.ndarray, " bad"]:
-        """Places in a group, its blocks one after another, of the rows left out."""
+        """The places, in a group whose blocks follow one another, of rows left out."""
         places, before = [np.empty(0, np.int64)], 0
         for start, stop in blocks:
             first, last = np.searchsorted(self._left_out, (start, stop))
@@ -167,8 +168,8 @@ class ShuffledRows:
     def _own(
         self, order: Int[np.ndarray, " rows"], key: "_Key"
     ) -> tuple[Int[np.ndarray, " rows"], Bool[np.ndarray, " rows"] | None]:
-        """A group's order in which rows that are not of our part are -1 and the others
-        counted among themselves; and which of the rows are of our part."""
+        """A group's order, in which rows outside our part are -1 and the others are
+        numbered among themselves; and the mask of the rows in our part."""
         if self._part is None:
             return order, None
         first = key[0] * self._n_rows + self._plan(key[0]).starts[key[1]]
@@ -179,7 +180,7 @@ class ShuffledRows:
         return np.where(ours, (np.cumsum(wanted) - 1)[order], -1), wanted
 
     def _buffer(self, row_bytes: int) -> UInt8[np.ndarray, "most row_bytes"]:
-        """Memory for a group: used again, as fresh pages cost more than reading."""
+        """Memory for a group; reused, since fresh pages cost more than reading."""
         if self._free:
             return self._free.pop()
         most = min(BLOCKS_IN_GROUP * self._block, self._n_rows)
@@ -204,7 +205,7 @@ def _without(order: np.ndarray, bad: np.ndarray) -> np.ndarray:
     is_bad = np.isin(order, bad)
     others = order[~is_bad]
     if not len(others):
-        raise UserError("a whole block of rows is bad: nothing can take its place")
+        raise UserError("a whole group of rows is bad: nothing can take their place")
     replaced = order.copy()
     replaced[is_bad] = np.resize(others, len(bad))
     return replaced
@@ -214,8 +215,8 @@ _Key = tuple[int, int]  # epoch, and group within it
 
 
 class _Group(NamedTuple):
-    """Some blocks in memory: row i of the stream is `rows[order[i]]`, or where that is
-    -1 not of our part."""
+    """Some blocks in memory. Row i of the stream is `rows[order[i]]`; where `order[i]`
+    is -1, it is not in our part."""
 
     key: _Key
     buffer: UInt8[np.ndarray, "most row_bytes"]

@@ -34,9 +34,9 @@ def documents(
 
     Args:
       dataset: a local file, or the id of a hub data set, which is streamed.
-        `.jsonl`: one object a line. `.parquet`: one row a document. `.txt`: lines
-        that hold only `<|endoftext|>` separate documents; where there are none,
-        blank lines do.
+        `.jsonl`: one object per line. `.parquet`: one document per row. `.txt`:
+        documents are separated by lines with only `<|endoftext|>`, or where there are
+        no such lines, by blank lines.
       split: of a hub data set.
       text_column: key or column that holds the text; not for `.txt`.
 
@@ -66,9 +66,9 @@ def _non_empty(texts: Iterator[str], dataset: str) -> Iterator[str]:
 
 
 def most_tokens(dataset: str) -> int | None:
-    """No more tokens than this are in the corpus; None where that is unknown.
+    """An upper bound on the number of tokens in the corpus; None where it is unknown.
 
-    A token stands for at least one byte, and the separator between two documents for
+    A token stands for at least one byte; the separator between two documents stands for
     the bytes that separate them in the file.
     """
     path = Path(dataset).expanduser()
@@ -76,7 +76,8 @@ def most_tokens(dataset: str) -> int | None:
     return path.stat().st_size + 1 if known else None
 
 
-def _jsonl(path: Path, column: str) -> Iterator[str]:
+def json_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects in a `.jsonl` file, each with a description of its place."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -88,12 +89,17 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
                 raise UserError(f"{where} is not JSON: {one_line(error)}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object")
-            yield _text_of(row, column, where)
+            yield row, where
+
+
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    for row, where in json_rows(path):
+        yield _text_of(row, column, where)
 
 
 def _text_of(row: dict[str, Any], column: str, where: str) -> str:
     if column not in row:
-        raise _no_column(column, row, where)
+        raise no_column("text_column", column, row, where)
     text = row[column]
     if text is None:
         return ""
@@ -105,9 +111,10 @@ def _text_of(row: dict[str, Any], column: str, where: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _no_column(column: str, columns: Iterable[str], where: str) -> UserError:
+def no_column(flag: str, column: str, columns: Iterable[str], where: str) -> UserError:
+    """The error for a column that a flag names and that is not there."""
     there = ", ".join(sorted(map(str, columns)))
-    return UserError(f"{where}: no --text_column={column}; there is: {there}")
+    return UserError(f"{where}: no --{flag}={column}; there is: {there}")
 
 
 def _txt(path: Path, _column: str) -> Iterator[str]:
@@ -145,7 +152,8 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if column not in file.schema_arrow.names:
-                raise _no_column(column, file.schema_arrow.names, str(path))
+                names = file.schema_arrow.names
+                raise no_column("text_column", column, names, str(path))
             for batch in file.iter_batches(columns=[column], batch_size=1024):
                 for row in batch.to_pylist():
                     yield _text_of(row, column, str(path))
@@ -174,19 +182,19 @@ def _from_hub(
 
 
 def _open_on_hub(dataset: str, split: str) -> Iterable[dict[str, Any]]:
-    """The rows of a hub data set as a stream, asked for once and without retries."""
+    """The rows of a hub data set as a stream; the hub is asked once, not again."""
     from huggingface_hub import dataset_info, errors
 
     try:
         dataset_info(dataset, timeout=HUB_TIMEOUT_S)
     except (errors.HFValidationError, errors.RepositoryNotFoundError):
         raise UserError(
-            f"--dataset={dataset} is no file here and no data set that the hub shows "
-            f"you (a private one needs `hf auth login`); {_WAYS_ON}"
+            f"--dataset={dataset} is neither a file here nor a data set that the hub "
+            f"shows you (a private one needs `hf auth login`); {_WAYS_ON}"
         ) from None
     except connection_errors() as error:
         raise UserError(
-            f"--dataset={dataset} is no file here and the hub cannot be reached "
+            f"--dataset={dataset} is not a file here and the hub cannot be reached "
             f"({one_line(error)}); {_WAYS_ON}"
         ) from None
     import datasets
@@ -211,10 +219,10 @@ def contexts(
 
     Documents are tokenised without special tokens and joined by one `bos_id`; text
     that spells a special token, such as "<|endoftext|>", stays text. Unless `bos` is
-    none, every context starts with `bos_id`, and a document that the end of a context
-    cuts goes on after the next one's. A document at the start of a context has no
-    separator before it. The last context, if unfinished, is left out. `bos` is keep,
-    drop or none; keep and drop differ only in the rows that are stored later.
+    none, every context starts with `bos_id`, also where it continues a document that
+    the context before it cut. A document at the start of a context has no separator
+    before it. The last context is left out if it is not full. `bos` is keep, drop or
+    none; keep and drop differ only in the rows that are stored later.
     """
     start = np.full(0 if bos == "none" else 1, bos_id, np.int32)
     room = context_length - len(start)

@@ -1,20 +1,19 @@
 """Labelled texts: local `.jsonl` files, or SAEBench's own data sets by name."""
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vsae_jax.activations.text import json_rows, no_column
 from vsae_jax.config import EvalConfig
 from vsae_jax.evals import hub_sets
-from vsae_jax.system.errors import UserError, one_line
+from vsae_jax.system.errors import UserError
 
 _MOST_VALUES = 100
-# What a row lacks, by the flag that names the column.
+# How a note describes rows that lack a value, by the flag that names the column.
 _MISSING = {
     "text_column": "without a text",
     "label_column": "without a label (null, empty, NaN or infinite)",
@@ -23,10 +22,10 @@ _MISSING = {
 
 
 class TextSet(NamedTuple):
-    """Texts with a label each, and where there is one an attribute.
+    """Texts, each with a label and maybe an attribute.
 
-    classes: the labels that are probed for, sorted. in_test: the rows of the set's own
-    test split; None where it has none, and ours is drawn. notes: what was left out.
+    classes: the labels that are probed for, sorted. in_test: the mask of the set's own
+    test split; None where it has none, and one is drawn. notes: what was left out.
     """
 
     name: str
@@ -99,36 +98,33 @@ def _text_set(
 def _jsonl(
     name: str, text: str, label: str, attribute: str
 ) -> tuple[list[hub_sets.Row], Counter[str]]:
-    """The rows of a file that have all that is asked for, and how many lack what."""
+    """The rows of a file that have every column, and how many lack which."""
     path = Path(name).expanduser()
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         known = ", ".join(hub_sets.SETS)
-        raise UserError(f"--labelled={name} is no .jsonl file here and none of {known}")
+        raise UserError(
+            f"--labelled={name} is neither a .jsonl file here nor one of {known}"
+        )
     columns = {"text_column": text, "label_column": label}
     columns |= {"attribute_column": attribute} if attribute else {}
     rows: list[hub_sets.Row] = []
     missing: Counter[str] = Counter()
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            row = _object(line, f"{path}, line {number}")
-            values = {
-                flag: _value(row, column, flag, f"{path}, line {number}")
-                for flag, column in columns.items()
-            }
-            lacking = [flag for flag, value in values.items() if value is None]
-            if lacking:
-                missing[_MISSING[lacking[0]]] += 1
-            else:
-                rows.append(hub_sets.Row(*values.values()))
+    for row, where in json_rows(path):
+        values = {
+            flag: _value(row, column, flag, where) for flag, column in columns.items()
+        }
+        lacking = [flag for flag, value in values.items() if value is None]
+        if lacking:
+            missing[_MISSING[lacking[0]]] += 1
+        else:
+            rows.append(hub_sets.Row(*values.values()))
     if not rows:
         raise UserError(f"{path} holds no labelled text")
     return rows, missing
 
 
 def _left_out(missing: Counter[str], kept: int) -> tuple[str, ...]:
-    """A note on the rows that are left out, where there are some."""
+    """A note on the rows that are left out, if any."""
     if not missing:
         return ()
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in missing.items())
@@ -136,21 +132,11 @@ def _left_out(missing: Counter[str], kept: int) -> tuple[str, ...]:
     return (f"{left:,} of {total:,} rows are left out: {kinds}",)
 
 
-def _object(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {one_line(error)}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return row
-
-
 def _value(row: dict[str, Any], column: str, flag: str, where: str) -> Any:
-    """A column as text; None where it is null, blank, or no finite number, which is
-    how a table's missing numbers are written."""
+    """A column as text; None where it is null, blank, NaN or infinite, which is how a
+    table's missing numbers are written."""
     if column not in row:
-        raise _no_column(flag, column, row, where)
+        raise no_column(flag, column, row, where)
     value = row[column]
     is_text = flag == "text_column"
     if isinstance(value, list | dict) or (
@@ -165,8 +151,3 @@ def _value(row: dict[str, Any], column: str, flag: str, where: str) -> Any:
     # JSON can spell lone surrogates, which no tokenizer takes.
     value = str(value).encode("utf-8", "replace").decode("utf-8")
     return value if value.strip() else None
-
-
-def _no_column(flag: str, column: str, row: Iterable[str], where: str) -> UserError:
-    there = ", ".join(sorted(row))
-    return UserError(f"{where}: no --{flag}={column}; there is: {there}")

@@ -371,7 +371,7 @@ def test_another_model_of_the_same_shape_is_refused_unless_it_is_meant(
     for command in ("evaluate", "features"):
         assert call(command, run=folder, model=other) == 2
         *_, line = capsys.readouterr().err.splitlines()
-        assert f"--model={other} are others than those of {tiny_model}" in line
+        assert f"--model={other} are not those of {tiny_model}" in line
         assert "--model_differs" in line
     assert not (folder / "evals").exists()
     result = evaluated(folder, model=other, model_differs=True)
@@ -405,7 +405,7 @@ def test_a_run_without_a_hash_of_the_weights_is_noted_or_asks_its_activations(
     result = evaluated(folder, text=tiny_corpus, num_tokens=320)
     known = "not known" if activations_too else "the run's"
     assert result["config"]["model_weights"] == known
-    noted = "is not known: no hash of both is there" in capsys.readouterr().out
+    noted = "is not known: there are no hashes of both" in capsys.readouterr().out
     assert noted is activations_too
 
 

@@ -214,7 +214,7 @@ def test_a_grids_folders_come_in_the_grids_order(tmp_path):
 def test_a_grid_that_names_a_folder_elsewhere_is_refused(tmp_path, name):
     runs.write_json(tmp_path / "grid.json", {"arms": [{"folder": name}]})
     message = refused(runs.run_folders, tmp_path)
-    assert f"grid.json: {name!r} is no folder in the grid" in message
+    assert f"grid.json: {name!r} is not a folder in the grid" in message
 
 
 def test_an_arm_with_a_name_too_long_for_a_folder_is_refused(tmp_path):

@@ -114,7 +114,7 @@ def test_what_is_saved_is_loaded_as_it_was(tiny_run, trained, x, tmp_path):
         trained.data,
         trained.train,
     )
-    with pytest.raises(UserError, match="is there already; name a new folder"):
+    with pytest.raises(UserError, match="exists already; name a new folder"):
         trained.save(tmp_path / "saved")
     assert call("evaluate", run=tmp_path / "saved", num_tokens=200) == 0
 

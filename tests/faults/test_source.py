@@ -98,5 +98,5 @@ def test_an_array_of_objects_is_not_unpickled(tmp_path):
     path = tmp_path / "activations-00000.npy"
     np.save(path, np.array([{"a": 1}] * 4, dtype=object), allow_pickle=True)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match="is no .npy file|is truncated"):
+    with pytest.raises(UserError, match="is not an .npy file|is truncated"):
         open_verified(path, shape=(4,), dtype=np.int8, sha256=digest)

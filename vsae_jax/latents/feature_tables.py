@@ -62,11 +62,7 @@ def open_source(
                 f"trained on {name}={mine}; name its activations with --activations"
             )
     model = opening.load_model(opened, settings, load)
-    if m.tokenizer_hash != model.tokenizer_hash:
-        raise UserError(
-            f"the tokens in {activations.folder} were made with another tokenizer than "
-            f"that of --model={model.name}; name the model they were extracted from"
-        )
+    opening.check_tokenizer(activations, model)
     start, stop, where = opening.held_out(opened, activations)
     stop = min(stop, start + max(settings.num_tokens // m.context_length, 1))
     return Source(opened, model, activations, start, stop, where)

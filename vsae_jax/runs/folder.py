@@ -29,20 +29,19 @@ CHECKPOINTS, EVALS, GRID, SUMMARY = "checkpoints", "evals", "grid.json", "summar
 DIVERGED = "diverged.json"
 _JSON_LIMIT = 2**26
 _LINE_LIMIT = 2**20
-# Bytes in the name of a file, on all common file systems.
+# The longest name of a file in bytes, on all common file systems.
 _NAME_LIMIT = 255
 
 
 def holds_other_files(folder: Path) -> bool:
-    """Whether anything is there but a lock and what a kill left half written."""
+    """Whether there is anything but a lock and files that a kill left half written."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     ours = (LOCK, CONFIG + TEMPORARY, GRID + TEMPORARY)
     return any(name not in ours for name in names)
 
 
 def run_folders(folder: str | Path) -> list[Path]:
-    """The folder itself, or the arms of a grid in the grid's order, without those
-    that diverged."""
+    """The folder itself, or a grid's arms in order, without those that diverged."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--run={folder} is not a folder; name what train wrote")
@@ -61,7 +60,7 @@ def run_folders(folder: str | Path) -> list[Path]:
 def _arm_name(arm: Any, grid: Path) -> str:
     name = arm.get("folder") if isinstance(arm, dict) else arm
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-        raise UserError(f"{grid}: {name!r} is no folder in the grid")
+        raise UserError(f"{grid}: {name!r} is not a folder in the grid")
     if len(name.encode(errors="replace")) > _NAME_LIMIT:
         raise UserError(f"{grid}: {name[:40]!r}... is too long for a folder")
     return name
@@ -84,8 +83,8 @@ def write_autoencoder(
     train: Mapping[str, Any] | None,
     **imported: Any,
 ) -> None:
-    """config.json and sae.safetensors of what was not trained in this folder;
-    `imported` is what only such a one can have."""
+    """Writes config.json and sae.safetensors of an autoencoder that was not trained in
+    this folder; `imported` is what only such an autoencoder has."""
     value = {} if train is None else {"train": train}
     value |= {"sae": to_json(config), "data": data}
     write_parameters(folder / PARAMETERS, variables)
@@ -93,8 +92,8 @@ def write_autoencoder(
 
 
 def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]]:
-    """Variables from `sae.safetensors`; wrong names and shapes are refused, and numbers
-    that are NaN or infinite."""
+    """The variables in `sae.safetensors`; refuses wrong names and shapes, NaN and
+    infinity."""
     try:
         arrays = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -113,7 +112,7 @@ def read_parameters(path: Path, config: SAEConfig) -> dict[str, dict[str, Array]
 
 
 def _check_numbers(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    way_on = "train the run again, or take the file from where it was good"
+    way_on = "train the run again, or copy the file again from where it was good"
     for name, array in arrays.items():
         if array.dtype != np.float32:
             raise UserError(
@@ -140,8 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; those that are no metrics are left out, and counted
-    in a note. A last line without an end is one that a kill cut short."""
+    """The lines of metrics.jsonl. Damaged ones are left out, and a note counts them; a
+    last line without an end, which a kill cut short, is not counted."""
     lines, damaged = [], 0
     with path.open("rb") as file:
         while data := file.readline(_LINE_LIMIT):
@@ -171,7 +170,7 @@ def _metrics_line(data: bytes) -> dict[str, Any] | None:
 
 
 def keep_metrics_up_to(path: Path, step: int) -> None:
-    """Drops lines of metrics.jsonl past `step`, and damaged ones."""
+    """Removes the lines of metrics.jsonl after `step`, and damaged ones."""
     if not path.is_file():
         return
     kept = [line for line in read_metrics(path) if line["step"] <= step]
@@ -184,7 +183,7 @@ def metrics_line(line: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes, for the record."""
+    """The versions of vsae_jax and of what it computes with, for the record."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     found = {name: metadata.version(name) for name in names}
     return {"vsae_jax": VERSION} | found

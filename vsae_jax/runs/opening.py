@@ -1,5 +1,5 @@
-"""A trained autoencoder with its language model and its tokens, checked against each
-other: what every command that looks at one needs."""
+"""Opens a trained autoencoder with its language model and tokens, and checks that they
+belong together: what every command that looks at an autoencoder needs."""
 
 import dataclasses
 import itertools
@@ -21,8 +21,8 @@ from vsae_jax.runs import CONFIG
 from vsae_jax.runs.trained import TrainedSAE, hook_of
 from vsae_jax.system.errors import UserError
 
-# Of a config, what only training reads: autoencoders that differ in nothing else are
-# evaluated by one compiled program.
+# Fields of a config that only training reads. They are set to these values, so that
+# autoencoders that differ in nothing else are evaluated by one compiled program.
 _OF_THE_LOSS = {
     "noise": False,
     "penalty": "none",
@@ -35,11 +35,11 @@ _OF_THE_LOSS = {
     "prefixes": "none",
     "decoder_norm": "unit",
 }
-# Of a language model's weights, against those that a run was trained on.
+# How a language model's weights compare to those that a run was trained on.
 THE_SAME, OTHERS, UNKNOWN = "the run's", "others than the run's", "not known"
 _TEXTS = (".jsonl", ".txt", ".parquet")
 _OF_TRAINING = ("preset", "variant", "seed", "k", "beta", "input_scale")
-# Of an autoencoder from elsewhere, where nothing says otherwise.
+# The contexts of an autoencoder from elsewhere, where nothing says otherwise.
 _OF_CONTEXTS = {
     "context_length": 128,
     "bos": "keep",
@@ -51,7 +51,7 @@ _OF_CONTEXTS = {
 class Subject(NamedTuple):
     """A trained autoencoder, its language model and held-out contexts.
 
-    tokens: `[contexts, context_length]`. config: what goes beside every result.
+    tokens: `[contexts, context_length]`. config: what is written beside every result.
     """
 
     run: TrainedSAE
@@ -66,8 +66,8 @@ class Subject(NamedTuple):
         return self.run.reader
 
     def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Tokens, the mask of those that count, and the number of contexts; the last
-        batch is padded with contexts that do not count."""
+        """Batches: tokens, the mask of those that count, and the number of contexts.
+        The last batch is padded with contexts that do not count."""
         special = sorted(self.lm.special_ids)
         for start in range(0, len(self.tokens), self.batch_size):
             tokens = self.tokens[start : start + self.batch_size]
@@ -134,14 +134,14 @@ def load_model(
     weights = weights_of(run, language_model)
     if weights == OTHERS and not c.model_differs:
         raise UserError(
-            f"the weights of --model={model} are others than those of "
-            f"{run.data['model']}, which {run.folder} was trained on; name that model, "
-            "or look at this one with --model_differs"
+            f"the weights of --model={model} are not those of {run.data['model']}, "
+            f"which {run.folder} was trained on; name that model, or use this one with "
+            "--model_differs"
         )
     if weights == UNKNOWN and run.train is not None:
         print(
             f"note: whether {model} has the weights that {run.folder} was trained on "
-            "is not known: no hash of both is there to compare"
+            "is not known: there are no hashes of both to compare"
         )
     return language_model
 
@@ -161,8 +161,8 @@ def weights_of(run: TrainedSAE, language_model: lm.LanguageModel) -> str:
 
 
 def _weights_hash(run: TrainedSAE) -> str:
-    """The hash of the weights that the run was trained on: from its config or, as an
-    older run's lacks it, from its activations; "" where neither says it."""
+    """The hash of the weights that the run was trained on, from its config, or for
+    older runs from its activations; "" where neither has it."""
     if run.data.get("weights_hash") or run.train is None:
         return run.data.get("weights_hash") or ""
     manifest = read_manifest(Path(run.train.activations))
@@ -171,8 +171,9 @@ def _weights_hash(run: TrainedSAE) -> str:
 
 
 def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
-    """The run, and what an autoencoder from elsewhere does not say: its layer from
-    `--layer`, its site and how contexts start from `--activations`, or as usual."""
+    """The run with what an autoencoder from elsewhere does not say about itself: its
+    layer from `--layer`; its site and how contexts start from `--activations`, or else
+    the usual ones."""
     data, unknown = run.data, {}
     layer = data.get("layer")
     if data.get("hook_name") is not None and hook_of(data) is None:
@@ -201,26 +202,30 @@ def filled(run: TrainedSAE, c: OpenOptions) -> TrainedSAE:
 def _tokens(
     run: TrainedSAE, c: OpenOptions, language_model: lm.LanguageModel
 ) -> tuple[np.ndarray, str]:
-    """Contexts `[contexts, time]` of at most `--num_tokens` tokens, held out or of what
-    the flags name, and where they are from."""
+    """Contexts `[contexts, time]` of at most `--num_tokens` tokens, held out or from
+    what the flags name, and a description of their source."""
     if c.text:
         return _tokens_of_text(run, c, language_model), c.text
     activations = open_activations(run, c)
-    m = activations.manifest
-    if m.tokenizer_hash != language_model.tokenizer_hash:
+    check_tokenizer(activations, language_model)
+    start, stop, where = held_out(run, activations)
+    count = max(c.num_tokens // activations.manifest.context_length, 1)
+    return activations.tokens(start, min(stop, start + count)), where
+
+
+def check_tokenizer(activations: Activations, language_model: lm.LanguageModel) -> None:
+    """Refuses activations whose tokens are not the language model's."""
+    if activations.manifest.tokenizer_hash != language_model.tokenizer_hash:
         raise UserError(
             f"the tokens in {activations.folder} were made with another tokenizer than "
             f"that of --model={language_model.name}; name the model they were "
             "extracted from"
         )
-    start, stop, where = held_out(run, activations)
-    count = max(c.num_tokens // m.context_length, 1)
-    return activations.tokens(start, min(stop, start + count)), where
 
 
 def held_out(run: TrainedSAE, activations: Activations) -> tuple[int, int, str]:
-    """The contexts start, ..., stop - 1 that the run was not trained on, and what to
-    call them: all of another folder's."""
+    """The contexts start, ..., stop - 1 that the run was not trained on (all contexts
+    of a folder that is not the run's), and a description of them."""
     m, where = activations.manifest, str(activations.folder)
     if m.hash == run.data.get("manifest"):
         start, stop = run.data["held_out_contexts"]
@@ -257,7 +262,7 @@ def _tokens_of_text(
 
 
 def open_activations(run: TrainedSAE, c: OpenOptions) -> Activations:
-    """The run's activations, or others whose contexts start as the run's do."""
+    """The run's activations, or others whose contexts start in the same way."""
     other = "name activations of its model with --activations"
     if "text" in getattr(c, "__dataclass_fields__", ()):  # it has the flag
         other += ", or text with --text"
@@ -274,6 +279,6 @@ def open_activations(run: TrainedSAE, c: OpenOptions) -> Activations:
     if (m.bos == "none") != (run.data["bos"] == "none"):
         raise UserError(
             f"--activations={folder} has bos={m.bos} but {run.folder} was trained with "
-            f"bos={run.data['bos']}: one has BOS before every context and one has not"
+            f"bos={run.data['bos']}: only one of them has BOS before every context"
         )
     return activations

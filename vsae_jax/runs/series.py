@@ -10,7 +10,7 @@ from vsae_jax.system.errors import UserError
 
 
 class MissingFile(UserError):
-    """A command has not been run yet; the message names it."""
+    """A file is missing because a command was not run yet; the message names it."""
 
 
 Series = dict[tuple[tuple[str, Any], ...], list["Arm"]]
@@ -50,7 +50,7 @@ def _settings(folder: Path, swept: Sequence[str]) -> dict[str, Any]:
     train = runs.read_json(path).get("train") if path.is_file() else None
     train = train if isinstance(train, dict) else {}
     names = dict.fromkeys(["variant", "k", *swept])
-    # What was not trained here is known by its folder alone.
+    # An autoencoder that was not trained here is known only by its folder's name.
     return {"variant": folder.resolve().name, "k": None} | {
         name: train[name] for name in names if name in train
     }
@@ -74,8 +74,8 @@ def label(shared: Sequence[tuple[str, Any]]) -> str:
 
 
 def spread(values: Sequence[float | None], *, digits: int | None = None) -> str:
-    """Mean ± standard deviation; `-` where a value is missing. Unset, `digits` is four
-    for numbers below 10 and one for others."""
+    """Mean ± standard deviation; `-` where a value is missing. By default there are
+    four digits for numbers below 10 and one digit for others."""
     if not values or any(value is None for value in values):
         return "-"
     numbers = [value for value in values if value is not None]

@@ -29,8 +29,8 @@ from vsae_jax.runs.folder import (
 )
 from vsae_jax.system.errors import UserError
 
-# What evaluation reads of a run's `data`; of rows that came without their language
-# model, or from elsewhere, any may be unknown.
+# What evaluation reads from a run's `data`. Any of it may be unknown for rows that came
+# without their language model, or for autoencoders from elsewhere.
 _DATA = {
     "manifest": str,
     "model": str,
@@ -48,7 +48,7 @@ _DATA = {
 
 class TopLatents(NamedTuple):
     """The strongest latents of each token of a text, the largest |f| first: their
-    numbers and values. `print` shows those that fire as a table."""
+    numbers and values. `print` shows a table of those that fire."""
 
     tokens: list[str]
     latents: Int[np.ndarray, "tokens n"]
@@ -71,20 +71,20 @@ class TopLatents(NamedTuple):
 class TrainedSAE:
     """A trained autoencoder, ready to use on raw activations.
 
-    `encode`, `decode` and calls take NumPy arrays, JAX arrays and torch tensors with
-    any leading axes, and return the same kind, in float32.
+    `encode`, `decode` and calling it take NumPy arrays, JAX arrays and torch tensors
+    with any leading axes, and return the same kind, in float32.
 
     folder: where its files are.
     sae: shapes, selection rule and k.
     variables: `params` and `norm`, as `sae.encode` takes them.
     data: what it was trained on, as far as known: the activations' manifest, language
       model, layer, text, held-out contexts.
-    train: None for what was not trained here.
+    train: the training config; None for what was not trained here.
     layer_norm: each row is normalised first (OpenAI); `decode` then needs the rows.
-    latent_scale: its latents are this times those of what it was imported from.
-    notes: what a reader has to know besides.
+    latent_scale: its latents are this many times those of the imported original.
+    notes: what else one has to know about it.
     source: format and name of the files that it was imported from.
-    explained_variance: on held-out tokens where it was evaluated, else in the last
+    explained_variance: on held-out tokens if it was evaluated, else in the last
       interval of its training; None where neither is known.
     """
 
@@ -129,26 +129,26 @@ class TrainedSAE:
 
     @property
     def k(self) -> int | None:
-        """Latents kept of a row (batch_topk: on average); None where no number is."""
+        """Latents kept per row (batch_topk: on average); None where k is not fixed."""
         return self.sae.k if self.sae.has_k else None
 
     @property
     def w_dec(self) -> Float[np.ndarray, "d_sae d_model"]:
-        """What one unit of each latent adds to raw activations (with a LayerNorm, to
+        """What one unit of each latent adds to raw activations (with a LayerNorm: to
         the normalised ones)."""
         return self.reader.directions
 
     @property
     def params(self) -> dict[str, Array]:
         """w_enc [d_model, d_sae], b_enc, w_dec [d_sae, d_model], b_dec, ..., in units
-        of the scaled input; `w_dec` of the autoencoder itself is in those of x."""
+        of the scaled input. (The property `w_dec` is in units of x.)"""
         return self.variables["params"]
 
     def encode(self, x: Float[Any, "... d_model"]) -> Float[Any, "... d_sae"]:
         """Latents of raw activations, at the mean: no noise.
 
-        Raises ValueError for a last axis that is not d_model wide and for what is not
-        floats. Gradients go through JAX arrays, not through torch tensors.
+        Raises ValueError if the last axis is not d_model long, and for numbers that are
+        not floats. Gradients go through JAX arrays, but not through torch tensors.
         """
         x, as_given = self._given(x)
         return as_given(self.reader.encode(x))
@@ -161,7 +161,7 @@ class TrainedSAE:
     ) -> Float[Any, "... d_model"]:
         """Raw activations from latents; `rows`: what was encoded, for a LayerNorm.
 
-        Raises ValueError as `encode` does, and where a LayerNorm lacks its rows.
+        Raises ValueError as `encode` does, and if a LayerNorm lacks its rows.
         """
         f, as_given = self._given(f)
         x = None if rows is None else self._given(rows)[0]
@@ -185,9 +185,9 @@ class TrainedSAE:
     def top_latents(self, texts, lm, *, n=5):
         """The `n` strongest latents of each token of a text, or of each of several.
 
-        Each text is a context of its own, with the BOS that the autoencoder was trained
-        with; tokens at positions that it was not trained on are left out. Raises
-        ValueError where its layer is not known, or `lm` is not as wide.
+        Each text is a context of its own, with BOS if the autoencoder was trained with
+        it. Tokens at positions that it was not trained on are left out. Raises
+        ValueError if its layer is not known, or if `lm` has another d_model.
         """
         if isinstance(texts, str):
             return self.top_latents([texts], lm, n=n)[0]
@@ -207,7 +207,7 @@ class TrainedSAE:
             raise UserError(
                 f"a text has {longest} tokens and {lm.name} takes {most}: cut it"
             )
-        # What follows a text does not reach back into it.
+        # The padding after a text does not change what is before it.
         padded = np.zeros((len(ids), longest), np.int32)
         for row, own in zip(padded, ids, strict=True):
             row[: len(own)] = own
@@ -222,10 +222,10 @@ class TrainedSAE:
 
     def save(self, folder: str | Path) -> Path:
         """Writes config.json and sae.safetensors into a new folder, which
-        `vsae_jax.load` and every command open; returns it."""
+        `vsae_jax.load` and every command can open; returns the folder."""
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} is there already; name a new folder")
+            raise UserError(f"{folder} exists already; name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         write_autoencoder(
             folder,
@@ -241,7 +241,7 @@ class TrainedSAE:
         return folder
 
     def in_float32(self) -> Self:
-        """The same, computing in float32, whatever it was trained in."""
+        """The same autoencoder, computing in float32."""
         return replace(self, sae=replace(self.sae, dtype="float32"))
 
     def __repr__(self) -> str:
@@ -265,7 +265,7 @@ class TrainedSAE:
         return self
 
     def __deepcopy__(self, memo: Any) -> Self:
-        return self  # nothing of it changes
+        return self  # it is immutable
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -275,14 +275,15 @@ class TrainedSAE:
         )
 
     def _given(self, x: Any) -> tuple[Any, Callable[[Array], Any]]:
-        """An array as JAX takes it, and what makes its kind of array of a result."""
+        """An array as JAX takes it, and a function that turns a result into an array of
+        the given kind."""
         if isinstance(x, jax.Array):
             return x, lambda out: out
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(x, torch.Tensor):
             return x, np.array
         x = x.detach()
-        # JAX and torch share memory on the device that both have.
+        # JAX and torch share memory on a device that both use.
         shared = x.is_cuda and jax.default_backend() == "gpu"
         near = x if shared else x.cpu()
         (place,) = self.variables["norm"]["scale"].devices()
@@ -331,11 +332,11 @@ def open_run(folder: str | Path) -> TrainedSAE:
 
 
 def _of_import(imported: dict[str, Any], where: Path) -> dict[str, Any]:
-    """What only an autoencoder from elsewhere has."""
+    """The fields that only an autoencoder from elsewhere has."""
     source = imported.get("source")
     notes, times = imported.get("notes", []), imported.get("latent_scale", 1.0)
     if not isinstance(notes, list) or type(times) is not float or not times > 0:
-        raise UserError(f"{where}: notes or latent_scale of imported is not ours")
+        raise UserError(f"{where}: notes or latent_scale under imported is wrong")
     return {
         "layer_norm": imported.get("layer_norm") is True,
         "latent_scale": times,
@@ -345,7 +346,7 @@ def _of_import(imported: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _check_data(data: Any, where: Path, *, whole: bool) -> None:
-    """Refuses what is of another type; and with `whole`, what is not there."""
+    """Refuses values of a wrong type, and with `whole` also missing ones."""
     if not isinstance(data, dict):
         data, whole = {}, True
     known: dict[str, Any] = {
@@ -373,7 +374,8 @@ def _is_range(ends: list[Any]) -> bool:
 
 
 def _explained_variance(folder: Path) -> float | None:
-    """Of `evaluate`'s core, else of the last line of metrics; nothing depends on it."""
+    """The explained variance from `evaluate`'s core, or else from the last line of
+    metrics; None where it cannot be read, as nothing depends on it."""
     core, metrics = folder / EVALS / "core.json", folder / METRICS
     try:
         if core.is_file():
@@ -386,8 +388,8 @@ def _explained_variance(folder: Path) -> float | None:
 
 
 def hook_of(data: dict[str, Any]) -> Hook | None:
-    """Where in a language model a run's `data` says that its rows are from; of a layer
-    alone, the stream after it. None for a hook that is not known here."""
+    """Where in a language model the rows of a run's `data` are from; the stream after
+    the block, if only the layer is known. None for a hook that is not known here."""
     name, layer = data.get("hook_name"), data.get("layer")
     if name is None:
         return None if layer is None else Hook(layer)

@@ -1,16 +1,16 @@
-"""What is said to a user: one line, and an exit status."""
+"""Errors that are reported to the user in one line, with an exit status."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake. The message is one line: what was wrong, its value,
-    what would be right, and how to go on. Commands print it and exit with 2."""
+    """A user's mistake. The message is one line: what was wrong, its value, what would
+    be right, and how to go on. Commands print it and exit with status 2."""
 
 
 class Interrupted(Exception):
-    """Work was stopped by a signal after saving; commands exit with 128 + signal."""
+    """Work that a signal stopped, after saving. Commands exit with 128 + signal."""
 
     def __init__(self, message: str, *, signal_number: int):
         super().__init__(message)
@@ -24,13 +24,13 @@ def one_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """`; did you mean NAME?` for the known name that is nearest, if any is near."""
+    """`; did you mean NAME?` with the known name that is most alike, or ""."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else ""
 
 
 def missing_extra(package: str, *, extra: str) -> UserError:
-    """What to say when an optional package is not installed."""
+    """The error for an optional package that is not installed."""
     return UserError(
         f"{package} is not installed; install it with: pip install {package} (or, in "
         f"the folder of the clone: pip install -e '.[{extra}]')"

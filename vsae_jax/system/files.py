@@ -1,4 +1,4 @@
-"""Single .npy files with checksums: written piece by piece, and read once verified."""
+"""Files that are written whole or not at all, and .npy files with checksums."""
 
 import contextlib
 import hashlib
@@ -14,15 +14,15 @@ import numpy as np
 from vsae_jax.system.errors import UserError, one_line
 
 TEMPORARY = ".tmp"
-# A file is synced as often as this, so that its last sync is short.
+# A file is synced after this many bytes, so that its last sync is short.
 _SYNC_BYTES = 2**24
 
 
 class NpyWriter:
     """An .npy file of known shape, written piece by piece under a temporary name.
 
-    `add` until all is there, `close` for the file's sha256, `publish` to give it its
-    name; or `abandon`.
+    Call `add` for each piece, `close` for the file's sha256 and `publish` to give it
+    its name; or `abandon`.
     """
 
     def __init__(self, path: Path, *, shape: tuple[int, ...], dtype: Any):
@@ -52,7 +52,7 @@ class NpyWriter:
         self._unsynced = 0
 
     def close(self) -> str:
-        """The whole file's sha256, once its bytes are on the disk."""
+        """Waits until the file's bytes are on the disk; returns its sha256."""
         if self._missing:
             raise ValueError(f"{self._path}: {self._missing} bytes are missing")
         with naming(self._temporary), self._file:
@@ -71,7 +71,7 @@ class NpyWriter:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a small file: after a kill or power cut the old one or the new one."""
+    """Writes a small file; a kill or power cut leaves the old or the new one whole."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with naming(temporary), temporary.open("wb") as file:
@@ -79,7 +79,7 @@ def replace_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        with contextlib.suppress(OSError):  # on a full disk it would keep the room
+        with contextlib.suppress(OSError):  # frees its room on a full disk
             temporary.unlink()
         raise
     temporary.replace(path)
@@ -123,7 +123,7 @@ def open_verified(
         array = np.lib.format.open_memmap(path, mode="r")
     except ValueError as error:
         raise UserError(
-            f"{path} is no .npy file ({one_line(error)}); {again}"
+            f"{path} is not an .npy file ({one_line(error)}); {again}"
         ) from None
     if array.shape != shape or array.dtype != dtype:
         raise UserError(
@@ -148,7 +148,7 @@ def _file_bytes(shape: tuple[int, ...], dtype: Any) -> int:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the path to an error of writing, which Python leaves out."""
+    """Adds the path to an error in the block; Python leaves it out when writing."""
     try:
         yield
     except OSError as error:

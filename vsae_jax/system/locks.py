@@ -1,8 +1,8 @@
 """One process at a time in a folder.
 
-The kernel lets a lock go with the process that holds it, however it ends, so a lock
-is stale exactly where it can be taken. The file `.lock` says who holds it; one that a
-killed process left behind is recognised by that, said and taken over.
+The kernel releases a lock when the process that holds it ends, however that happens. So
+a `.lock` file that can be locked was left behind by a process that was killed: a note
+says so, and it is taken over. The file says who holds it.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ _LIMIT = 200
 
 @contextlib.contextmanager
 def held(folder: Path, *, doing: str) -> Iterator[None]:
-    """Makes the folder if need be, and refuses it while another process holds it.
+    """Makes the folder if need be and locks it; refuses one that another process holds.
 
     A folder that is still empty afterwards is removed again. Where there are no locks
-    (some network file systems) a note says so. Of a job of several processes the
+    (on some network file systems), a note says so. In a job of several processes, the
     first holds the lock for all.
     """
     if not processes.first():
@@ -37,7 +37,7 @@ def held(folder: Path, *, doing: str) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            # Removed while it is held: whoever waits for it looks again.
+            # Removed while it is held; `_is_at` keeps others from locking the old file.
             (folder / LOCK).unlink(missing_ok=True)
             os.close(descriptor)
         with contextlib.suppress(OSError):
@@ -52,7 +52,7 @@ def _taken(folder: Path, doing: str) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except PermissionError:
-            return None  # what is to be written there will say so
+            return None  # writing there will raise the error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,7 +82,7 @@ def _taken(folder: Path, doing: str) -> int | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the locked file is still the one of that name."""
+    """Whether the locked file still has that name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -90,6 +90,6 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _said(descriptor: int) -> str:
-    """Who the file names, in one bounded line."""
+    """The holder that the file names, in one bounded line."""
     text = os.pread(descriptor, _LIMIT, 0).decode(errors="replace")
     return "".join(c if c.isprintable() else " " for c in text).strip()

@@ -1,8 +1,8 @@
 """The devices of a run: one mesh with the axes `data` and `latents`.
 
-training/layout.py says what lies where. One device needs no mesh (None below), and
-then nothing here changes anything. With a mesh the step is the same function: XLA's
-partitioner splits it by where its arguments lie and adds the collectives.
+training/layout.py says which array lies where. One device needs no mesh (None below);
+then nothing here has an effect. With a mesh the step is the same function: XLA splits
+it according to where its arguments lie, and adds the communication.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ def open_mesh(text: str) -> Mesh | None:
 
 def of_devices(devices: Sequence[Any], text: str) -> Mesh:
     """`devices` as a mesh. Neighbours on the axis `latents`, which wait for one another
-    within a step, are neighbours in the list: of one process where that is possible."""
+    within a step, are neighbours in the list, in one process if possible."""
     shape = sizes(text, n_devices=len(devices))
     grid = np.array(devices).reshape(*shape.values())
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -67,7 +67,7 @@ def sizes(text: str, *, n_devices: int) -> dict[str, int]:
 
 
 def check(mesh: Mesh | None, *, d_sae: int, batch_size: int) -> None:
-    """Refuses what the mesh cannot cut into equal parts."""
+    """Refuses sizes that the mesh cannot cut into equal parts."""
     if mesh is None:
         return
     for flag, value, axis in (
@@ -98,7 +98,7 @@ def is_split() -> bool:
 
 
 def tracing(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
-    """Programs that are traced in the block are for `mesh`."""
+    """Within the block, programs are traced for `mesh`."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
@@ -110,12 +110,12 @@ def over_data(mesh: Mesh | None, *, before: int = 0) -> Any:
 
 
 def whole(mesh: Mesh | None) -> Any:
-    """The sharding of what every device has all of."""
+    """The sharding of what every device holds whole."""
     return None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
 
 def own_rows(mesh: Mesh | None, batch: int) -> tuple[int, int]:
-    """Which rows of a batch this process's devices hold: from, up to."""
+    """The rows `start, stop` of a batch that this process's devices hold."""
     if mesh is None:
         return 0, batch
     places = over_data(mesh).addressable_devices_indices_map((batch,)).values()
@@ -124,7 +124,7 @@ def own_rows(mesh: Mesh | None, batch: int) -> tuple[int, int]:
 
 
 def filled(tree: Any, values: Any) -> Any:
-    """Arrays of the shapes and in the places of `tree`'s, each full of its value."""
+    """Arrays with the shapes and shardings of those in `tree`, filled with `values`."""
 
     def fill(old: jax.Array, value: Any) -> jax.Array:
         new = np.full(old.shape, value, old.dtype)

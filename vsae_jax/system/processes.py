@@ -1,7 +1,7 @@
 """Several processes of one run, on one machine or many, through jax.distributed.
 
-All run the same program on the same folders. What is written once is written by the
-first; what only some can know (a signal) is told to all.
+All run the same program on the same folders. The first writes what is to be written
+once; what only some of them know (such as a signal) is told to all.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ _GOODBYE_S = 10
 @contextlib.contextmanager
 def joined(config: Any) -> Iterator[None]:
     """Within the block this process is one of a run's, as the flags say; all but the
-    first are silent. Must come before anything asks JAX for its devices."""
+    first are silent. To be entered before anything asks JAX for its devices."""
     c = config
     if not c.coordinator:
         yield
         return
     address = None if c.coordinator == "auto" else c.coordinator
-    # It would take SIGTERM for itself; `signals` has it.
+    # That service would take SIGTERM, which `signals` handles.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -51,7 +51,7 @@ def joined(config: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming_the_lost() -> Iterator[None]:
-    """One line for what XLA says at length when another process is gone."""
+    """Within the block, XLA's long error about a lost process becomes one line."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -92,14 +92,14 @@ def in_turn(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def agreed(number: int) -> int:
-    """The largest number that a process gives; each must ask at the same place."""
+    """The largest of the processes' numbers; all of them must call this together."""
     if count() == 1:
         return number
     return int(np.max(multihost_utils.process_allgather(np.int32(number))))
 
 
 def gathered(tree: Any) -> Any:
-    """NumPy arrays of a tree whose arrays may lie on devices of other processes."""
+    """A tree of NumPy arrays from one whose arrays may lie in other processes."""
     if count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

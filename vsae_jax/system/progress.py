@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_EVERY_S = 10.0
-# What is shown beside the rate: numbers, or words made of several.
+# What is shown beside the rate: numbers, or text made from several.
 Numbers = Mapping[str, float | str]
 _OUT: ContextVar[Any] = ContextVar("where progress is written", default=None)
 
@@ -31,9 +31,9 @@ def bar(total: int, *, unit: str, start: int = 0, stream: Any = None) -> "Bar | 
     """Progress towards `total` units (a plural), of which `start` are done already.
 
     Use it in a `with`; `update(n)` adds n units, `show(numbers)` sets what is written
-    after the rate. Writes to the text file `stream` (stderr): a bar if that is a
-    terminal, else one line every ten seconds and one at the end. The rate is from the
-    first update on, before which programs are compiled.
+    after the rate. Writes to the text file `stream` (stderr): a bar on a terminal, else
+    a line every ten seconds and one at the end. The rate counts from the first update,
+    before which programs are compiled.
     """
     out = stream or _OUT.get() or sys.stderr
     kind = Bar if out.isatty() else Lines
@@ -128,14 +128,14 @@ def forecast(
     what: str,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Any]:
-    """The parts, `count` of them that take as long as each other. Once the second is
-    done, the first that compiles nothing, a line says how long all take."""
+    """The parts, `count` of them, which should take the same time each. Once the second
+    is done (the first one compiles), a line says how long all will take."""
     began = 0.0
     for i, part in enumerate(parts):
         if i == 1:
             began = clock()
         if i == 2:
-            # Not print, which would write into a bar.
+            # print would write into a bar.
             tqdm.write(f"{what}: about {_about((clock() - began) * count)}")
         yield part
 
@@ -148,7 +148,7 @@ def _about(seconds: float) -> str:
 
 
 def size(n_bytes: int) -> str:
-    """Bytes as one reads them."""
+    """A number of bytes in GB or MB."""
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e8 else f"{n_bytes / 1e6:.2f} MB"
 
 

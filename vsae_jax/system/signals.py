@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C noted rather than raised, so that work can be saved first."""
+"""SIGTERM and Ctrl-C are noted rather than raised, so that work can be saved first."""
 
 import contextlib
 import signal
@@ -21,7 +21,7 @@ class Caught:
 
 @contextlib.contextmanager
 def caught() -> Iterator[Caught]:
-    """Notes SIGTERM and SIGINT inside the block; outside the main thread, nothing."""
+    """Notes SIGTERM and SIGINT in the block; does nothing outside the main thread."""
     seen = Caught()
     if threading.current_thread() is not threading.main_thread():
         yield seen

@@ -1,4 +1,4 @@
-"""JSON objects from files that may be anyone's: bounded, and refused in one line."""
+"""JSON objects from files that may be anyone's: bounded, with one-line errors."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ def read_object(path: Path, *, limit: int, strict: bool = True) -> dict[str, Any
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise UserError(f"{path} is over {limit} bytes; what belongs there is not")
+        raise UserError(f"{path} has over {limit} bytes, more than belong there")
     return parse_object(data, path, strict=strict)
 
 
 def parse_object(data: bytes, path: Path, *, strict: bool = True) -> dict[str, Any]:
-    """A JSON object; `strict` refuses NaN, infinity and a name that stands twice."""
+    """A JSON object; `strict` refuses NaN, infinity and a name that occurs twice."""
     options: dict[str, Any] = {
         "parse_constant": refuse_constant,
         "object_pairs_hook": _no_twins,
@@ -32,7 +32,7 @@ def parse_object(data: bytes, path: Path, *, strict: bool = True) -> dict[str, A
 
 
 def refuse_constant(name: str) -> None:
-    """Raises for NaN and infinity, which are no JSON; a hook of `json.loads`."""
+    """A hook of `json.loads` that refuses NaN and infinity, which are not JSON."""
     raise ValueError(f"{name} is not a finite number")
 
 

@@ -1,4 +1,4 @@
-"""Work of many parts on all cores, in threads: for what lets go of the interpreter."""
+"""Many pieces of work in threads on all cores, where they release Python's lock."""
 
 import os
 from collections import deque
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def in_threads(work: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """What each of `work` returns, in its order, as many at a time as there are cores.
-    `work` is asked for no more than twice that, so that what its parts hold does not
-    pile up; the first error ends it. Meanwhile NumPy's products take one core each:
-    those of several threads would wait for each other's."""
+    """The results of `work`, in its order, as many at a time as there are cores. At
+    most twice as many are taken from `work` ahead, so that they do not fill the memory.
+    The first error ends all. Meanwhile each of NumPy's products uses one core, since
+    those of several threads would wait for each other."""
     cores = os.cpu_count() or 1
     pending: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(cores)

@@ -1,3 +1,3 @@
-"""The version, of an installed package and of a folder on Python's path alike."""
+"""The version, for an installed package and for a folder on Python's path."""
 
 VERSION = "0.1.0"

@@ -85,7 +85,7 @@ class HFModel(Attached):
         raise UserError(
             f"--site={hook.site}: {block} of --model={self.name} does not simply add "
             "the outputs of an attention and an MLP known here to the residual stream; "
-            "use --site=resid_post"
+            "take --site=resid_post"
         )
 
     def _adds_up(self, layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""Evaluations: each takes a `Subject` and returns what its JSON file holds."""
+"""Evaluations: each takes `Subject`s and returns what their JSON files hold."""
 
 from vsae_jax.runs.opening import Subject
 

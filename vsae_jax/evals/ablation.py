@@ -1,9 +1,7 @@
-"""What a probe says of a text when latents are taken out of it.
+"""What a probe says about a text when latents are ablated (docs/saebench.md 4 and 5).
 
-Steps of docs/saebench.md 4 and 5.
-
-Ablating latents changes a token's x by -f[chosen] @ directions[chosen], so the pooled
-vector by the mean of that: each text is encoded once.
+Ablating latents changes a token's x by -f[chosen] @ directions[chosen], and the pooled
+vector by the mean of that. So each text is encoded only once.
 """
 
 import importlib.util
@@ -26,8 +24,8 @@ def effects(
     *,
     positive_only: bool,
 ) -> Float[np.ndarray, " d_sae"]:
-    """(mean over positives - mean over negatives) times (w . direction) of each latent;
-    `positive_only` puts 0 where the difference is below 0 (TPP)."""
+    """Each latent's (mean over positives - mean over negatives) times (w . direction);
+    with `positive_only` 0 where the difference is negative (TPP)."""
     f, yes = latents.pooled[sample.rows], sample.labels > 0.5
     difference = f[yes].mean(axis=0) - f[~yes].mean(axis=0)
     if positive_only:
@@ -38,10 +36,12 @@ def effects(
 def strongest(
     effects: Float[np.ndarray, " d_sae"], n: int, *, surplus: bool
 ) -> Int[np.ndarray, " chosen"] | None:
-    """The n latents with the largest effects, of those above 0. With `surplus` as many
-    as have an effect at all, as SAEBench takes them: where fewer are above 0, some
-    whose effect is 0 are among them. Which of these, torch's topk alone can say; None
-    where it is needed and torch is not installed."""
+    """The n latents with the largest effects, but only those with effects above 0.
+
+    With `surplus`, as in SAEBench, up to as many as have an effect at all. Where fewer
+    effects are above 0, some latents with an effect of 0 are then among them. Only
+    torch's topk tells which; None where it is needed but torch is not installed.
+    """
     order = np.argsort(-effects, kind="stable")
     above = int(np.sum(effects > 0))
     most = min(n, int(np.sum(effects != 0)) if surplus else above)
@@ -62,9 +62,9 @@ def ablated_pooled(
     *,
     padding_leak: bool,
 ) -> Float[np.ndarray, "rows d_model"]:
-    """The language model's pooled vectors without the chosen latents. With the leak
-    they lose what the latents are at x = 0 too, once for each of the context's other
-    positions."""
+    """The language model's pooled vectors without the chosen latents. With the leak,
+    the latents' values at x = 0 are subtracted, too, once for each of the context's
+    other positions."""
     f = latents.pooled[np.ix_(rows, chosen)]
     if padding_leak:
         n = pooled.n_valid[rows]
@@ -81,7 +81,7 @@ def accuracy_after(
     latents: Latents,
     chosen: Int[np.ndarray, " chosen"],
 ) -> float:
-    """The accuracy of the probe `name` on a sample whose chosen latents are ablated."""
+    """The accuracy of the probe `name` on a sample with the chosen latents ablated."""
     x = ablated_pooled(
         latents,
         task.pooled,
@@ -93,5 +93,5 @@ def accuracy_after(
 
 
 def usable(d_sae: int) -> list[int]:
-    """The numbers of ablated latents that an autoencoder has latents for."""
+    """The numbers of latents to ablate, up to those that an autoencoder has."""
     return [n for n in NS if n <= d_sae]

@@ -5,11 +5,11 @@ SAEBench's `core` (docs/saebench.md 1) on one set of tokens:
     ce_loss_score = (CE_ablated - CE_sae) / (CE_ablated - CE_clean)     "loss recovered"
     kl_div_score  = (KL_ablated - KL_sae) / KL_ablated
 
-A token counts where it is not special (BOS, EOS, padding) and has an activation row;
-elsewhere what is there stays as it is. The ablation sets every position to 0. Both
-happen where the autoencoder reads: the residual stream, or what attention or an MLP
-adds to it. The language model's clean and ablated passes serve all autoencoders of a
-grid.
+A token counts if it is not special (BOS, EOS, padding) and has an activation row; at
+other positions the activation stays as it is. The ablation sets every position to 0.
+Both happen where the autoencoder reads: in the residual stream, or in what attention or
+an MLP adds to it. The language model's clean and ablated passes serve all autoencoders
+of a grid.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
 ORDINARY_MEDIANS = 3
-# Spliced residual streams that wait for the blocks above them.
+# Bytes of spliced residual streams that run through the blocks above at once.
 _STREAM_BYTES = 2**28
 _MEDIAN_CONTEXTS = 32
 _NOTHING = (
@@ -47,7 +47,7 @@ _NOTHING = (
 
 
 class Losses(NamedTuple):
-    """Sums over a batch, of one way to run the model: cross-entropy in nats over
+    """Sums over a batch for one way to run the model: cross-entropy in nats over
     `predictions`, KL from the clean model over `positions`."""
 
     ce: np.float64
@@ -72,7 +72,7 @@ class Tally:
 
 
 def check(subjects: Sequence[Subject]) -> None:
-    """Refuses contexts that the model has no positions for, and tokens of which none
+    """Refuses contexts that are too long for the model, and tokens of which none
     counts. The subjects share their language model and tokens."""
     first = subjects[0]
     most, length = first.lm.max_positions, first.tokens.shape[1]
@@ -126,8 +126,8 @@ def _described(subjects: Sequence[Subject]) -> str:
 
 
 def ordinary_limit(subject: Subject) -> float:
-    """`ORDINARY_MEDIANS` times the median norm of rows x, by the first contexts: up to
-    here a row is an ordinary one."""
+    """The norm up to which a row is ordinary: `ORDINARY_MEDIANS` times the median norm
+    of the rows x in the first contexts."""
     some = subject._replace(tokens=subject.tokens[:_MEDIAN_CONTEXTS])
     norms = []
     for tokens, keep, _ in some.batches():
@@ -146,8 +146,8 @@ def _splice(
     keep: Bool[Array | np.ndarray, "batch time"],
     limit: Float[Array, ""],
 ) -> tuple[Float[Array, "batch time d_model"], BatchSums, Float[Array, " d_sae"]]:
-    """What is there with its reconstruction where a token counts, how good that is, and
-    in how many contexts each latent fires."""
+    """The activations, reconstructed where a token counts; the sums that measure the
+    reconstruction; and in how many contexts each latent fires."""
     x, x_hat, f = _reconstruct(reader, clean)
     shift = clean.reshape(x.shape) - x
     spliced = (x_hat + shift).reshape(clean.shape)
@@ -176,8 +176,8 @@ def _losses(
     *,
     underflow: bool,
 ) -> list[Losses]:
-    """Sums for the clean pass and for each of `values` at the hook, over the tokens
-    that count. SAEBench takes the log of a softmax, which underflows."""
+    """The sums over the tokens that count, for the clean pass and for each of `values`
+    at the hook. `underflow`: as in SAEBench, the log of a softmax, which underflows."""
     streams = lm.joined(cut, [cut.value, *values])
     unreduced = lm.losses_from(streams, cut.hook.layer, tokens, underflow=underflow)
     each = (np.asarray(a, np.float64) for a in unreduced)
@@ -198,7 +198,7 @@ def _result(
     clean, ablated = zip(*base, strict=True)
     losses = _loss_metrics(clean, tally.losses, ablated)
     density = tally.reconstruction.density
-    # As its export to SAELens: weights that read raw activations.
+    # As exported to SAELens: the weights for raw activations.
     raw, _ = sae.fold(subject.run.variables, subject.run.sae)
     per_latent = latent_statistics.per_latent(
         raw["params"],
@@ -220,7 +220,7 @@ def _result(
 
 
 def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
-    """Metrics from the sums of the clean, the spliced and the ablated model."""
+    """The metrics, from the sums of the clean, the spliced and the ablated model."""
     totals = [
         Losses(*np.sum(np.asarray(batches, np.float64), axis=0)) for batches in each
     ]
@@ -229,7 +229,7 @@ def _loss_metrics(*each: Sequence[Losses]) -> dict[str, float | None]:
     clean, spliced, ablated = (float(t.ce / t.predictions) for t in totals)
     _, kl, kl_ablated = (float(t.kl / t.positions) for t in totals)
     kl_score = ratio(kl_ablated - kl, kl_ablated)
-    # Only with the quirk; SAEBench writes -1 for what is not a number.
+    # Happens only with the quirk; SAEBench writes -1 for what is not a number.
     unknown = not np.isfinite([kl, kl_ablated]).all()
     return {
         "ce_loss_score": ratio(ablated - spliced, ablated - clean),

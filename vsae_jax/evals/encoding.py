@@ -1,8 +1,8 @@
 """Texts -> tokens -> language model -> latents, pooled over the tokens of each text.
 
-SAEBench's pooling (docs/saebench.md 2.1): special tokens and padding count for nothing;
-a text's vector is the mean over its other tokens of x, or of the latents of each token.
-One pass of the language model serves all autoencoders of a grid.
+SAEBench's pooling (docs/saebench.md 2.1): special tokens and padding do not count. A
+text's vector is the mean over its other tokens, of x or of each token's latents. One
+pass of the language model serves all autoencoders of a grid.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 128
-# Texts of like length share a batch, cut to one of these.
+# Texts of similar length share a batch, padded to one of these lengths.
 _LENGTHS = (16, 32, 64, CONTEXT)
 
 
 class Pooled(NamedTuple):
-    """Means over the tokens of each text: x of the language model, and the number of
-    tokens that count; 0 where a text has none."""
+    """The mean of the language model's x over each text's tokens, and the number of
+    tokens that count; both are 0 where a text has none."""
 
     x: Float[np.ndarray, "texts d_model"]
     n_valid: Int[np.ndarray, " texts"]
 
 
 class Latents(NamedTuple):
-    """An autoencoder's latents, pooled, with what an ablation takes away for each.
+    """An autoencoder's pooled latents, with what ablating each of them subtracts.
 
-    at_zero: latents of x = 0. directions: x per unit of a latent, `[d_sae, d_model]`.
+    at_zero: the latents at x = 0. directions: what a unit of a latent adds to x.
     """
 
     pooled: Float[np.ndarray, "texts d_sae"]
@@ -55,7 +55,7 @@ def tokenise(
     bos: list[int],
     length: int = CONTEXT,
 ) -> list[Int[np.ndarray, " tokens"]]:
-    """`bos` and the text's ids, cut at `length`."""
+    """The ids of each text after `bos`, cut at `length`."""
     ids: list[np.ndarray] = []
     for start in range(0, len(texts), text.DOCUMENTS_AT_ONCE):
         part = list(texts[start : start + text.DOCUMENTS_AT_ONCE])
@@ -97,7 +97,7 @@ def residuals_at(
     tokens: Sequence[Int[np.ndarray, " tokens"]],
     places: Int[np.ndarray, " texts"],
 ) -> Float[np.ndarray, "texts d_model"]:
-    """One position's row of each text, as the subject was trained on."""
+    """The row of each text at its place, as the autoencoder reads it."""
     reader = subject.reader
     found = np.zeros((len(tokens), subject.lm.d_model), np.float32)
     with progress.bar(len(tokens), unit="texts") as bar:
@@ -114,7 +114,8 @@ def residuals_at(
 def _check_finite(
     subject: Subject, x: Float[Array | np.ndarray, "rows d_model"]
 ) -> None:
-    """Refuses a language model that gives NaN or infinity: probes would be scored."""
+    """Refuses a language model that gives NaN or infinity, on which probes would still
+    get a score."""
     if not np.isfinite(x).all():
         raise UserError(
             f"--model={subject.lm.name} gives NaN or infinity at "
@@ -146,8 +147,9 @@ def _batches(
     *,
     most: int | None,
 ) -> Iterator[tuple[Int[np.ndarray, " rows"], _Batch]]:
-    """Numbers of texts of like length, and their padded tokens. `size` is in texts of
-    the full length; of shorter ones more are taken. No batch is longer than `most`."""
+    """The numbers of texts of similar length, and their padded tokens. A batch has
+    `size` texts of the full length, or more shorter ones; none is longer than
+    `most`."""
     lengths = np.array([len(row) for row in tokens])
     longest = max(CONTEXT, lengths.max(initial=0))
     longest = min(longest, most or longest)
@@ -172,7 +174,7 @@ def _masked(
     residual: Float[Array, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
 ) -> tuple[Float[Array, "batch time d_model"], Float[Array, "batch d_model"]]:
-    """x, 0 where nothing counts, and its mean over what counts."""
+    """x, set to 0 at tokens that do not count, and its mean over those that do."""
     x = reader.rows(residual).reshape(residual.shape)
     x = jnp.where(keep[..., None], x, 0.0)
     return x, _mean(x, keep)
@@ -184,7 +186,7 @@ def _pool(
     x: Float[Array | np.ndarray, "batch time d_model"],
     keep: Bool[Array | np.ndarray, "batch time"],
 ) -> Float[Array, "batch d_sae"]:
-    """The mean, over what counts, of what the latents add to x in their directions."""
+    """The mean over tokens that count of what latents add to x in their directions."""
     rows = x.reshape(-1, x.shape[-1])
     f = reader.encode(rows) * reader.row_scale(rows)
     f = f.reshape(*x.shape[:2], f.shape[-1])
@@ -197,7 +199,8 @@ def _mean(values: Array, keep: Array | np.ndarray) -> Array:
 
 
 def _latents(reader: Reader, pooled: np.ndarray, stored_norms: bool) -> Latents:
-    """In the units of x, their directions of norm 1, unless `stored_norms`."""
+    """The latents in units of x with directions of norm 1, or with `stored_norms` as
+    the autoencoder has them."""
     at_zero = np.zeros(reader.config.d_sae, np.float32)
     if not reader.layer_norm:
         zero = jnp.zeros((1, reader.config.d_model))

@@ -1,4 +1,4 @@
-"""The rows of the held-out contexts, with their tokens."""
+"""The activation rows of the held-out contexts, with their tokens."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from vsae_jax.system.errors import UserError
 
 
 class HeldOut(NamedTuple):
-    """The positions that count, in their order.
+    """The positions that count, in order.
 
-    x: rows of the language model. token, before: the token there and the one before it
-    (-1: none). context: the number of its context.
+    x: the language model's rows. token, before: the token there and the one before it
+    (-1: none). context: the number of the context.
     """
 
     x: Float[np.ndarray, "rows d_model"]

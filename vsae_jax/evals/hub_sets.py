@@ -10,7 +10,7 @@ import numpy as np
 from vsae_jax.lm.files import connection_errors
 from vsae_jax.system.errors import UserError, one_line
 
-# One file is at most 150 + 128 * 3 characters: the head holds the license.
+# The head of a file, often its license, is skipped; shorter files are left out.
 _CODE_HEAD, _CODE_LEAST = 150, 534
 _EXTENSIONS = {
     "C": (".c", ".h"),
@@ -67,12 +67,12 @@ _COLUMNS = {
         "fancyzhx/ag_news", "text", "label", None, {"ag_news": ("0", "1", "2", "3")}
     ),
 }
-# Parts of a name that SAEBench takes for sparse probing alone.
+# Sets that SAEBench uses only for sparse probing.
 PROBING_ONLY = frozenset(
     "bias_in_bios_class_set2 bias_in_bios_class_set3 "
     "amazon_reviews_1and5_sentiment".split()
 )
-# SAEBench's pairs for SCR; where a set is not here, all pairs of its classes.
+# SAEBench's pairs of classes for SCR; other sets use all pairs of their classes.
 SCR_PAIRS = {
     "bias_in_bios_class_set1": (("21", "13"), ("1", "11"), ("25", "22"), ("2", "26")),
     "amazon_reviews_1and5": (("24", "26"), ("30", "6"), ("18", "11"), ("3", "1")),
@@ -80,8 +80,8 @@ SCR_PAIRS = {
 
 
 def read(name: str, *, rows: int) -> list[Found]:
-    """The sets under one of SAEBench's names; `rows` of a class are enough where a set
-    is streamed."""
+    """The sets under one of SAEBench's names; of streamed ones only `rows` rows per
+    class are read."""
     try:
         return SETS[name](name, rows)
     except connection_errors() as error:
@@ -130,8 +130,8 @@ def _europarl(name: str, rows: int) -> list[Found]:
 
 
 def _github_code(name: str, rows: int) -> list[Found]:
-    """Code with its language, known by the file extension as in the data set's own
-    script; `datasets` runs no scripts, so the parquet files are read."""
+    """Code with its language, which the file extension tells, as in the data set's own
+    script. `datasets` no longer runs scripts, so its parquet files are read."""
     import datasets
 
     files = "hf://datasets/codeparrot/github-code/data/*.parquet"

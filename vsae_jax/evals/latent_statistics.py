@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 _ROWS = 1024
 _DIGITS = 6
 
-# Of what is no share, count or cosine.
+# The units of what is not a share, a count or a cosine.
 UNITS = {
     "encoder_norm": "latent per unit of raw activation",
     "encoder_bias": "latent, of a raw activation of 0 but for b_dec where subtracted",
@@ -28,7 +28,7 @@ def per_latent(
     fired: Float[np.ndarray, " d_sae"],
     contexts_fired: Float[np.ndarray, " d_sae"],
 ) -> PerLatent:
-    """Each `[d_sae]`; NaN for what a latent that never fires has none of.
+    """The numbers of each latent by name; NaN where a latent that never fires has none.
 
     Args:
       params: w_enc `[d_model, d_sae]`, b_enc, and w_dec `[d_sae, d_model]`, as they
@@ -54,7 +54,7 @@ def per_latent(
 
 
 def averages(latents: PerLatent) -> dict[str, float]:
-    """SAEBench's shares by density and means of the cosines."""
+    """SAEBench's shares of latents by density, and the means of the cosines."""
     density = latents["feature_density"]
     total = float(density.sum())
     shares = {}
@@ -74,7 +74,7 @@ def averages(latents: PerLatent) -> dict[str, float]:
 def rounded(
     latents: PerLatent, *, digits: int = _DIGITS
 ) -> dict[str, list[float | None]]:
-    """The numbers for JSON: significant digits, None for NaN."""
+    """The numbers for JSON, with so many significant digits; None for NaN."""
 
     def short(value: Any) -> float | None:
         return float(f"{value:.{digits}g}") if np.isfinite(value) else None
@@ -83,8 +83,8 @@ def rounded(
 
 
 def nearest(unit: Float[Array, "latents d"]) -> Float[np.ndarray, " latents"]:
-    """The largest signed cosine of each unit row with another, in blocks of rows; 0
-    where there is no other."""
+    """The largest (signed) cosine of each unit row with another row; 0 if there is no
+    other. Computed in blocks of rows."""
     if len(unit) < 2:
         return np.zeros(len(unit), np.float32)
     blocks = [_nearest(unit, start) for start in range(0, len(unit), _ROWS)]

@@ -1,9 +1,9 @@
-"""Sums over tokens that every reconstruction metric is made of, and the metrics.
+"""The reconstruction metrics, and the sums over tokens that they are made from.
 
-Sums are float32 within a batch, float64 across batches, and carry a mask, so that a
-result does not depend on the batch size. Two do, because SAEBench 0.6 averages over
-batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` and `l1`
-are SAEBench's only on demand: theirs are divided by the batch's tokens, and signed.
+Sums are float32 within a batch and float64 across batches, and respect a mask, so that
+results do not depend on the batch size. Two results do, because SAEBench 0.6 averages
+over batches: `explained_variance_saebench` and `explained_variance_legacy`. `mse` and
+`l1` are SAEBench's only on request: theirs are per batch, and signed.
 """
 
 import math
@@ -19,12 +19,12 @@ from vsae_jax.system.errors import UserError
 
 
 class BatchSums(NamedTuple):
-    """Sums over a batch's kept tokens.
+    """Sums over a batch's kept tokens, named after what they sum.
 
-    error: of ||x - x_hat||^2; error_d by dimension. spread_d: of the squared distances
+    error: ||x - x_hat||^2; error_d: the same by dimension. spread_d: squared distances
     from the batch's mean, by dimension. ordinary_...: over rows with a norm up to a
-    limit. fired: how often each latent was above 0. legacy: of 1 - ||x - x_hat||^2 /
-    ||x - mean of the batch||^2. The others are named after what they sum.
+    limit. fired: how often each latent was above 0. legacy: 1 - ||x - x_hat||^2 /
+    ||x - mean of the batch||^2.
     """
 
     tokens: Float[Array, ""]
@@ -58,11 +58,11 @@ def batch_sums(
     keep: Bool[Array, " tokens"],
     limit: Float[Array, ""] | float = math.inf,
 ) -> BatchSums:
-    """The sums over the tokens where `keep` holds; what the others are is no matter.
-    Rows with a norm above `limit` are no ordinary ones."""
+    """The sums over the tokens where `keep` holds; the others do not matter. Rows with
+    a norm up to `limit` are ordinary."""
 
     def total(values: Array, of: Array = keep) -> Array:
-        # Not a product with the mask: NaN * 0 is NaN, and a GPU rounds to TF32.
+        # A product with the mask would keep NaN, and a GPU would round it to TF32.
         where = of.reshape(-1, *(1,) * (values.ndim - 1))
         return jnp.sum(values, axis=0, where=where, dtype=jnp.float32)
 
@@ -132,12 +132,12 @@ class Reconstruction:
     def metrics(
         self, *, mean_in_variance: bool = False, batch_sums: bool = False
     ) -> dict[str, float | None]:
-        """Every number of docs/saebench.md 1.4; None for a share of nothing, such as
+        """Every number of docs/saebench.md 1.4; None where it is not defined, such as
         the explained variance of rows that are all the same.
 
         Args:
-          mean_in_variance: `explained_variance` is SAEBench's, which keeps the mean.
-          batch_sums: `mse`, `l1` and the bias are SAEBench's: by batches, signed.
+          mean_in_variance: `explained_variance` is SAEBench's, with the mean kept in.
+          batch_sums: `mse`, `l1` and the bias are SAEBench's, by batches and signed.
         """
         if not self._sums:
             raise UserError("every token is special or has no row: nothing to measure")
@@ -171,9 +171,9 @@ class Reconstruction:
         } | density_metrics(self.density)
 
     def _standardised(self) -> float | None:
-        """1 - the mean over dimensions of error / variance: each counts as much, where
-        `explained_variance` weighs it with its variance. Those that do not vary are
-        left out."""
+        """1 - the mean over dimensions of error / variance. Every dimension counts the
+        same, where `explained_variance` weighs them by their variance. Dimensions that
+        do not vary are left out."""
         s, n = self._sums, float(self._sums["tokens"])
         variance = s["squared_d"] - np.square(s["x"]) / n
         varies = variance > 1e-6 * s["squared_d"]
@@ -182,7 +182,7 @@ class Reconstruction:
         return 1 - float(np.mean(s["error_d"][varies] / variance[varies]))
 
     def _of_ordinary_rows(self) -> float | None:
-        """The explained variance of the rows that are not massive, among themselves."""
+        """The explained variance of the ordinary rows among themselves."""
         s, n = self._sums, float(self._sums["ordinary_tokens"])
         if not n:
             return None
@@ -192,14 +192,14 @@ class Reconstruction:
 
 
 def _variance(squares: float, x: Float[np.ndarray, " d_model"], n: float) -> float:
-    """The summed squared distances from the mean, of sums over n rows."""
+    """The summed squared distances from the mean, from sums over n rows."""
     variance = squares - float(np.sum(np.square(x))) / n
-    # Equal rows leave a variance of float32's rounding, not of 0.
+    # With equal rows, float32's rounding leaves a variance that is not 0.
     return 0.0 if variance < 1e-6 * squares else variance
 
 
 def ratio(a: float, b: float) -> float | None:
-    """a / b; None where b is 0 and the ratio has no meaning."""
+    """a / b; None where b is 0."""
     return a / b if b else None
 
 

@@ -1,5 +1,5 @@
-"""The evaluations on labelled texts: one pass of the language model over each set for
-all autoencoders, whose pooled latents serve all evaluations."""
+"""The evaluations on labelled texts. One pass of the language model over a set serves
+all autoencoders, and an autoencoder's pooled latents serve all evaluations."""
 
 import importlib.util
 import itertools
@@ -25,14 +25,14 @@ EVALS: dict[str, ModuleType] = {
     "scr": scr,
     "tpp": tpp,
 }
-# Pooled latents that are held at once.
+# Bytes of pooled latents in memory at once.
 _LATENT_BYTES = 2**31
 
 
 class Planned(NamedTuple):
-    """A set cut to the rows that are used, and these by class and by quadrant.
+    """A set cut to the rows that are used, and those rows by class and by quadrant.
 
-    evals: the evaluations that take it. about: what was there and what of it is used.
+    evals: the evaluations that use it. about: what was there, and what of it is used.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Planned(NamedTuple):
 
 
 class Tokenised(NamedTuple):
-    """A plan, and its texts as a language model reads them."""
+    """A planned set, with its texts' tokens and notes."""
 
     planned: Planned
     tokens: list[Int[np.ndarray, " tokens"]]
@@ -58,7 +58,7 @@ def run(
     config: EvalConfig,
     quirks: Quirks,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What each evaluation's JSON holds, by name, for each subject. The subjects share
+    """What each evaluation's JSON holds for each subject, by name. The subjects share
     their language model and layer."""
     found: dict[str, list[dict[str, Any]]] = {n: [{} for _ in subjects] for n in names}
     about: dict[str, dict[str, Any]] = {}
@@ -78,7 +78,7 @@ def run(
 
 
 def plan(s: TextSet, names: Sequence[str], config: EvalConfig) -> Planned:
-    """Which rows the evaluations need, renumbered within those."""
+    """The rows of a set that the evaluations need, renumbered among themselves."""
     names = [name for name in names if takes(name, s)]
     sizes: dict[str, int] = {
         name: getattr(config, name) for name in ("train_size", "test_size", "seed")
@@ -122,7 +122,7 @@ def _renumbered(split: Split, used: np.ndarray) -> Split:
 
 
 def notes(s: TextSet, planned: Planned) -> list[str]:
-    """What makes the scores of a set other than they seem."""
+    """Notes on what makes a set's scores misleading."""
     said = list(s.notes)
     labels: dict[str, set[str]] = {}
     for text, label in zip(s.texts, s.labels.tolist(), strict=True):
@@ -137,13 +137,13 @@ def notes(s: TextSet, planned: Planned) -> list[str]:
     if seen:
         said.append(
             f"{len(seen):,} texts are both in train and in test, such as "
-            f"{shortened(seen[0])}: accuracies are the higher for what is remembered"
+            f"{shortened(seen[0])}: what is remembered raises accuracies"
         )
     return said
 
 
 def repeated(planned: Planned) -> list[str]:
-    """Texts that a probe is both trained and tested on, in the set's order."""
+    """The texts that a probe is both trained and tested on, in the set's order."""
     found: set[int] = set()
     for split in (planned.split, *planned.quadrants.values()):
         train, test = (
@@ -155,7 +155,7 @@ def repeated(planned: Planned) -> list[str]:
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text, in quotation marks, on one line."""
+    """The beginning of a text in quotation marks, on one line."""
     return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
@@ -164,8 +164,7 @@ def read(
     sets: Sequence[tuple[TextSet, Planned]],
     quirks: Quirks,
 ) -> list[Tokenised]:
-    """The sets as the subjects' language model reads them; what should be known of them
-    is printed."""
+    """The sets as the subjects' language model reads them; prints notes on them."""
     first = subjects[0]
     length = CONTEXT
     if first.lm.max_positions and first.lm.max_positions < CONTEXT:
@@ -202,8 +201,8 @@ def read(
 def open_sets(
     names: Sequence[str], config: EvalConfig
 ) -> list[tuple[TextSet, Planned]]:
-    """The labelled sets and what of them is used, checked for what the evaluations
-    need."""
+    """The labelled sets, each with the rows that are used; refuses sets that lack what
+    the evaluations need."""
     if "sparse_probing" in names and importlib.util.find_spec("sklearn") is None:
         raise missing_extra("scikit-learn", extra="analysis")
     sets = read_sets(config)
@@ -250,7 +249,7 @@ def _scores(
 
 
 def _groups(subjects: Sequence[Subject], n_texts: int) -> Iterator[list[int]]:
-    """Numbers of subjects whose pooled latents fit at once."""
+    """Groups of subjects, by number, whose pooled latents fit into memory at once."""
     group, held = [], 0
     for i, subject in enumerate(subjects):
         size = n_texts * subject.run.sae.d_sae * 4
@@ -265,7 +264,7 @@ def _groups(subjects: Sequence[Subject], n_texts: int) -> Iterator[list[int]]:
 def _about(
     s: TextSet, split: Split, quadrants: dict[str, Split], *, used: int
 ) -> dict[str, Any]:
-    """What was there and what of it is used."""
+    """What a set holds, and what of it is used."""
     return {
         "texts": len(s.texts),
         "used": used,
@@ -288,7 +287,7 @@ def _describe(sizes: dict[str, Any]) -> str:
         count = len(sizes["per_class"])
         parts.append(f"{count} classes of {each['train']:,} + {each['test']:,}")
     if sizes["left_out"]:
-        # A label may hold what a terminal obeys.
+        # A label may hold a terminal's control codes.
         small = (n if n.isprintable() else repr(n) for n in sizes["left_out"])
         parts.append(f"too small: {', '.join(small)}")
     if sizes["per_quadrant"]:
@@ -329,7 +328,7 @@ def _result(
 
 
 def _norms(subject: Subject, quirks: Quirks) -> str:
-    """What was done about decoder rows that are not of norm 1."""
+    """The norms of the decoder's rows, and how those other than 1 were treated."""
     w_dec = np.asarray(subject.run.variables["params"]["w_dec"])
     norms = np.linalg.norm(w_dec, axis=1)
     least, most = float(norms.min()), float(norms.max())

@@ -1,22 +1,22 @@
-"""Predictability: do single latents fire on what the text says, read without a judge?
+"""Predictability: does the text tell when a latent fires? Measured without a judge.
 
-A latent's firings on the first half of the held-out contexts say how often it fires on
-each token, and on each token after each other; from these its firings on the second
-half are predicted. Its score is the area under the ROC curve: how probably a position
-where it fires is given more than one where it does not. 1: the token tells all, as of
-a latent for one word; 0.5: it tells nothing. That a high one is interpretable is
-plausible, that a low one is not does not follow: what fires on a topic or on a place
-in the sentence is missed. Beside it, how few types of tokens carry half of a latent's
-activation.
+From a latent's firings on the first half of the held-out contexts one knows how often
+it fires on each token, and on each token after each other token. This predicts its
+firings on the second half. Its score is the area under the ROC curve: the probability
+that a position where it fires gets a higher prediction than one where it does not. 1
+means that the token tells everything, as for a latent for one word; 0.5 that it tells
+nothing. A latent with a high score is plausibly interpretable. One with a low score may
+be, too: what fires on a topic or on a place in the sentence is missed. Also reported is
+how few kinds of tokens carry half of a latent's activation.
 
     p(fires | token) = (firings on it + p) / (its count + 1),  p: the firing rate
     p(fires | two tokens) = (firings on them + p(fires | token)) / (their count + 1)
 
-The same is computed of random directions, spread as the decoder's rows are, that fire
-where they are largest along rows of norm 1, as often as latents of the run; and of the
-latents with tokens that were shuffled over the positions. Rows of norm 1: otherwise
-most directions would fire on the same few giant rows. As rare latents are told more
-easily, medians are given within bins of firing rates too.
+There are two baselines. Random directions, distributed like the decoder's rows, fire
+where rows of norm 1 are largest along them, as often as latents of the run do. (Without
+norm 1 most directions would fire on the same few giant rows.) And the run's latents are
+scored with tokens shuffled over the positions. As rare latents are predicted more
+easily, medians are also given within bins of firing rates.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,11 +36,11 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.threads import in_threads
 
-# Firings in each half of the contexts below which a latent is left out.
+# A latent with fewer firings in one half of the contexts is left out.
 ENOUGH = 10
 GOOD = 0.9
-# Drawn at random where there are more: positions that firings are compared with, a
-# latent's firings, and latents that have baselines.
+# At most this many are used, drawn at random: positions that firings are compared with,
+# a latent's firings, and latents that have baselines.
 MOST_POSITIONS, MOST_FIRINGS, MOST_BASELINES = 4096, 256, 512
 # Bins of firing rates: half a decade each.
 _EDGES = 10.0 ** np.arange(-5, 0.5, 0.5)
@@ -53,9 +53,9 @@ PerRow = Int[np.ndarray, " rows"]
 
 
 class Text(NamedTuple):
-    """The tokens at each position as numbers from 0, those that are alike the same, of
-    the token alone and of it and the one before; and which positions are learned from,
-    the others being predicted."""
+    """The text at each position, as numbers from 0: one for each kind of token, and one
+    for each kind of token with the one before it. `learned` is the mask of positions
+    that are learned from; the others are predicted."""
 
     token: PerRow
     bigram: PerRow
@@ -63,8 +63,9 @@ class Text(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of each latent, NaN where it fires too seldom: the share of positions on which it
-    fires, areas under the curve, and types of tokens with half of its activation."""
+    """Numbers of each latent: the share of positions on which it fires, areas under the
+    curve, and kinds of tokens with half of its activation; NaN if it fires too
+    rarely."""
 
     firing_rate: PerLatent
     auc_by_token: PerLatent
@@ -73,8 +74,8 @@ class Scores(NamedTuple):
 
 
 def check(subjects: Sequence[Subject]) -> None:
-    """Refuses tokens of which none counts, and a single context: one is learned from
-    and another predicted."""
+    """Refuses tokens of which none counts, and a single context: one is to be learned
+    from and another one predicted."""
     check_counts(subjects[0])
     if len(subjects[0].tokens) < 2:
         raise UserError(
@@ -103,8 +104,8 @@ def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 
 
 def text_of(token: PerRow, before: PerRow, context: PerRow) -> Text:
-    """Tokens, the tokens before them (-1: none) and numbers of their contexts; the
-    first half of these is learned from."""
+    """The text of tokens, the tokens before them (-1: none) and the numbers of their
+    contexts, of which the first half is learned from."""
     both = (before.astype(np.int64) + 1) * (int(token.max(initial=0)) + 1) + token
     each = [np.unique(a, return_inverse=True)[1] for a in (token, both)]
     middle = (int(context.min(initial=0)) + int(context.max(initial=0)) + 1) / 2
@@ -161,7 +162,7 @@ def _result(
 
 
 def scores(firings: Firings, text: Text, *, n_latents: int) -> Scores:
-    """Of `n_latents` latents with these firings, whose rows are positions of `text`."""
+    """The scores of `n_latents` latents with these firings at positions of `text`."""
     counts = [
         np.bincount(firings.latent[half], minlength=n_latents)
         for half in (text.learned[firings.row], ~text.learned[firings.row])
@@ -177,7 +178,7 @@ def scores(firings: Firings, text: Text, *, n_latents: int) -> Scores:
 def _of_latents(
     firings: Firings, which: Int[np.ndarray, " n"], n_latents: int
 ) -> Firings:
-    """Those of some latents, numbered as in `which`."""
+    """The firings of the latents `which`, numbered by their places in it."""
     place = np.full(n_latents, -1)
     place[which] = np.arange(len(which))
     latent = place[firings.latent]
@@ -185,8 +186,8 @@ def _of_latents(
 
 
 def _areas(firings: Firings, text: Text, n_latents: int) -> tuple[PerLatent, PerLatent]:
-    """Under the ROC curves by token and by bigram; NaN of a latent that fires at all
-    positions it could be compared with."""
+    """The areas under the ROC curves by token and by bigram; NaN for a latent that
+    fires at every position that it could be compared with."""
     rng = np.random.default_rng(0)
     learned = text.learned[firings.row]
     row, latent = firings.row[~learned], firings.latent[~learned]
@@ -207,7 +208,7 @@ def _areas(firings: Firings, text: Text, n_latents: int) -> tuple[PerLatent, Per
         shape = n_latents, int(ids.max(initial=-1)) + 1
         fired = _sums(firings.latent[learned], ids[firings.row[learned]], shape=shape)
         count = np.bincount(ids[text.learned], minlength=shape[1]).astype(np.float32)
-        # What the token says is what its bigrams fall back on.
+        # A bigram falls back on what its token predicts.
         here = (np.asarray(fired[latent, ids[row]]).ravel() + here) / (
             count[ids[row]] + 1
         )
@@ -223,8 +224,8 @@ def _sums(
     *,
     shape: tuple[int, int],
 ) -> sparse.csr_matrix:
-    """The matrix with these values (each 1) at these places; what is at the same place
-    is added."""
+    """The matrix with these values (or ones) at these places; values at the same place
+    add up."""
     values = np.ones(len(i), np.float32) if values is None else values
     return sparse.csr_matrix((values, (i, j)), shape=shape)
 
@@ -232,7 +233,7 @@ def _sums(
 def _at_most(
     count: int, latent: Int[np.ndarray, " n"], rng: np.random.Generator
 ) -> Int[np.ndarray, " some"]:
-    """At most `count` places of each latent, drawn at random, in the latents' order."""
+    """At most `count` places of each latent, drawn at random, sorted by latent."""
     order = rng.permutation(len(latent))
     order = order[np.argsort(latent[order], kind="stable")]
     first = np.searchsorted(latent[order], latent[order])
@@ -244,8 +245,8 @@ def _area(
     bounds: Int[np.ndarray, " latents + 1"],
     others: Float[np.ndarray, "latents positions"],
 ) -> PerLatent:
-    """How probably one of a latent's positives, from its bound to the next, is above
-    one of its finite others; as much as below is half."""
+    """The probability that one of a latent's positives (those between two bounds) is
+    above one of its finite others; ties count half."""
     others = np.sort(others, axis=1)
     counts = np.isfinite(others).sum(axis=1)
     areas = np.full(len(others), np.nan)
@@ -258,7 +259,7 @@ def _area(
 
 
 def _types_with_half(firings: Firings, token: PerRow, n_latents: int) -> PerLatent:
-    """How few types of tokens carry half of a latent's activation."""
+    """The fewest kinds of tokens that carry half of each latent's activation."""
     shape = n_latents, int(token.max(initial=-1)) + 1
     size = np.abs(firings.value).astype(np.float64)
     by_type = _sums(firings.latent, token[firings.row], size, shape=shape)
@@ -272,7 +273,7 @@ def _types_with_half(firings: Firings, token: PerRow, n_latents: int) -> PerLate
 def _random_directions(
     w_dec: Float[np.ndarray, "d_sae d_model"], count: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "count d_model"]:
-    """With the second moments of the decoder's rows."""
+    """Random directions with the second moments of the decoder's rows."""
     unit = unit_rows(w_dec)
     size, axes = np.linalg.eigh(unit.T @ unit)
     spread = axes * np.sqrt(np.maximum(size, 0))
@@ -283,8 +284,8 @@ def _random_directions(
 def _largest(
     x: Rows, directions: Float[np.ndarray, "latents d_model"], rate: PerLatent
 ) -> Firings:
-    """Firings where each direction is largest, on the share `rate` of the rows, with
-    values from there up."""
+    """Firings of each direction on the share `rate` of the rows where it is largest;
+    their values are measured from the largest row without a firing."""
     rows, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     fired = np.round(rate * len(x)).astype(int)
     for start in range(0, len(directions), _DIRECTIONS_AT_ONCE):
@@ -300,8 +301,9 @@ def _largest(
 def _summaries(
     each: Mapping[str, Scores], low: float = 0, high: float = 1
 ) -> dict[str, float | None]:
-    """How many latents with a firing rate above `low` and up to `high` have scores, and
-    what these are; None where none has. `each`: by what their names start with."""
+    """Summaries of the scores of latents with a firing rate above `low` and up to
+    `high`, and how many have one; None where none has. `each`: scores by the prefix of
+    their names."""
     found: dict[str, float | None] = {}
     for prefix, one in each.items():
         rate = one.firing_rate

@@ -1,7 +1,7 @@
-"""What SAEBench 0.6 does that we do otherwise: one switch each.
+"""What SAEBench 0.6 does differently from us: a switch for each.
 
-`--saebench_compatible` sets all of them, `--quirks` some. What each changes is measured
-in docs/results.md.
+`--saebench_compatible` turns all of them on, `--quirks` some. Their effects are
+measured in docs/results.md.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from vsae_jax.system.errors import UserError
 
 @dataclass(frozen=True)
 class Quirks:
-    """The section of docs/saebench.md, what SAEBench does, and [what we do].
+    """Each switch: the section of docs/saebench.md, what SAEBench does, [what we do].
 
     mean_in_variance: 1.4, the explained variance's total keeps the mean, and averages
       over batches [the mean is removed].
@@ -58,7 +58,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Quirks))
 
 
 def read_quirks(names: str, *, all_of_them: bool) -> Quirks:
-    """The quirks that `--quirks` names, or all; refuses an unknown name."""
+    """The quirks that `--quirks` names, or all of them; refuses an unknown name."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in NAMES:

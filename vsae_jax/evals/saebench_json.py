@@ -1,8 +1,8 @@
 """Our results in the schema of SAEBench 0.6's own result files.
 
-One file an evaluation, `evals/saebench/<eval_type_id>_eval_results.json`. Values that
-are unknown to us are null where the schema allows it; -1 stands for what is not a
-number, as in SAEBench's files.
+Each evaluation has a file, `evals/saebench/<eval_type_id>_eval_results.json`. Values
+that are not known are null where the schema allows it. As in SAEBench's files, -1
+stands for what is not a number.
 """
 
 import time
@@ -43,7 +43,7 @@ def path_of(folder: Path, name: str) -> Path:
 def in_their_schema(
     subject: Subject, name: str, result: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """What SAEBench would write; None for an evaluation that was refused, of which it
+    """What SAEBench would write; None for an evaluation that was refused, for which it
     writes nothing."""
     if not result["metrics"]:
         return None

@@ -1,7 +1,7 @@
-"""Which rows of a labelled set a probe is trained and tested on.
+"""The rows of a labelled set that a probe is trained and tested on.
 
-Every draw has a generator of its own, from the seed and the names of what it is for,
-so that a score does not depend on what was evaluated before it.
+Every draw has a random generator of its own, made from the seed and from the names of
+what it is for, so that a score does not depend on what was evaluated before.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from vsae_jax.evals.labelled import TextSet
 
-# A class, or a label with an attribute, needs this many rows to be split.
+# A class, or a label with an attribute, needs at least this many rows.
 LEAST = 10
 _TEST_SHARE = 0.2
 
@@ -21,7 +21,7 @@ Rows = Int[np.ndarray, " rows"]
 
 
 class Split(NamedTuple):
-    """Rows by class, as many of each: `[rows per class]`."""
+    """Rows by class, the same number for each: `[rows per class]`."""
 
     train: Mapping[str, Rows]
     test: Mapping[str, Rows]
@@ -35,15 +35,15 @@ class Sample(NamedTuple):
 
 
 def generator(seed: int, *names: object) -> np.random.Generator:
-    """The generator for what `names` say."""
+    """The generator for what is named."""
     words = [zlib.crc32(str(name).encode()) for name in names]
     return np.random.default_rng([seed, *words])
 
 
 def by_class(s: TextSet, *, train_size: int, test_size: int, seed: int) -> Split:
     """Rows to train and to test on: at most `train_size // 2` and `test_size // 2` of
-    every class, the same number of each; half of each attribute where the set has two
-    (docs/saebench.md 3). A class of fewer than `LEAST` rows is left out."""
+    each class, the same number for all; if the set has two attributes, half with each
+    (docs/saebench.md 3). A class with fewer than `LEAST` rows is left out."""
     strata = {c: _strata(s, c, seed) for c in s.classes}
     strata = {c: parts for c, parts in strata.items() if _smallest(parts) >= LEAST}
     sizes = (train_size // 2, test_size // 2)
@@ -61,9 +61,10 @@ def by_class(s: TextSet, *, train_size: int, test_size: int, seed: int) -> Split
 def by_quadrant(
     s: TextSet, pair: tuple[str, str], *, train_size: int, test_size: int, seed: int
 ) -> Split:
-    """Rows of (label, attribute) for a pair of labels and the set's two attributes,
-    as `P+`, `P-`, `N+` and `N-`: q of each, and 2 q of P+ and N-, which the biased
-    task takes whole; q is at most a quarter of the sizes (docs/saebench.md 5.1)."""
+    """Rows by (label, attribute), for a pair of labels and the set's two attributes,
+    as `P+`, `P-`, `N+` and `N-`: 2 q rows of P+ and N-, which the biased task uses
+    whole, and q of the others. q is at most a quarter of the sizes
+    (docs/saebench.md 5.1)."""
     assert s.attributes is not None
     values = sorted(set(s.attributes.tolist()))
     strata = {
@@ -74,7 +75,7 @@ def by_quadrant(
     biased = ("P+", "N-")
     if _smallest(strata.values()) < LEAST:
         return Split({}, {})
-    # A quadrant that is needed twice counts as half.
+    # A quadrant with 2 q rows counts as half.
     shares = [
         (part[0][1::2], part[1][1::2]) if name in biased else part
         for name, part in strata.items()
@@ -90,8 +91,8 @@ def by_quadrant(
 def one_vs_rest(
     rows: Mapping[str, Rows], positive: str, rng: np.random.Generator
 ) -> Sample:
-    """All rows of a class against as many of the others, which give the same number
-    each, up to rounding (docs/saebench.md 2.2)."""
+    """All rows of a class against as many of the others, with the same number from
+    each up to rounding (docs/saebench.md 2.2)."""
     own = rows[positive]
     others = [rows[name] for name in rows if name != positive]
     share = -(-len(own) // len(others))
@@ -100,7 +101,7 @@ def one_vs_rest(
 
 
 def against(positive: Rows, negative: Rows, rng: np.random.Generator) -> Sample:
-    """Two sets of rows of the same size."""
+    """One set of rows against another of the same size."""
     return _shuffled(positive, negative, rng)
 
 
@@ -121,7 +122,7 @@ Halves = tuple[Rows, Rows]
 
 
 def _strata(s: TextSet, label: str, seed: int) -> list[Halves]:
-    """Train and test rows of a class, for each attribute value where there are two."""
+    """Train and test rows of a class, for each attribute if there are two."""
     if s.attributes is None or len(set(s.attributes.tolist())) != 2:
         return [_halves(s, s.labels == label, seed)]
     values = sorted(set(s.attributes.tolist()))
@@ -130,8 +131,8 @@ def _strata(s: TextSet, label: str, seed: int) -> list[Halves]:
 
 
 def _halves(s: TextSet, mask: np.ndarray, seed: int) -> Halves:
-    """The rows under a mask in random order: train and test, by the set's own split or
-    four to one."""
+    """Train and test rows under a mask, in random order: by the set's own split, or
+    else four to one."""
     rows = np.flatnonzero(mask)
     if s.in_test is not None:
         parts = rows[~s.in_test[rows]], rows[s.in_test[rows]]

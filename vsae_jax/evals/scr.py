@@ -1,5 +1,5 @@
-"""Spurious correlation removal: does ablating the latents of one concept free a probe
-that was trained on two concepts at once?
+"""Spurious correlation removal: a probe was trained on two concepts at once. Does
+ablating the latents of one concept leave it with the other?
 
 For a pair of labels P, N and two attributes +, - there are three tasks: the attribute
 (+ against -), the label (P against N), and the biased one, P+ against N-.
@@ -9,7 +9,7 @@ For a pair of labels P, N and two attributes +, - there are three tasks: the att
     score = (after - before) / (clean - before)               (docs/saebench.md 5)
 
 before: the biased probe without ablation. clean: the task's own probe. The metric is
-the direction in which the biased probe is worse to begin with.
+the score of the direction in which the biased probe is worse before ablation.
 """
 
 from typing import NamedTuple
@@ -30,13 +30,13 @@ TASKS = {
 # What is ablated, and what the biased probe is scored on.
 DIRECTIONS = {1: ("attribute", "label"), 2: ("label", "attribute")}
 _LEAST_GAP = 0.001
-# The mean is over pairs, whichever set they are from.
+# The mean is over all pairs, whichever set they are from.
 SETS_WEIGH_EQUALLY = False
 
 
 class Prepared(NamedTuple):
-    """The three probes, with their test samples and the accuracies of each task's own
-    probe (clean) and of the biased one (before), by pair."""
+    """The three probes, and the accuracies of each task's own probe (clean) and of the
+    biased one (before), by pair."""
 
     fitted: dict[str, Fitted]
     clean: dict[str, dict[str, float]]
@@ -111,7 +111,7 @@ def _of_pair(
         scores: dict[int, float | None] = {}
         tests = samples(task, pair, split, "test", f"scr {n}")
         for direction, (ablated, on) in DIRECTIONS.items():
-            # None has an effect below 0: there is no surplus.
+            # No effect is negative, so there is no surplus.
             chosen = ablation.strongest(effects[ablated], n, surplus=False)
             assert chosen is not None
             after = ablation.accuracy_after(
@@ -138,8 +138,8 @@ def _effects(
 def combine(
     before: dict[str, float], scores: dict[int, float | None], *, tie_counts: bool
 ) -> float | None:
-    """The direction whose task the biased probe is worse at; both where it is as good,
-    or None if ties do not count."""
+    """The score of the direction whose task the biased probe is worse at. Where it is
+    equally good at both, their mean, or None if ties do not count."""
     if before["label"] == before["attribute"]:
         return mean(list(scores.values())) if tie_counts else None
     return scores[1 if before["label"] < before["attribute"] else 2]

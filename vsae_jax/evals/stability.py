@@ -1,19 +1,20 @@
-"""Stability: do the latents of one run come back when it is trained from another seed?
+"""Stability: do a run's latents come back when it is trained from another seed?
 
-For every two runs of a grid that differ in nothing but their seeds, on held-out rows.
-Latents that fire at least `ENOUGH` times in their run are paired one to one
-(Hungarian assignment), once by the cosine of their decoder rows and once by the
-correlation of their activations over the rows. Beside each stands what chance gives,
-once for all runs that differ in their seeds alone: as many random directions, spread as
-the decoder's rows are; activations whose rows were shifted against each other. The
-nearest other latent of the same run says how crowded directions are. A run's numbers
-are means over its pairs.
+Compares every two runs of a grid that differ only in their seeds, on held-out rows.
+Latents that fire at least `ENOUGH` times in their run are paired one to one (Hungarian
+assignment), once by the cosine of their decoder rows and once by the correlation of
+their activations over the rows. For both there is a chance level, computed once for all
+runs that differ only in seeds: as many random directions, distributed like the
+decoder's rows; and activations whose rows are shifted against each other. The nearest
+other latent of the same run tells how crowded the directions are. A run's numbers are
+means over its pairs.
 
 "Both above 0.7" and "same partner" are the measure of Paulo and Belrose
-(arXiv 2501.16615): encoder and decoder cosine of a pair that was matched by its
-decoder, and by its encoder too. "Nearest in the other run" asks, as Gerasimov et al.
-(arXiv 2606.12138) do, whether there is a like latent, whoever else claims it. After
-them, too: do the latents that do not return fill the same subspace in both runs?
+(arXiv 2501.16615): encoder and decoder cosine of a pair that is matched by its decoder,
+and also by its encoder. "Nearest in the other run" asks, as Gerasimov et al.
+(arXiv 2606.12138) do, whether there is a similar latent, even if another latent is
+paired with it. Theirs is also the question whether the latents that do not return span
+the same subspace in both runs.
 """
 
 import itertools
@@ -40,12 +41,12 @@ from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.threads import in_threads
 
-# Firings on the rows below which a latent is left out: its correlation is noise.
+# A latent with fewer firings on the rows is left out: its correlation would be noise.
 ENOUGH = 20
-# Of the squared norm of latents that do not return: the subspace that holds it.
+# A subspace is that which holds this share of the squared norm of the latents.
 _SPANNED = 0.9
 _ROWS_AT_ONCE = 4096
-# Products of activations on the device: 16 pairs of 8,192 latents.
+# Bytes of products of activations on the device: 16 pairs of 8,192 latents.
 _PRODUCT_BYTES = 2**32
 _DIGITS = 3
 
@@ -55,10 +56,11 @@ PerLatent = Float[np.ndarray, " d_sae"]
 
 
 class _Latents(NamedTuple):
-    """A run's latents that fire often enough on the rows: their places, unit rows of
-    decoder and encoder, and sum of magnitudes, mean and standard deviation of each.
+    """A run's latents that fire often enough on the rows: which they are, their unit
+    rows of decoder and encoder, and the sum of |f|, mean and standard deviation of
+    each.
 
-    rate: of all latents, the share of the rows on which they fire.
+    rate: the share of rows on which each latent of the run fires.
     """
 
     which: Int[np.ndarray, " n"]
@@ -71,8 +73,8 @@ class _Latents(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """Places of two runs among the subjects, and by how many rows those of the second
-    are shifted against those of the first."""
+    """The places of two runs among the subjects, and by how many rows the second's are
+    shifted against the first's."""
 
     a: int
     b: int
@@ -80,7 +82,8 @@ class _Pair(NamedTuple):
 
 
 class _Match(NamedTuple):
-    """Latents i of one run and j of another, one to one, and what made them a pair."""
+    """Pairs of latents i of one run and j of another, and the value they were matched
+    by."""
 
     i: Int[np.ndarray, " pairs"]
     j: Int[np.ndarray, " pairs"]
@@ -93,8 +96,8 @@ class _Match(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Numbers of the run at `place`: of what it finds in the run at `other`, or (None)
-    of itself and of its kind. per_latent: `[d_sae]` each, NaN where there is none."""
+    """Numbers of the run at `place`: about what it finds in the run at `other`, or
+    (None) about itself and its kind. per_latent: `[d_sae]` each, NaN where unknown."""
 
     place: int
     other: int | None
@@ -103,8 +106,8 @@ class _Part(NamedTuple):
 
 
 def check(subjects: Sequence[Subject]) -> None:
-    """Refuses runs of which no two differ in nothing but their seeds, and tokens of
-    which none counts."""
+    """Refuses runs among which no two differ only in their seeds, and tokens of which
+    none counts."""
     check_counts(subjects[0])
     if not _kinds(subjects):
         raise UserError(
@@ -114,8 +117,8 @@ def check(subjects: Sequence[Subject]) -> None:
 
 
 def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
-    """`{"metrics", "pairs", "per_latent", "config"}` of each; no metrics of a run
-    without a pair."""
+    """`{"metrics", "pairs", "per_latent", "config"}` of each; a run without a pair has
+    no metrics."""
     rows, kinds = held_out(subjects[0]).x, _kinds(subjects)
     parts: list[list[_Part]] = [[] for _ in subjects]
     with progress.bar(sum(map(len, kinds)), unit="pairs of runs") as bar:
@@ -131,8 +134,8 @@ def run(subjects: Sequence[Subject]) -> list[dict[str, Any]]:
 
 
 def _kinds(subjects: Sequence[Subject]) -> list[list[_Pair]]:
-    """Runs that differ in their seeds and in nothing else, in pairs, by what they have
-    in common."""
+    """The pairs of runs that differ only in their seeds, grouped by the settings that
+    they share."""
     kinds: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for place, subject in enumerate(subjects):
         if subject.run.train is not None:
@@ -150,15 +153,15 @@ def _kinds(subjects: Sequence[Subject]) -> list[list[_Pair]]:
 def _work(
     subjects: Sequence[Subject], kinds: Sequence[Sequence[_Pair]], rows: Rows
 ) -> Iterator[Callable[[], list[_Part]]]:
-    """What is to be computed, kind by kind: each run's rows are encoded once for
-    its own numbers, and once for the products with all runs of its kind."""
+    """The computations, kind by kind. Each run encodes the rows once for its own
+    numbers, and once for the products with all runs of its kind."""
     for pairs in kinds:
         places = sorted({place for pair in pairs for place in (pair.a, pair.b)})
         readers = {i: subjects[i].reader for i in places}
         latents = {i: _latents(readers[i], rows) for i in places}
         for i in places:
             yield partial(_alone, i, latents[i])
-        # By chance of the first pair alone: it hardly differs between a kind's pairs.
+        # The chance level of the first pair alone: a kind's pairs hardly differ in it.
         alive = (
             p for p in pairs if latents[p.a].which.size and latents[p.b].which.size
         )
@@ -200,8 +203,8 @@ def _sums(reader: Reader, x: Float[Array, "rows d_model"]) -> Float[Array, "4 d_
 def _products(
     readers: Mapping[int, Reader], pairs: Sequence[_Pair], rows: Rows
 ) -> Iterator[tuple[_Pair, Products]]:
-    """Each pair's sum over rows of the products of its activations. They add up on the
-    device, for as many pairs at once as `_PRODUCT_BYTES` hold."""
+    """Each pair's sum over rows of the products of its activations. They are added up
+    on the device, for as many pairs at once as fit into `_PRODUCT_BYTES`."""
     d_sae = readers[pairs[0].a].config.d_sae
     at_once = max(_PRODUCT_BYTES // (4 * d_sae**2), 1)
     for first in range(0, len(pairs), at_once):
@@ -250,7 +253,7 @@ def _alone(place: int, latents: _Latents) -> list[_Part]:
 def _by_chance(
     places: Sequence[int], a: _Latents, b: _Latents, products: Products, rows: int
 ) -> list[_Part]:
-    """What chance gives two runs of a kind, for all runs of the kind."""
+    """The chance level of two runs of a kind, for all runs of the kind."""
     correlation = _matched(_correlation(a, b, products, rows)).value
     metrics = {
         **_spread("decoder_cosine_by_chance", by_chance(a.decoder, b.decoder)),
@@ -262,7 +265,7 @@ def _by_chance(
 def _compared(
     pair: _Pair, a: _Latents, b: _Latents, products: Products, rows: int
 ) -> list[_Part]:
-    """What each of two runs finds in the other: one matching, read from both sides."""
+    """What two runs find in each other: one matching, seen from both sides."""
     if not a.which.size or not b.which.size:
         return [_Part(pair.a, pair.b, {}), _Part(pair.b, pair.a, {})]
     cosines = a.decoder @ b.decoder.T
@@ -297,8 +300,8 @@ def _one_sided(
     decoder: _Match,
     firing: _Match,
 ) -> tuple[dict[str, float | None], dict[str, PerLatent]]:
-    """What differs by the side from which a pair is looked at: numbers of a run's
-    latents, and of each one."""
+    """The numbers that depend on the side from which a pair is seen: of a run's latents
+    together, and of each one."""
     close = decoder.value > CLOSE
     nearest = cosines.max(axis=1)
     lost, lost_there = (
@@ -329,8 +332,9 @@ def _one_sided(
 def _in_span(
     rows: Float[np.ndarray, "n d_model"], others: Float[np.ndarray, "m d_model"]
 ) -> tuple[float | None, float | None]:
-    """The share of the squared norm of `rows` in the fewest principal directions that
-    hold `_SPANNED` of that of `others`, and what a random direction has there."""
+    """The share of the squared norm of `rows` that lies in the fewest principal
+    directions which hold `_SPANNED` of that of `others`; and the share of a random
+    direction that lies there."""
     if not len(rows) or not len(others):
         return None, None
     size, directions = np.linalg.eigh(others.T @ others)
@@ -353,7 +357,7 @@ def _spread(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float | Non
 
 
 def _result(subjects: Sequence[Subject], parts: Sequence[_Part]) -> dict[str, Any]:
-    """A run's numbers, from those of its pairs and of itself and its kind."""
+    """A run's numbers, from those of its pairs, of itself and of its kind."""
     pairs = [part for part in parts if part.other is not None]
     metrics = mean_metrics([part.metrics for part in pairs])
     for part in parts:

@@ -7,7 +7,7 @@ from vsae_jax.config import OpenOptions
 from vsae_jax.interop.loading import open_any
 from vsae_jax.runs.opening import Subject, subject_of
 
-# What subjects that are evaluated together have in common.
+# What subjects that are evaluated together must have in common.
 _SHARED = (
     "model",
     "revision",
@@ -21,8 +21,7 @@ _SHARED = (
 
 
 def open_subjects(config: OpenOptions) -> list[list[Subject]]:
-    """The runs that `--run` names, those together that share their language model, its
-    hook and their tokens."""
+    """The runs that `--run` names, grouped by language model, hook and tokens."""
     lm.leave_room(backend=config.backend, device=config.device)
     opened = [open_any(folder) for folder in runs.run_folders(config.run)]
     load = cache(lm.load_language_model)

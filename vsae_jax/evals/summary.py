@@ -38,7 +38,7 @@ def write(folder: Path) -> Path:
 
 
 def markdown(folder: Path) -> str:
-    """One table per evaluation, one column per arm, seeds taken together."""
+    """A table per evaluation with a column per arm; its seeds share a column."""
     results = by_arm(folder)
     names = dict.fromkeys(
         name for each in results.values() for one in each for name in one
@@ -57,7 +57,8 @@ def markdown(folder: Path) -> str:
 
 
 def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """What each run's evaluations wrote, by name, under the arm without its seed."""
+    """What each run's evaluations wrote by name, under its arm's name without the
+    seed."""
     found = series.series_of(series.open_arms(folder))
     return {
         series.label(shared): [_results(arm.folder) for arm in each]
@@ -66,8 +67,8 @@ def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _results(folder: Path) -> dict[str, Any]:
-    """What each evaluation wrote, in their order; other files are left alone, and what
-    cannot be read is left out with a note."""
+    """What each evaluation wrote, in order. Other files are ignored; a file that cannot
+    be read is left out with a note."""
     found = {}
     for name in _NAMES:
         path = folder / runs.EVALS / f"{name}.json"
@@ -84,7 +85,7 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Metrics down, arms across: there are more metrics than arms."""
+    """A table with a row per metric and a column per arm."""
     each = {arm: results for arm, results in found.items() if results}
     metrics = dict.fromkeys(
         m for results in each.values() for one in results for m in one["metrics"]
@@ -99,7 +100,7 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _notes(found: dict[str, list[dict[str, Any]]]) -> str:
-    """What was done about decoder norms, reasons of refusals, and bugs switched on."""
+    """Reasons of refusals, how decoder norms were treated, and quirks that are on."""
     each = [one for results in found.values() for one in results]
     lines = [f"Not evaluated: {one['reason']}" for one in each if one.get("reason")]
     for arm, results in found.items():

@@ -1,4 +1,4 @@
-"""What an evaluation on labelled texts gets: the rows of a set, split and encoded."""
+"""What an evaluation on labelled texts takes: the rows of a set, split and encoded."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import Sample, Split
 
 Metrics = dict[str, float | None]
-# What SAEBench trains a probe on, and its numbers of epochs are made for.
+# The rows that SAEBench trains a probe on, and that its numbers of epochs suit.
 _USUAL_ROWS = 4000
 
 
@@ -33,13 +33,13 @@ class Task(NamedTuple):
     quirks: Quirks
 
     def rng(self, *names: object, call: object = "") -> np.random.Generator:
-        """The generator for what `names` say; with the quirk `resample` each call of
-        SAEBench's draws anew."""
+        """The generator for what is named. With the quirk `resample` each call of
+        SAEBench's has another one."""
         last = (call,) if self.quirks.resample else ()
         return sampling.generator(self.seed, self.name, *names, *last)
 
     def key(self, *names: object) -> Key[Array, ""]:
-        """The key for what `names` say."""
+        """The key for what is named."""
         return jax.random.key(int(self.rng(*names).integers(2**31)))
 
     def samples(self, part: str, call: object) -> dict[str, Sample]:
@@ -76,7 +76,7 @@ def fit_probes(
     recipe: Recipe,
     *names: Any,
 ) -> Fitted:
-    """A probe per sample; `names` say what for, for the random numbers."""
+    """A probe per sample; `names` say what it is for and decide the random numbers."""
     if task.quirks.validate_on_test:
         parts = [(train[name], test[name]) for name in train]
     else:
@@ -89,7 +89,7 @@ def fit_probes(
 
 
 def mean(values: list[float | None]) -> float | None:
-    """The mean of those that are known."""
+    """The mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

@@ -1,6 +1,6 @@
 """Targeted probe perturbation: does ablating a class's latents hurt only its probe?
 
-intended(c)   = clean accuracy of c's probe - the same after ablation for c
+intended(c)   = clean accuracy of c's probe - its accuracy after ablation for c
 unintended(c) = the mean of that over the other classes' probes
 total         = intended - unintended                        (docs/saebench.md 4)
 """
@@ -50,8 +50,8 @@ def score(task: Task, prepared: Prepared, latents: Latents) -> dict[str, Metrics
 def _chosen(
     task: Task, prepared: Prepared, latents: Latents
 ) -> dict[int, dict[str, np.ndarray]]:
-    """The latents to ablate, by their number and class; a number is left out where a
-    class has no known choice of so many."""
+    """The latents to ablate, by how many and by class. A number is left out where the
+    choice for a class is not known."""
     known: dict[int, dict[str, np.ndarray]] = {}
     samples = task.samples("train", "tpp effects")
     effects = {
@@ -70,8 +70,8 @@ def _chosen(
             del known[n]
             print(
                 f"note: {task.name}: TPP with n = {n} is left out: fewer latents have "
-                "a positive effect, and which others SAEBench would take only torch "
-                "can say; install torch, or leave out the quirk surplus_latents"
+                "a positive effect, and only torch can tell which others SAEBench "
+                "would take; install torch, or leave out the quirk surplus_latents"
             )
     return known
 

@@ -14,7 +14,8 @@ from vsae_jax.lm import Traceable
 
 
 class Schedule(NamedTuple):
-    """Adam's rate on the logits, and the softmax's temperature at both ends."""
+    """Adam's learning rate for the logits, and the softmax's first and last
+    temperature."""
 
     lr: float
     hot: float
@@ -22,8 +23,8 @@ class Schedule(NamedTuple):
 
 
 class Climb(NamedTuple):
-    """Where ascents ended: the rounded tokens, BOS included, and the latent's
-    pre-activation at the last position for the soft tokens that were rounded."""
+    """The ends of ascents: the rounded tokens, BOS included, and the latent's
+    pre-activation at the last position for the soft tokens before rounding."""
 
     tokens: Int[Array, "restarts time"]
     soft: Float[Array, " restarts"]
@@ -47,10 +48,11 @@ def climb(
         p = softmax(logits / T),   x_0 = [embed(BOS), p @ W_E]
         maximise mu_latent(rows(x_0) at the last position) over the logits
 
-    mu is before the relu and the selection, which have no gradient where the latent is
-    off. By Adam, T falling geometrically, so that at the end a soft token is nearly the
-    token it is rounded to. Tokens not `allowed` have none. `bos_id` stands at position
-    0, None where nothing does. The keys are consumed.
+    mu is taken before the relu and the selection, which have no gradient where the
+    latent is off. Adam climbs while T falls geometrically, so that at the end a soft
+    token is nearly the token that it is rounded to. Tokens that are not `allowed` have
+    no probability. `bos_id` is put at position 0, unless it is None. The keys are
+    consumed.
     """
     objective = partial(_objective, lm, reader, latent, allowed, bos_id)
 
@@ -60,7 +62,8 @@ def climb(
 
         def step(state: Any, done: Float[Array, ""]) -> tuple[Any, None]:
             logits, moments = state
-            gradient = jax.grad(objective)(logits, _temperature(schedule, done))
+            temperature = schedule.hot * (schedule.cold / schedule.hot) ** done
+            gradient = jax.grad(objective)(logits, temperature)
             update, moments = adam.update(-gradient, moments)
             return (optax.apply_updates(logits, update), moments), None
 
@@ -72,10 +75,6 @@ def climb(
         return Climb(tokens, objective(logits, jnp.asarray(schedule.cold)))
 
     return jax.vmap(ascend)(keys)
-
-
-def _temperature(schedule: Schedule, done: Float[Array, ""]) -> Float[Array, ""]:
-    return schedule.hot * (schedule.cold / schedule.hot) ** done
 
 
 def _objective(

@@ -1,8 +1,8 @@
-"""Which latents go together, in bounded memory.
+"""Which latents fire together, in bounded memory.
 
-The products f_i f_j of all pairs would need d_sae^2 numbers and k^2 operations a
-token. Instead the firings of a uniform sample of the tokens are kept, all tokens where
-they fit, and multiplied at the end, one latent after another.
+The products f_i f_j of all pairs would need d_sae^2 numbers and k^2 operations per
+token. Instead, the firings of a uniform sample of the tokens are kept (all tokens, if
+they fit) and multiplied at the end, one latent after another.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ from jaxtyping import Bool, Float, Int
 
 from vsae_jax.latents.strongest import uniform
 
-# Of the sample, as its tokens with the most firings of one: firings (128 MB),
-# products of pairs (seconds); and tokens.
+# Limits of the sample, as if each of its tokens had the most firings of any: firings
+# (128 MB) and products of pairs (seconds); and its tokens.
 MAX_FIRINGS, MAX_PRODUCTS, MAX_TOKENS = 2**23, 2**27, 2**21
 STRONGEST = 10
 
 
 class TokenSample:
-    """The firings of the tokens whose hash is below a threshold. It starts at 1, all
-    tokens, and is halved whenever a limit is passed, so that the sample depends on the
-    tokens alone and not on the batches."""
+    """The firings of the tokens whose hash is below a threshold. The threshold starts
+    at 1 (all tokens) and is halved whenever a limit is exceeded, so that the sample
+    does not depend on the batches."""
 
     def __init__(self, d_sae: int, *, seed: int):
         self.threshold = 1.0
@@ -62,9 +62,8 @@ class TokenSample:
         self._priority, self._length = self._priority[stays], self._length[stays]
 
     def strongest(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Pearson's correlation over the sampled tokens: of each latent its largest
-        ones with others, `[d_sae, 10]`, the others' indices (-1: none), and the number
-        of tokens."""
+        """Each latent's largest Pearson correlations with others over the sampled
+        tokens, `[d_sae, 10]`; the others' indices (-1: none); the number of tokens."""
         n, count = len(self._length), min(STRONGEST, self._d_sae - 1)
         largest = np.zeros((self._d_sae, STRONGEST), np.float32)
         latents = np.full((self._d_sae, STRONGEST), -1, np.int32)
@@ -86,7 +85,7 @@ class TokenSample:
         return largest, latents, n
 
     def _padded(self) -> tuple[np.ndarray, np.ndarray]:
-        """Latents and values, `[tokens, most firings of a token]`, filled with 0."""
+        """Latents and values, `[tokens, most firings of a token]`, padded with 0."""
         n, most = len(self._length), int(self._length.max(initial=1))
         inside = np.arange(most)[None, :] < self._length[:, None]
         latent, value = np.zeros((n, most), np.int64), np.zeros((n, most))
@@ -112,7 +111,7 @@ def _correlation(
     deviation: Float[np.ndarray, " d_sae"],
     own: int | Int[np.ndarray, ""],
 ) -> Float[np.ndarray, " d_sae"]:
-    """Pearson's r of one latent with all; -inf with itself and with the constant."""
+    """Pearson's r of one latent with all; -inf with itself and with constant ones."""
     scale = deviation[own] * deviation
     r = np.divide(covariance, scale, out=np.full(len(scale), -np.inf), where=scale > 0)
     r[own] = -np.inf

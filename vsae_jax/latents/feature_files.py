@@ -1,5 +1,5 @@
-"""`features/` in a run folder, which the command `features` writes: its files' names,
-and the statistics that others read from it."""
+"""`features/` in a run folder, which the command `features` writes: the names of its
+files, and the statistics that other commands read from it."""
 
 from typing import NamedTuple
 

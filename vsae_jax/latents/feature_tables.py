@@ -1,5 +1,5 @@
-"""The tables of `features.npz` (vsae_jax.features says what they hold): one pass over
-held-out activation rows, and what the decoder's rows say of each other."""
+"""The tables of `features.npz` (described in vsae_jax.features), from one pass over
+held-out activation rows and from the decoder's rows."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -19,17 +19,20 @@ from vsae_jax.autoencoder.sae import Variables
 from vsae_jax.config import OpenOptions
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents.firings import FeaturePass, Limits
+from vsae_jax.latents.logit_effects import largest
+from vsae_jax.latents.map_statistics import unit_rows
 from vsae_jax.runs import TrainedSAE, opening
 from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError
 
 NEIGHBOURS = 10
-# Latents in a batch: 16 MB in float32.
+# Values of latents in a batch: 16 MB in float32.
 _BATCH_LATENTS = 2**22
 
 
 class Source(NamedTuple):
-    """A run with the held-out contexts start, ..., stop - 1 and its language model."""
+    """A run, its language model and the held-out contexts start, ..., stop - 1, with a
+    description of those."""
 
     run: TrainedSAE
     lm: lm.LanguageModel
@@ -44,7 +47,7 @@ def open_source(
     settings: OpenOptions,
     load: Callable[..., Any] = lm.load_language_model,
 ) -> Source:
-    """What the pass reads, checked to belong together."""
+    """A run with what the pass reads; refuses what does not belong together."""
     opened = opening.filled(open_any(folder), settings)
     static = dataclasses.replace(opened.sae, dtype="float32")
     opened = dataclasses.replace(opened, sae=static)
@@ -123,7 +126,8 @@ def _filled_to(array: np.ndarray, length: int) -> np.ndarray:
 def place_windows(
     arrays: dict[str, Any], source: Source, *, reach: int
 ) -> dict[str, Any]:
-    """Token numbers of the pass as context, position and the ids around them."""
+    """The arrays with the pass's token numbers replaced by contexts, positions and the
+    ids around them."""
     m, rows = source.activations.manifest, source.activations.rows_per_context
     tokens = source.activations.tokens(source.start, source.stop)
     arrays = dict(arrays)
@@ -144,10 +148,9 @@ def place_windows(
 
 
 def of_decoder(variables: Variables) -> dict[str, np.ndarray]:
-    """The decoder rows' norms in units of x, and of each its nearest by cosine."""
+    """The decoder rows' norms in units of x, and each row's nearest ones by cosine."""
     w_dec = np.asarray(variables["params"]["w_dec"], np.float32)
-    norm = np.linalg.norm(w_dec, axis=1)
-    unit = w_dec / np.maximum(norm, 1e-30)[:, None]
+    unit = unit_rows(w_dec)
     count = min(NEIGHBOURS, len(unit) - 1)
     latents = np.full((len(unit), NEIGHBOURS), -1, np.int32)
     cosines = np.zeros((len(unit), NEIGHBOURS), np.float32)
@@ -155,14 +158,12 @@ def of_decoder(variables: Variables) -> dict[str, np.ndarray]:
         cosine = unit[start : start + 256] @ unit.T
         own = np.arange(len(cosine))
         cosine[own, start + own] = -np.inf
-        best = np.argpartition(-cosine, count - 1, axis=1)[:, :count]
-        value = np.take_along_axis(cosine, best, 1)
-        order = np.argsort(-value, axis=1, kind="stable")
-        latents[start : start + 256, :count] = np.take_along_axis(best, order, 1)
-        cosines[start : start + 256, :count] = np.take_along_axis(value, order, 1)
+        best = largest(cosine, count)
+        latents[start : start + 256, :count] = best
+        cosines[start : start + 256, :count] = np.take_along_axis(cosine, best, 1)
     scale = float(np.asarray(variables["norm"]["scale"]))
     return {
-        "decoder_norm": norm / scale,
+        "decoder_norm": np.linalg.norm(w_dec, axis=1) / scale,
         "neighbour_latents": latents,
         "neighbour_cosine": cosines,
     }

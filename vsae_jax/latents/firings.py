@@ -1,9 +1,8 @@
 """What each latent fires on, from batches of latents in one streaming pass.
 
-A latent fires on a token where f is not 0. Tokens are numbered by the rows of the
-pass; a token counts where it is not special. Memory is bounded by d_sae and the limits
-below, whatever the number of tokens. The result is that of all tokens at once: it does
-not depend on the batches.
+A latent fires on a token where f is not 0. Tokens are numbered by the rows of the pass;
+a token counts if it is not special. Memory is bounded by d_sae and the limits below,
+whatever the number of tokens. The result does not depend on the batches.
 """
 
 import dataclasses
@@ -32,9 +31,9 @@ class Firings(NamedTuple):
 class Limits:
     """How much is kept.
 
-    top: contexts of the strongest activations, each context once. sample: firings in
-    the uniform sample. reach: tokens on each side in a window. prompts: contexts kept
-    whole, with the `per_token` strongest latents of each of their tokens.
+    top: contexts with the strongest activations. sample: firings in the uniform sample.
+    reach: tokens on each side in a window. prompts: contexts that are kept whole, with
+    the `per_token` strongest latents of each token.
     """
 
     top: int = 20
@@ -46,8 +45,8 @@ class Limits:
 
 
 class Histogram:
-    """Counts of f per latent in equal bins whose width is a power of two, doubled
-    when a value does not fit: the same bins, however the values arrive.
+    """Counts of f per latent in equal bins. Their width is a power of two, doubled when
+    a value does not fit, so that the bins do not depend on the order of the values.
 
     counts: `[d_sae, 2 * BINS]`; bin b of latent i holds the values from
     (b - BINS) * width[i] to below (b - BINS + 1) * width[i], and
@@ -60,7 +59,7 @@ class Histogram:
 
     @property
     def width(self) -> Float[np.ndarray, " d_sae"]:
-        """0 for a latent without a value."""
+        """The width of each latent's bins; 0 for a latent without a value."""
         return np.where(self.counts.any(1), np.ldexp(1.0, self._exponent), 0.0)
 
     def add(self, firings: Firings, largest: Float[np.ndarray, " d_sae"]) -> None:
@@ -82,7 +81,7 @@ class Histogram:
 
 
 class FeaturePass:
-    """Adds up batches of whole contexts; `finish` gives the tables."""
+    """Adds up batches of whole contexts; `finish` returns the tables."""
 
     def __init__(self, d_sae: int, *, limits: Limits):
         self.limits, self.d_sae = limits, d_sae
@@ -183,8 +182,8 @@ class FeaturePass:
 
 
 def find_firings(f: Float[np.ndarray, "rows d_sae"]) -> Firings:
-    """Where f is not 0."""
-    # A mask of bytes is searched three times as fast as floats are.
+    """The places where f is not 0, and its values."""
+    # NumPy searches a mask of bytes three times as fast as floats.
     flat = np.flatnonzero(f != 0)
     row, latent = np.divmod(flat, f.shape[1])
     return Firings(row, latent, f.reshape(-1)[flat])
@@ -193,8 +192,9 @@ def find_firings(f: Float[np.ndarray, "rows d_sae"]) -> Firings:
 def quantile_groups(
     sample: Kept, reach: int, *, groups: int, examples: int
 ) -> dict[str, Any]:
-    """Equal shares of each latent's sampled firings, the strongest group first, with
-    the `examples` of each group that have the largest random keys."""
+    """Groups of equal shares of each latent's sampled firings, the strongest group
+    first, with the `examples` firings of each group that have the largest random
+    keys."""
     size = np.abs(sample.window[:, :, reach])
     n = np.isfinite(sample.key).sum(1)[:, None]
     order = np.lexsort((sample.token, np.where(size >= 0, -size, np.inf)), axis=1)
@@ -205,7 +205,7 @@ def quantile_groups(
     group = np.where(place < n, place * groups // np.maximum(n, 1), groups)
     by_key = np.lexsort((-key, group), axis=1)
     group = np.take_along_axis(group, by_key, 1)
-    # The first `examples` of each group: those whose like stands no further before.
+    # The first `examples` of each group.
     start = np.stack([(group < g).sum(1) for g in range(groups)], 1)
     within = start[:, :, None] + np.arange(examples)[None, None, :]
     stop = np.concatenate([start[:, 1:], n], 1)
@@ -226,7 +226,7 @@ def quantile_groups(
 
 
 def _interpolated(values: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """values[i, place[i, j]] for places between whole ones."""
+    """values[i, place[i, j]], linearly interpolated between whole places."""
     low = np.floor(place).astype(int)
     high = np.minimum(low + 1, values.shape[1] - 1)
     low_value, high_value = (np.take_along_axis(values, i, 1) for i in (low, high))
@@ -234,8 +234,8 @@ def _interpolated(values: np.ndarray, place: np.ndarray) -> np.ndarray:
 
 
 def _around(f: np.ndarray, counts: np.ndarray, first: int, reach: int):
-    """Gives the latent at the tokens up to `reach` before and after, `[n, width]`; NaN
-    outside the context and at tokens that do not count."""
+    """A function that returns latents at the tokens up to `reach` before and after,
+    `[n, width]`; NaN outside the context and at tokens that do not count."""
     rows = f.shape[1]
     flat, counted = f.reshape(-1, f.shape[2]), counts.reshape(-1)
     offsets = np.arange(-reach, reach + 1)[None, :]

@@ -1,13 +1,13 @@
-"""Which tokens a latent's direction makes likely: the decoder's rows through the final
-norm and the unembedding, past the blocks in between (the direct path).
+"""Which tokens a latent's direction makes likely: its decoder row passed through the
+final norm and the unembedding, without the blocks in between (the direct path).
 
     effect(d) = (U(c d) - U(-c d)) / 2,     U = unembedding of the final norm
 
-c is large, so that the norm's epsilon is nothing, and the two signs cancel its bias.
-For a LayerNorm this is W_U (g * (d - mean d) / std d): logits per unit of a normalised
-residual that points along d. The mean over the vocabulary is subtracted, as it changes
-no probability. A decoder row's length makes no difference, nor does the site: what
-attention or an MLP adds is in the stream as it is.
+c is so large that the norm's epsilon does not matter, and the two signs cancel its
+bias. For a LayerNorm this is W_U (g * (d - mean d) / std d): logits per unit of a
+normalised residual that points along d. The mean over the vocabulary is subtracted, as
+it changes no probability. A decoder row's length makes no difference. Neither does the
+site, since what attention or an MLP adds enters the stream as it is.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ def effects(
     """effect(d) of each row; the mean over the vocabulary is 0."""
     norm = np.linalg.norm(directions, axis=1, keepdims=True)
     d = _LARGE * directions / np.maximum(norm, 1e-30) * np.sqrt(lm.d_model)
-    # Always as many rows: one compilation.
+    # Always the same number of rows, so that there is one compilation.
     filled = np.zeros((_AT_ONCE, 1, lm.d_model), np.float32)
     filled[: len(d), 0] = d
     last = lm.n_layers - 1
@@ -50,7 +50,7 @@ def effects(
 
 def _tables(effect: Float[np.ndarray, "n vocab"]) -> dict[str, Any]:
     count = min(STRONGEST, effect.shape[1])
-    top, bottom = _largest(effect, count), _largest(-effect, count)
+    top, bottom = largest(effect, count), largest(-effect, count)
     least = np.take_along_axis(effect, bottom[:, :1], 1)
     most = np.take_along_axis(effect, top[:, :1], 1)
     place = (effect - least) / np.maximum(most - least, 1e-30) * BINS
@@ -67,7 +67,7 @@ def _tables(effect: Float[np.ndarray, "n vocab"]) -> dict[str, Any]:
     }
 
 
-def _largest(values: Float[np.ndarray, "n vocab"], count: int) -> np.ndarray:
+def largest(values: Float[np.ndarray, "n vocab"], count: int) -> np.ndarray:
     """The places of each row's `count` largest values, the largest first."""
     some = np.argpartition(-values, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(values, some, 1), axis=1, kind="stable")

@@ -1,9 +1,9 @@
-"""What the language model loses without a latent, through the model.
+"""What the language model loses without a latent, measured through the model.
 
-In each of a latent's strongest contexts f_i w_dec_i is taken out where the autoencoder
-reads, at every position (its error and the other latents stay), and what is above runs
-on. The effect at a token is the rise of -log p(token | those before it), in
-nats: above 0, the latent helped to predict that token.
+In each of a latent's strongest contexts, f_i w_dec_i is subtracted where the
+autoencoder reads, at every position (its error and the other latents stay), and the
+blocks above run on that. The effect at a token is the rise of -log p(token | those
+before it), in nats: above 0, the latent helped to predict that token.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -48,10 +48,10 @@ def loss_effects(
 def of_contexts(
     source: "Source", latent: Int[np.ndarray, " n"], context: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n time"]:
-    """The effect of taking out latent i in context i at each of its tokens; NaN at the
-    first, which nothing predicts."""
+    """The effect of subtracting latent i in context i, at each token of the context;
+    NaN at the first, which nothing predicts."""
     n, filled = len(latent), np.resize(np.arange(len(latent)), _AT_ONCE)
-    # Always as many contexts: one compilation.
+    # Always the same number of contexts, so that there is one compilation.
     latent, context = latent[filled], context[filled]
     tokens = np.concatenate([source.activations.tokens(c, c + 1) for c in context])
     delta = _contributions(source, latent, context)

@@ -1,6 +1,6 @@
-"""Numbers about how latents lie: what a picture of them can be held to.
+"""Numbers about how latents lie, by which a picture of them can be judged.
 
-Each that depends on how many points there are stands beside its value by chance.
+A number that depends on how many points there are comes with its value by chance.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from vsae_jax.autoencoder.density import density_metrics
 
-# The paper's histograms of maximum activations end here, and so do their counts.
+# The range of the paper's histograms of maximum activations, and of its counts.
 PAPER_RANGE = (0.0, 2.5)
 ALIVE_ABOVE = (0.0, 1e-4, 1e-2, 0.1)
 COSINE_EDGES = np.linspace(-1.0, 1.0, 201)
@@ -27,8 +27,8 @@ def unit_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 def cosines(
     rows: Float[np.ndarray, "n d"],
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " bins"]]:
-    """Each row's largest cosine to another, and how the cosines of all pairs fall
-    into COSINE_EDGES."""
+    """Each row's largest cosine to another row, and the histogram of the cosines of all
+    pairs over COSINE_EDGES."""
     unit = unit_rows(rows)
     nearest = np.full(len(unit), np.nan)
     counts = np.zeros(len(COSINE_EDGES) - 1, np.int64)
@@ -51,9 +51,10 @@ def random_nearest_cosine(n: int, d: int, *, seed: int) -> float:
 def alive_counts(
     rate: Float[np.ndarray, " d_sae"], most: Float[np.ndarray, " d_sae"]
 ) -> dict[str, float]:
-    """Latents by firing rate, exp(H) of the rates' shares, and its share of those that
-    fire: 1 where all fire equally often. `n_max_in_paper_range` counts as the paper
-    did (docs/paper_and_code.md 4): those whose maximum lies in its histogram."""
+    """The numbers of latents above several firing rates; exp(H) of the rates' shares,
+    and its share of the latents that fire, which is 1 where all fire equally often.
+    `n_max_in_paper_range` counts as the paper did (docs/paper_and_code.md 4): latents
+    whose maximum lies in its histogram."""
     effective = density_metrics(rate)["entropy_effective_latents"]
     alive = {f"n_alive_above_{t:g}": float((rate > t).sum()) for t in ALIVE_ABOVE}
     low, high = PAPER_RANGE
@@ -67,9 +68,9 @@ def alive_counts(
 def cluster_numbers(
     labels: Int[np.ndarray, " n"], rate: Float[np.ndarray, " n"], *, seed: int
 ) -> dict[str, Any]:
-    """Sizes and mean firing rates of clusters, and their spread: the coefficient of
-    variation over clusters. `cluster_rate_cv_shuffled` is that of clusters of the
-    same sizes with the latents dealt out at random: what no structure gives."""
+    """Sizes and mean firing rates of clusters, and their coefficients of variation over
+    clusters. `cluster_rate_cv_shuffled` is that of the rates where latents are dealt
+    out at random to clusters of the same sizes, that is, without any structure."""
     sizes = np.bincount(labels)
     means = _cluster_means(labels, rate)
     rng = np.random.default_rng(seed)

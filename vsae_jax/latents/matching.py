@@ -1,10 +1,10 @@
 """Pairs of latents of two autoencoders, one to one, by the cosine of their decoders.
 
 Two runs with the same seed and shapes start from the same decoder rows, whatever their
-variant. Pairs of such runs are mostly a latent and itself: their cosines say how far
-the two moved apart, not whether two trainings find the same features, which only runs
-of different seeds can show. `Matching` therefore says how the two started and how many
-pairs have the same number in both, and holds the cosines that chance gives.
+variant. Their pairs are mostly a latent and itself: the cosines say how far the two
+moved apart, not whether two trainings find the same features, which only runs with
+different seeds can show. So `Matching` says how the two started and how many pairs have
+the same number in both, and holds the cosines that are expected by chance.
 """
 
 from typing import NamedTuple
@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from vsae_jax.latents import map_statistics
 from vsae_jax.runs import TrainedSAE
 
-# Pairs above it are called alike.
+# Pairs with a cosine above this are called alike.
 CLOSE = 0.7
 
 
@@ -24,8 +25,8 @@ class Matching(NamedTuple):
 
     partner, cosine `[d_a]`: as `match` returns them.
     chance `[pairs]`: cosines of as many pairs by chance, see `by_chance`.
-    start: what is known of how the two started, a sentence.
-    shared_start: whether from the same decoder rows; None where it is not known.
+    start: a sentence about how the two started.
+    shared_start: whether both started from the same decoder rows; None if not known.
     """
 
     partner: Int[np.ndarray, " d_a"]
@@ -36,7 +37,7 @@ class Matching(NamedTuple):
 
     @property
     def of_pairs(self) -> Float[np.ndarray, " pairs"]:
-        """The cosines of those that have a partner."""
+        """The cosines of the latents that have a partner."""
         return self.cosine[self.partner >= 0]
 
 
@@ -65,8 +66,8 @@ def match(
 ) -> tuple[Int[np.ndarray, " d_a"], Float[np.ndarray, " d_a"]]:
     """Each latent's partner (-1: none) and the cosine of the two decoder rows.
 
-    The pairs of alive latents with the largest sum of cosines (the assignment problem,
-    solved exactly), not the nearest row of each, which many could share.
+    These are the pairs of alive latents with the largest sum of cosines (the assignment
+    problem, solved exactly), not each latent's nearest, which many could share.
     """
     partner, cosine = np.full(len(w_a), -1), np.zeros(len(w_a))
     a, b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
@@ -79,9 +80,9 @@ def match(
 def by_chance(
     w_a: Float[np.ndarray, "d_a d_model"], w_b: Float[np.ndarray, "d_b d_model"]
 ) -> Float[np.ndarray, " pairs"]:
-    """Cosines that autoencoders with nothing in common but the space would show: as
-    many random directions as each has rows, with the second moments of those rows,
-    matched in the same way. (Directions uniform on the sphere would put chance too low:
+    """The cosines expected of autoencoders that share nothing but the space: those of
+    as many random directions as each has rows, with the second moments of those rows,
+    matched in the same way. (Uniformly random directions would set the level too low:
     activations, and so decoder rows, fill some dimensions more than others.)"""
     rng = np.random.default_rng(0)
     mixed = [rng.standard_normal((len(w), len(w))) @ unit_rows(w) for w in (w_a, w_b)]
@@ -91,17 +92,17 @@ def by_chance(
 
 
 def describe(m: Matching) -> list[str]:
-    """What the pairs say, in paragraphs: their cosines, those by chance, and what the
-    two runs' starts make of them."""
+    """Paragraphs about the pairs: their cosines, those expected by chance, and what
+    they mean given how the two runs started."""
     if not len(m.of_pairs):
         return ["No pair: in one of the two no latent fires."]
     same = float((m.partner == np.arange(len(m.partner)))[m.partner >= 0].mean())
     lines = [
         f"{len(m.of_pairs):,} pairs, one to one, chosen for the largest sum of cosines "
         f"among latents that fire (Hungarian assignment). {_spread(m.of_pairs)}.",
-        f"By chance: {_spread(m.chance).lower()}. That is of as many random "
-        "directions, spread over the dimensions as each one's own decoder rows are and "
-        "matched in the same way.",
+        f"By chance: {_spread(m.chance).lower()}. That is for as many random "
+        "directions, spread over the dimensions as each run's own decoder rows are, "
+        "and matched in the same way.",
         f"{m.start} {100 * same:.1f} % of the pairs have the same number in both.",
     ]
     if m.shared_start:
@@ -121,8 +122,8 @@ def _spread(cosines: Float[np.ndarray, " pairs"]) -> str:
 
 
 def _start(a: TrainedSAE, b: TrainedSAE) -> tuple[str, bool | None]:
-    """The sentence, and whether both began with the same decoder rows: these depend on
-    the seed and the shape alone."""
+    """A sentence, and whether both started from the same decoder rows, which depend
+    only on the seed and the shape."""
     if a.train is None or b.train is None:
         return "How they started is not known.", None
     if a.train.fork_from or b.train.fork_from:
@@ -137,6 +138,5 @@ def _start(a: TrainedSAE, b: TrainedSAE) -> tuple[str, bool | None]:
 
 
 def unit_rows(w: Float[np.ndarray, "rows d"]) -> Float[np.ndarray, "rows d"]:
-    """The rows, each of norm 1, in float64."""
-    w = w.astype(np.float64)
-    return w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-30)
+    """The rows at norm 1, in float64."""
+    return map_statistics.unit_rows(w.astype(np.float64))

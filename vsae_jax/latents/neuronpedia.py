@@ -1,8 +1,8 @@
-"""Features in the field names of SAEDashboard, which Neuronpedia reads.
+"""Features under the field names of SAEDashboard, which Neuronpedia reads.
 
-One file a batch of features, as its `NeuronpediaDashboardBatch` writes them:
-`batch-0.json` holds {"model_id", "layer", "sae_set", "features": [...]}. Tables of
-neurons are empty: they are not computed here.
+Each batch of features has a file, as its `NeuronpediaDashboardBatch` writes it:
+`batch-0.json` holds {"model_id", "layer", "sae_set", "features": [...]}. Tables about
+neurons are empty, since they are not computed here.
 """
 
 import json
@@ -86,8 +86,8 @@ def _density(arrays: dict[str, Any], latent: int) -> tuple[list[float], list[int
 
 
 def _activations(latent: int, arrays: dict[str, Any], texts: dict[str, str]) -> list:
-    """The strongest sequences (their bin_min and bin_contains are -1), then examples of
-    each share of the firings."""
+    """The strongest sequences (with -1 for bin_min and bin_contains), then examples
+    from each share of the firings."""
     edges = arrays["quantile_edges"][latent]
     groups, examples = arrays["quantile_context"].shape[1:]
     top = abs(float(arrays["max_activation"][latent]))

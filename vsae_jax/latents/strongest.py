@@ -1,8 +1,8 @@
 """The firings of each latent with the largest keys, in bounded memory.
 
-A firing is a token on which a latent is not 0. With |f| as the key these are the top
-activations; with a random key they are a uniform sample without replacement. What is
-kept depends on the firings alone, not on how they came in batches.
+A firing is a token on which a latent is not 0. With |f| as the key, these are the top
+activations; with a random key, they are a uniform sample without replacement. What is
+kept does not depend on how the firings are divided into batches.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ Around = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 class Kept:
     """The `size` firings of each latent with the largest keys; of equal keys the
-    earlier token stays.
+    earlier token is kept.
 
-    key: `[d_sae, size]`, -inf where there is none. token: `[d_sae, size]`, -1 there.
-    window: `[d_sae, size, width]`, the latent at the tokens around. Slots are in no
-    order until `sort`.
+    key: `[d_sae, size]`, -inf in an empty slot. token: `[d_sae, size]`, -1 there.
+    window: `[d_sae, size, width]`, the latent at the tokens around. Slots are not in
+    order before `sort`.
     """
 
     def __init__(self, d_sae: int, size: int, width: int):
@@ -32,11 +32,11 @@ class Kept:
         self._least = np.full(d_sae, -np.inf)
 
     def passing(self, latent: Ids, key: Keys) -> Int[np.ndarray, " passing"]:
-        """Which firings, none of them earlier than those kept, would get in."""
+        """The firings that would be kept; none may be earlier than those kept now."""
         return np.flatnonzero(key > self._least[latent])
 
     def add(self, latent: Ids, key: Keys, token: Ids, around: Around) -> None:
-        """Takes in firings; `around(latent, token)` gives the windows `[m, width]` of
+        """Adds firings; `around(latent, token)` returns the windows `[m, width]` of
         those that get a slot."""
         if not len(latent):
             return
@@ -52,7 +52,7 @@ class Kept:
         keys[:, :size], tokens[:, :size] = self.key[changed], self.token[changed]
         keys[row, size + rank], tokens[row, size + rank] = key, token
         stays = _largest(keys, tokens, size)
-        # As many candidates come in as slots become free, row by row.
+        # In each row, as many candidates come in as slots become free.
         row, slot = np.nonzero(~stays[:, :size])
         _, new = np.nonzero(stays[:, size:])
         coming = keys[row, size + new] > -np.inf
@@ -63,7 +63,7 @@ class Kept:
         self._least[changed] = self.key[changed].min(1)
 
     def sort(self) -> None:
-        """Puts the largest key first, in every latent."""
+        """Sorts every latent's firings, the largest key first."""
         order = np.lexsort((self.token, -self.key), axis=1)
         self.key = np.take_along_axis(self.key, order, 1)
         self.token = np.take_along_axis(self.token, order, 1)
@@ -74,8 +74,8 @@ class Kept:
 def best_of_context(
     latent: Ids, key: Keys, token: Ids, context: Ids
 ) -> Int[np.ndarray, " m"]:
-    """The firing with the largest key, then the earliest, of each latent in each
-    context."""
+    """The firing with the largest key of each latent in each context; of equal keys the
+    earliest."""
     order = np.lexsort((token, -key, context, latent))
     first = np.ones(len(order), bool)
     first[1:] = (np.diff(latent[order]) != 0) | (np.diff(context[order]) != 0)
@@ -83,8 +83,8 @@ def best_of_context(
 
 
 def uniform(token: Ids, latent: Ids | int, *, seed: int) -> Keys:
-    """A number in [0, 1) that looks random, by seed, token and latent alone: their
-    splitmix64 hash (Steele et al. 2014)."""
+    """A random-looking number in [0, 1): the splitmix64 hash (Steele et al. 2014) of
+    seed, token and latent."""
     with np.errstate(over="ignore"):
         x = _mix(token.astype(np.uint64) + _mix(np.uint64(seed)))
         x = _mix(x ^ (np.asarray(latent).astype(np.uint64) << np.uint64(40)))
@@ -108,10 +108,10 @@ def _rank_in_runs(values: Ids) -> Ids:
 def _largest(
     keys: Float[np.ndarray, "rows n"], tokens: Int[np.ndarray, "rows n"], size: int
 ) -> Bool[np.ndarray, "rows n"]:
-    """The mask of each row's `size` largest keys, earlier tokens first."""
+    """The mask of each row's `size` largest keys; of equal ones the earlier tokens."""
     least = np.partition(keys, keys.shape[1] - size, axis=1)[:, -size, None]
     mask = keys >= least
-    # Rows in which several keys equal the last that stays; sorting all is slow.
+    # Only rows where several keys equal the last one kept; sorting all would be slow.
     tied = np.flatnonzero(mask.sum(1) > size)
     if len(tied):
         order = np.lexsort((tokens[tied], -keys[tied]), axis=1)

@@ -1,7 +1,7 @@
-"""What the page of a dashboard holds of one autoencoder, as JSON: a row of numbers for
+"""What a dashboard's page holds about one autoencoder, as JSON: a row of numbers for
 every latent, and some latents in full.
 
-Numbers are rounded to a few digits here; `features.npz` has them as they are.
+Numbers are rounded to a few digits; `features.npz` has the full ones.
 """
 
 import json
@@ -14,12 +14,13 @@ from jaxtyping import Float, Int
 
 from vsae_jax import runs
 from vsae_jax.config.fields import to_json
+from vsae_jax.latents.map_statistics import unit_rows
 from vsae_jax.runs import TrainedSAE
 from vsae_jax.system.errors import UserError
 
-# Latents in one compressed block of the page: in full, and in brief.
+# The latents in one compressed block of the page, in full and in brief.
 CHUNK, CHUNK_IN_BRIEF = 16, 64
-# Texts of a latent in brief, and the tokens on each side of their strongest one.
+# The texts of a latent in brief, and the tokens on each side of the strongest one.
 _BRIEF_TEXTS, _BRIEF_REACH = 5, 8
 _PROMISED = 3
 _CURVE_POINTS = 400
@@ -32,7 +33,7 @@ _NO_MAP = (
 
 
 class Features(NamedTuple):
-    """A run with what `features/` holds of it."""
+    """A run with the content of its `features/`."""
 
     run: TrainedSAE
     arrays: dict[str, np.ndarray]
@@ -40,7 +41,7 @@ class Features(NamedTuple):
 
 
 def overview(side: Features, full: list[int], *, name: str) -> dict[str, Any]:
-    """All but the latents in full."""
+    """Everything but the latents in full."""
     info = side.info
     return {
         "name": name,
@@ -63,14 +64,14 @@ def overview(side: Features, full: list[int], *, name: str) -> dict[str, Any]:
 
 
 def settings(run: TrainedSAE) -> dict[str, Any]:
-    """What it was trained with and on."""
+    """The settings of a run, and what it was trained on."""
     shown = to_json(run.sae) | (to_json(run.train) if run.train else {})
     data = {n: run.data.get(n) for n in ("model", "hook_name", "dataset", "bos")}
     return data | {n: v for n, v in shown.items() if n not in ("activations", "out")}
 
 
 def core_metrics(folder: Path) -> dict[str, float] | None:
-    """The numbers of `evals/core.json`, where it was evaluated."""
+    """The numbers in `evals/core.json`, if the run was evaluated."""
     path = folder / runs.EVALS / "core.json"
     if not path.is_file():
         return None
@@ -80,7 +81,7 @@ def core_metrics(folder: Path) -> dict[str, float] | None:
 
 
 def training_curves(path: Path) -> dict[str, list] | None:
-    """Curves of metrics.jsonl, of at most 400 points each."""
+    """The curves in metrics.jsonl, with at most 400 points each."""
     if not path.is_file():
         return None
     try:
@@ -95,7 +96,7 @@ def training_curves(path: Path) -> dict[str, list] | None:
 
 
 def columns(arrays: dict[str, np.ndarray]) -> dict[str, list]:
-    """What the table shows of every latent."""
+    """The columns of the table of all latents."""
     reach = arrays["top_ids"].shape[2] // 2
     return {
         "fired": arrays["n_fired"].tolist(),
@@ -111,8 +112,8 @@ def columns(arrays: dict[str, np.ndarray]) -> dict[str, list]:
 
 
 def _most_common(ids: list[int]) -> int:
-    """The token on which a latent fires most often, among its strongest contexts; of
-    equals the one of the stronger context; -1 for none."""
+    """The commonest token among a latent's strongest contexts; of equally common ones
+    that of the stronger context; -1 for none."""
     counted = Counter(i for i in ids if i >= 0)
     return max(counted, key=counted.__getitem__) if counted else -1
 
@@ -150,14 +151,14 @@ def _map(title: str, note: str, latents: Any, xy: Any, cluster: Any) -> dict[str
 def _principal_components(side: Features) -> tuple[np.ndarray, np.ndarray]:
     alive = np.flatnonzero(side.arrays["n_fired"])
     w = np.asarray(side.run.variables["params"]["w_dec"], np.float64)[alive]
-    w = w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-30)
+    w = unit_rows(w)
     w = w - w.mean(0) if len(w) else w
     _, vectors = np.linalg.eigh(w.T @ w)
     return alive, w @ vectors[:, ::-1][:, :2]
 
 
 def prompts(arrays: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The first contexts whole."""
+    """The contexts that are shown whole."""
     return [
         {
             "ids": arrays["prompt_ids"][n].tolist(),
@@ -220,13 +221,13 @@ def feature(side: Features, latent: int) -> dict[str, Any]:
 
 
 def briefs(side: Features, latents: list[int]) -> list[list[dict[str, Any]]]:
-    """The strongest texts of each, and no more."""
+    """The strongest texts of each latent."""
     a = _in_brief(side.arrays)
     return [_sequences(a, "top", (latent,)) for latent in latents]
 
 
 def _in_brief(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of the strongest texts, fewer and shorter."""
+    """The arrays of the strongest texts, cut to fewer and shorter ones."""
     middle = arrays["top_ids"].shape[2] // 2
     near = slice(max(middle - _BRIEF_REACH, 0), middle + _BRIEF_REACH + 1)
     found = {f"top_{n}": arrays[f"top_{n}"] for n in ("context", "position")}
@@ -250,7 +251,7 @@ def _groups(a: dict[str, np.ndarray], latent: int) -> list[dict[str, Any]]:
 def _sequences(
     a: dict[str, np.ndarray], kind: str, at: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """The sequences that there are, the tokens outside a context left out."""
+    """A latent's sequences, without tokens outside of the context."""
     found = []
     reach = a[f"{kind}_ids"].shape[-1] // 2
     effects = a.get("top_loss_effect") if kind == "top" else None
@@ -274,7 +275,7 @@ def _sequences(
 
 
 def maximised(path: Path) -> dict[str, Any] | None:
-    """The synthetic and the real maximum that maximise.py wrote, where it did."""
+    """The synthetic and the real maximum, if maximise.py wrote them."""
     if not path.is_file():
         return None
     stored = runs.read_json(path)
@@ -299,7 +300,7 @@ def _pairs(
 
 
 def short(value: float) -> float | None:
-    """Five digits; None for what is no number."""
+    """The value with five digits; None for NaN and infinity."""
     return float(f"{value:.5g}") if np.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""`vsae_jax.plot_training`: what `plots` draws of a run folder, of a history."""
+"""`vsae_jax.plot_training`: the training curves of a history or of a run folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def plot_training(history: Mapping[str, Any] | str | Path) -> "Figure":
     """Loss, explained variance and share of dead latents over the steps, side by side.
 
-    history: that of `fit`; or several, by what to call them; or the folder of a run or
-    of a grid. `figure.savefig("curves.svg")` writes it. Needs matplotlib, and raises
+    history: that of `fit`; or several by their names; or the folder of a run or of a
+    grid. `figure.savefig("curves.svg")` writes the figure. Needs matplotlib, and raises
     UserError, a ValueError, where it is not installed.
     """
     from vsae_jax.report.figures import style, training

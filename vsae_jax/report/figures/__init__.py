@@ -1,7 +1,7 @@
-"""Figures from the files of run folders: one module a kind, one style for all.
+"""Figures from the files of run folders: a module for each kind, one style for all.
 
-A figure is a function of arms that gives `(file name without suffix, Figure)` pairs.
-They need matplotlib; what draws imports them only then.
+A figure is a function of arms that yields `(file name without suffix, Figure)` pairs.
+The modules need matplotlib; what draws imports them only when it draws.
 """
 
 from vsae_jax.system.errors import missing_extra

@@ -1,6 +1,6 @@
 """A page for one latent: the paper's figures 6 and 7.
 
-Drawn for every latent in `RUN/maximised/`, beside what `RUN/features/` knows of it.
+Drawn for every latent in `RUN/maximised/`, together with what is in `RUN/features/`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from vsae_jax.runs import series as arms_module
 from vsae_jax.runs.series import Arm, MissingFile
 
 CONTEXTS, LOGITS = 8, 5
-# Characters in a line of text, and how wide one is in a monospaced font.
+# The characters in a line of text, and the width of one in a monospaced font.
 _LINE, _CHARACTER_EM = 132, 0.602
 _WIDTH = 11.0
 _MIDDLE_BIN = 64
@@ -76,7 +76,8 @@ Row = tuple[str, Sequence[str], Sequence[float]]
 
 
 def _rows(found: Mapping[str, Any], features: Features) -> list[Row]:
-    """(name, tokens, activations): synthetic, real, then the strongest contexts."""
+    """(name, tokens, activations) of the synthetic and the real maximum, then of the
+    strongest contexts."""
     rows: list[Row] = [
         (kind, found[kind]["tokens"], found[kind]["activations"])
         for kind in ("synthetic", "real")
@@ -92,8 +93,8 @@ def _rows(found: Mapping[str, Any], features: Features) -> list[Row]:
 
 
 def _texts(ax: Axes, rows: Sequence[Row], *, most: float) -> None:
-    """One line a row; a token's ground is as strong as its activation."""
-    # Later tokens of long texts do not fit; the strongest stays in sight.
+    """Draws each row on a line; the stronger an activation, the darker its token."""
+    # Long texts do not fit; the strongest token must stay visible.
     size = _WIDTH * 0.98 * 72 / (_LINE * _CHARACTER_EM)
     ax.set(xlim=(0, _LINE), ylim=(len(rows) + 0.5, -0.5))
     ax.axis("off")
@@ -116,7 +117,7 @@ def _texts(ax: Axes, rows: Sequence[Row], *, most: float) -> None:
 
 
 def _first_shown(tokens: Sequence[str], peak: int, *, room: int) -> int:
-    """The first token from which the peak still fits into `room` characters."""
+    """The first token to show, so that the peak fits into `room` characters."""
     first = 0
     while first < peak and sum(map(len, tokens[first : peak + 1])) > room:
         first += 1

@@ -29,7 +29,7 @@ CAPTION = (
 
 
 def max_activations(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
-    """One axes a series: rows are k, columns the variants."""
+    """One plot per series; rows are k, columns are variants."""
     found = {arm.folder: read_statistics(arm) for arm in arms}
     columns = list(arms_module.series_of(arms, over=("seed", "k")))
     rows = list(dict.fromkeys(arm.settings["k"] for arm in arms))
@@ -74,7 +74,7 @@ def _histogram(
     ax.stairs(mean, edges, fill=True, color=c, alpha=0.7)
     some = np.flatnonzero(counts.max(0) > 0)
     middle = np.sqrt(edges[:-1] * edges[1:])[some]
-    # A log axis has no 0: a whisker that goes there ends below the axis.
+    # A log axis has no 0: a whisker to 0 ends below the axis.
     low = np.maximum(counts.min(0)[some], 0.1)
     ax.vlines(middle, low, counts.max(0)[some], color=style.BLACK, linewidth=0.7)
     if edges[0] < PAPER_RANGE[1]:

@@ -1,7 +1,7 @@
 """Lines over k or over the number of ablated latents: the paper's figures 3, 4, 5.
 
-A line is the mean over seeds, the band around it goes from the lowest to the highest
-seed. One colour a variant (or whatever else a grid varies), one line style a k.
+A line is the mean over seeds; the band around it goes from the lowest to the highest
+seed. Each variant (or whatever else a grid varies) has a colour, each k a line style.
 """
 
 import re
@@ -19,13 +19,13 @@ from vsae_jax.runs.series import Arm
 
 Metrics = Mapping[str, float | None]
 Points = dict[int, float | None]
-# Below it, a quotient of differences of accuracies is a quotient of noise.
+# With a smaller divisor, a quotient of accuracy differences would be noise.
 LEAST_UNINTENDED = 0.001
 
 
 class Panel(NamedTuple):
-    """One axes: `read(metrics, k)` gives y by x; `reference` is the metric drawn as a
-    level line; `part` is left out where it is the first panel once more."""
+    """One plot. `read(metrics, k)` returns y by x; `reference` is a metric drawn as a
+    horizontal line; a `part` is left out where it equals the first panel."""
 
     title: str
     ylabel: str
@@ -50,7 +50,7 @@ def by_k(metric: str) -> Callable[[Metrics, int], Points]:
 
 
 def by_n(template: str) -> Callable[[Metrics, int], Points]:
-    """Every metric whose name is `template` with a number at `{n}`, by that number."""
+    """The metrics whose names are `template` with a number at `{n}`, by that number."""
     pattern = re.compile(re.escape(template).replace(r"\{n\}", r"(\d+)"))
 
     def read(metrics: Metrics, k: int) -> Points:
@@ -61,7 +61,8 @@ def by_n(template: str) -> Callable[[Metrics, int], Points]:
 
 
 def quotient_by_n(above: str, below: str) -> Callable[[Metrics, int], Points]:
-    """One metric over another, by n; None where the lower one is hardly above 0."""
+    """One metric divided by another, by n; None where the divisor is hardly above
+    0."""
 
     def read(metrics: Metrics, k: int) -> Points:
         upper, lower = by_n(above)(metrics, k), by_n(below)(metrics, k)
@@ -158,7 +159,7 @@ def draw(name: str, arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
 def _different(
     panels: Sequence[Panel], arms: Sequence[Arm], metrics: Mapping[Any, Metrics]
 ) -> list[Panel]:
-    """The panels without parts that show what the first one shows, which names them:
+    """The panels without parts that equal the first one, whose title then names them:
     an SCR score is that of one direction where all arms start out worse in it."""
     drawn = [
         [panel.read(metrics[arm.folder], arm.settings["k"]) for arm in arms]
@@ -173,7 +174,7 @@ def _different(
 
 
 def _caption(lines: Lines, arms: Sequence[Arm]) -> str:
-    """The caption: how many seeds a point is the mean of."""
+    """The caption, which says how many seeds a point is the mean of."""
     seeds = sorted({len(s) for s in arms_module.series_of(arms).values()})
     one_k = lines.over_k and len({arm.settings["k"] for arm in arms}) == 1
     point, spread = ("Dot", "Bar") if one_k else ("Line", "Band")
@@ -217,7 +218,7 @@ def _panel(
 
 
 def gather(points: Sequence[Points]) -> dict[int, list[float]]:
-    """The values of all seeds by x, in its order; a missing value is left out."""
+    """The values of all seeds by x, sorted by x; missing values are left out."""
     places = sorted({x for each in points for x in each})
     gathered = {
         x: [y for each in points if (y := each.get(x)) is not None] for x in places

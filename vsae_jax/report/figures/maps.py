@@ -34,7 +34,7 @@ def read_map(arm: Arm) -> Map:
 
 
 def panels(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
-    """One figure a series, of its first seed."""
+    """A figure for each series, of its first seed."""
     for shared, members in arms_module.series_of(arms).items():
         label, seed = arms_module.label(shared), members[0].settings.get("seed")
         of_seed = "" if seed is None else f", seed {seed}"
@@ -43,14 +43,14 @@ def panels(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
 
 
 def draw_panels(of: Map, *, title: str) -> Figure:
-    """Clusters, firing rates, mean activations on the map; rates by cluster."""
+    """Maps of clusters, firing rates and mean activations; and rates by cluster."""
     arrays, m = of.arrays, of.metrics
     cluster, rate = arrays["cluster"], arrays["firing_rate"]
     figure = style.figure(9.0, 7.2)
     figure.suptitle(f"{title}: {len(cluster):,} latents")
     (clusters, rates), (means, bars) = figure.subplots(2, 2)
     colours = np.array(style.CLUSTERS)[cluster % len(style.CLUSTERS)]
-    # More clusters than colours: those from ten on have another kind of dot.
+    # With more clusters than colours, those from ten on have another marker.
     kind = cluster // len(style.CLUSTERS)
     for n in range(kind.max() + 1):
         look = {"c": colours[kind == n], "s": 10, "marker": style.MARKERS[n % 4]}
@@ -111,7 +111,7 @@ def _bars(ax: Axes, cluster: np.ndarray, rate: np.ndarray) -> None:
 
 def cosines(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     """Cosines between decoder rows of the mapped latents: a matrix for each series'
-    first seed, its rows by cluster; then all pairs and nearest neighbours."""
+    first seed, sorted by cluster; then those of all pairs and of nearest neighbours."""
     series = {
         shared: [read_map(arm) for arm in members]
         for shared, members in arms_module.series_of(arms).items()

@@ -1,7 +1,7 @@
-"""How every figure looks, and how it is written.
+"""The style of all figures, and how they are written.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; maps of
-numbers are viridis. The same data give the same bytes.
+Colours are Okabe and Ito's, which people with any colour vision can tell apart; numbers
+are mapped with viridis. The same data give the same bytes.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK, GREY = "#E69F00", "#56B4E9", "#F0E442", "#000000", "#777777"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
 VARIANTS = {"topk": BLUE, "vsae_topk": VERMILLION, "relu": GREEN, "vsae": PURPLE}
-# Ten that are told apart on white; none so dark that a number on it is lost.
+# Ten colours that differ on white; none so dark that a number on it is unreadable.
 CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION) + (
     "#8f8a00",
     "#7b61c9",
@@ -32,7 +32,7 @@ CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION) + (
 )
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 DPI = 100
-# A log axis from there on has labels at powers of ten only.
+# A log axis that spans more than this factor has labels at powers of ten only.
 _LONG_LOG = 100.0
 
 _RC: dict[Any, Any] = {
@@ -57,12 +57,12 @@ _RC: dict[Any, Any] = {
 
 
 def applied() -> AbstractContextManager[None]:
-    """The style, for figures that are made and saved within."""
+    """The style for figures that are made and saved within the block."""
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **_RC})
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that makes room for its labels."""
+    """An empty figure, sized in inches, that makes room for its labels."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -72,8 +72,8 @@ def caption(figure: Figure, text: str) -> None:
 
 
 def title(figure: Figure, text: str) -> None:
-    """A line above the figure, after a title that it has. Where a legend stands above
-    the axes it is the legend's: constrained layout would draw one over the other."""
+    """Adds a line above the figure, after its title. Where there is a legend above the
+    plots, it becomes the legend's title: constrained layout would let both overlap."""
     if figure.legends:
         figure.legends[0].set_title(text)
     else:
@@ -82,7 +82,7 @@ def title(figure: Figure, text: str) -> None:
 
 
 def colours(labels: Sequence[str]) -> dict[str, str]:
-    """A colour for each label; a variant alone always has its own."""
+    """A colour for each label; a variant's name alone always has the same one."""
     if set(labels) <= VARIANTS.keys():
         return {name: VARIANTS[name] for name in labels}
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(labels)}
@@ -91,7 +91,8 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
 def looks(
     series: Sequence[tuple[tuple[str, Any], ...]],
 ) -> dict[tuple[tuple[str, Any], ...], dict[str, Any]]:
-    """Colour by what is shared but k; line and marker by k."""
+    """The look of each series: a colour by what is shared except k; line style and
+    marker by k."""
     without_k = [label([s for s in shared if s[0] != "k"]) for shared in series]
     colour_of = colours(list(dict.fromkeys(without_k)))
     ks = sorted({dict(shared).get("k") or 0 for shared in series})
@@ -107,8 +108,8 @@ def looks(
 
 
 def plain_log(axis: Axis) -> None:
-    """Labels 1, 2, 5, 10, ... on a log axis; 1, 10, 100 where it is too long for all.
-    Call it after the data or the limits are set."""
+    """Labels a log axis with 1, 2, 5, 10, ..., or 1, 10, 100, ... where it is too long
+    for all. To be called once the data or the limits are set."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(
         LogLocator(subs=(1.0, 2.0, 5.0) if high / low < _LONG_LOG else (1.0,))
@@ -122,8 +123,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("svg", "png")]
     figure.savefig(paths[0], metadata={"Date": None, "Creator": "vsae_jax"})
-    # Text stays text, and SVG drops spaces at its ends unless told not to: a token's
-    # leading space, the columns of a table.
+    # Text stays text, and SVG drops spaces at its ends unless told not to, such as a
+    # token's leading space or the columns of a table.
     drawn = paths[0].read_text(encoding="utf-8")
     replace_file(paths[0], with_spaces(drawn).encode())
     figure.savefig(paths[1], metadata={"Software": "vsae_jax"})
@@ -131,14 +132,14 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 
 
 def with_spaces(svg: str) -> str:
-    """An SVG of matplotlib's whose texts keep their spaces. Each says so: Chromium
-    does not take it from the whole."""
+    """The SVG, with texts that keep their spaces. Each text says so, since Chromium
+    ignores it on the whole document."""
     return svg.replace("<text ", '<text xml:space="preserve" ')
 
 
 def drawable(text: str) -> str:
-    """Text of tokens with line ends as arrows, and what the font cannot draw, control
-    characters among it, as its code."""
+    """Text of tokens with line ends as arrows. Characters that the font cannot draw,
+    such as control characters, become their codes."""
     arrows = text.replace("\n", "↵").replace("\t", "→")
     return "".join(
         c if c.isprintable() and _in_font(c) else c.encode("unicode_escape").decode()

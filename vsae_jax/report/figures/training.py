@@ -16,7 +16,7 @@ History = Mapping[str, Any]
 
 
 class Panel(NamedTuple):
-    """One axes: the column of the history that is drawn in it."""
+    """One plot, of a column of the history."""
 
     column: str
     title: str
@@ -32,7 +32,7 @@ PANELS = (
 
 
 def draw(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
-    """The figure `training` of the arms' metrics.jsonl."""
+    """The figure `training`, from the arms' metrics.jsonl."""
     history = {
         arm.folder: runs.read_history(arm.path(runs.METRICS, made_by="train"))
         for arm in arms
@@ -49,7 +49,7 @@ def draw(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
 def curves_of(
     curves: Sequence[tuple[Sequence[History], str, Mapping[str, Any]]],
 ) -> Figure:
-    """A row of panels; a curve is histories (its seeds), a label and a look."""
+    """A row of panels. A curve has histories (one for each seed), a label, a look."""
     figure = style.figure(2.9 * len(PANELS), 3.2)
     for ax, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for histories, label, look in curves:

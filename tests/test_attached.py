@@ -284,7 +284,7 @@ def test_an_autoencoder_of_another_site_is_refused(model, autoencoder, tokens):
         (D_SAE, f"latent {D_SAE} must be from 0 to {D_SAE - 1}"),
         ([3, -1], "latent -1 must be"),
         ([], "no numbers of latents"),
-        (0.5, "0.5.* are no numbers of latents"),
+        (0.5, "0.5.* must be numbers of latents"),
     ],
 )
 def test_latents_that_are_not_there_are_refused(autoencoder, latents, said):

@@ -192,7 +192,7 @@ def test_flags_that_are_refused(tiny_run, tiny_rows, tmp_path, capfd):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     assert call("convert", input=tiny_run, to="openai", out=tmp_path / "full") == 2
-    assert "full is there already; name a new folder" in capfd.readouterr().err
+    assert "full exists already; name a new folder" in capfd.readouterr().err
     assert call("convert", to="openai") == 2
     assert "--input and --out must be set" in capfd.readouterr().err
     wide = write(make(d_model=5), "saelens", tmp_path / "wide")

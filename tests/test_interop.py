@@ -272,7 +272,7 @@ def test_a_batchtopk_in_training_is_read(tmp_path, rescale):
     norm = np.linalg.norm(ae.params["w_dec"], axis=1) if rescale else np.ones(7)
     np.testing.assert_allclose(got.params["b_enc"], ae.params["b_enc"] * norm, 1e-6)
     change(folder / "cfg.json", matryoshka_widths="2, 3")
-    assert "matryoshka_widths is no list" in refused(interop.read, folder)
+    assert "matryoshka_widths is not a list" in refused(interop.read, folder)
 
 
 def test_a_threshold_that_is_not_set_is_0(tmp_path):
@@ -471,7 +471,7 @@ def change(path: Path, **values) -> None:
         ({"d_sae": 11}, "says d_in='6', d_sae='11', but sae_weights"),
         ({"normalize_activations": "expected_average_only_in"}, "fold it"),
         ({"reshape_activations": "hook_z"}, "expected none"),
-        ({"apply_b_dec_to_input": "DROP"}, "no true/false"),
+        ({"apply_b_dec_to_input": "DROP"}, "must be true or false"),
         (
             {"hook_fn": 1, "jump": 2},
             "unknown keys: hook_fn, jump; expected architecture,",

@@ -149,7 +149,7 @@ def test_contexts_without_bos_have_none(extracted, planted, tmp_path):
     "flags, said",
     [
         ({"latents": "32"}, "--latents=32 must be from 0 to 31"),
-        ({"latents": "0,x"}, "--latents=0,x is no comma list"),
+        ({"latents": "0,x"}, "--latents=0,x is not a comma list"),
         ({"latents": ""}, "--latents is not set"),
         ({"run": ""}, "--run is not set"),
         ({"cold": 0}, "--cold=0.0 must be above 0"),

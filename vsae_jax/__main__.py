@@ -1,4 +1,4 @@
-"""`python -m vsae_jax`: the commands; with --versions, what an issue should say."""
+"""`python -m vsae_jax` lists the commands; with --versions, what a bug report needs."""
 
 import inspect
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from vsae_jax import config, runs
 
-# In the order in which one needs them.
+# In the order in which they are needed.
 COMMANDS: dict[str, Any] = {
     "demo": config.DemoConfig,
     "extract": config.ExtractConfig,
@@ -20,7 +20,7 @@ COMMANDS: dict[str, Any] = {
     "plots": config.PlotsConfig,
     "convert": config.ConvertConfig,
 }
-# Distribution -> what is imported, of the optional packages.
+# The optional packages: distribution -> the name that is imported.
 _OPTIONAL = {
     "torch": "torch",
     "matplotlib": "matplotlib",
@@ -40,25 +40,27 @@ def main(arguments: list[str]) -> int:
         print(f"error: write python -m vsae_jax.{arguments[0]} ...", file=sys.stderr)
         return 2
     else:
-        print(f"error: {arguments[0]} is no command\n\n{listing()}", file=sys.stderr)
+        message = f"error: {arguments[0]} is not a command\n\n{listing()}"
+        print(message, file=sys.stderr)
         return 2
     return 0
 
 
 def listing() -> str:
-    """The commands, a line each."""
+    """A line about each command."""
     width = max(map(len, COMMANDS))
     lines = ["python -m vsae_jax.COMMAND --flag=value ... (--help: its flags)", ""]
     for name, config_class in COMMANDS.items():
         text = " ".join((inspect.getdoc(config_class) or "").split())
         lines.append(f"  {name:<{width}}  {text.split('. ')[0].rstrip('.')}")
     return "\n".join(
-        [*lines, "", "python -m vsae_jax --versions: what to say in an issue"]
+        [*lines, "", "python -m vsae_jax --versions: what to say in a bug report"]
     )
 
 
 def versions() -> str:
-    """Python, the platform, what computes, on which devices, and the extras."""
+    """The versions of Python, the platform, the packages and extras, and the
+    devices."""
     import platform
 
     import jax

@@ -1,7 +1,7 @@
 """`python -m vsae_jax.convert --input=DIR --to=FORMAT --out=DIR`.
 
-Reads a run folder, or what SAELens, dictionary_learning, sparsify or OpenAI wrote, and
-writes any of these; what a format cannot say is refused, or noted in
+Reads a run folder, or the files of SAELens, dictionary_learning, sparsify or OpenAI,
+and writes any of these. What a format cannot hold is refused, or noted in
 vsae_jax_export.json beside it.
 """
 
@@ -30,7 +30,7 @@ def run(c: ConvertConfig) -> Path:
     """Writes `--out`, whole or not at all; returns it."""
     out = Path(c.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out={out} is there already; name a new folder")
+        raise UserError(f"--out={out} exists already; name a new folder")
     folder, ae = loading.read(c.input, revision=c.revision or None)
     if c.model_name:
         ae = dataclasses.replace(ae, data=ae.data | {"model": c.model_name})
@@ -64,7 +64,7 @@ def _described(ae: Autoencoder) -> str:
 
 
 def _of_run(ae: Autoencoder, folder: Path) -> Path | None:
-    """The activations that a run was trained on, where they are still here."""
+    """The activations that a run was trained on, if they are still there."""
     own = (ae.train or {}).get("activations")
     if interop.recognised(folder).NAME != "vsae_jax" or not isinstance(own, str):
         return None
@@ -74,8 +74,8 @@ def _of_run(ae: Autoencoder, folder: Path) -> Path | None:
 def _as_the_format_says(
     ae: Autoencoder, target: Format, rows: Any, *, rows_from: str
 ) -> Autoencoder:
-    """The autoencoder under the format's own selection rule, with a note on what that
-    costs; as it is, where that changes nothing."""
+    """The autoencoder under the format's own selection rule, with a note on the cost;
+    or as it is, if that rule changes nothing."""
     said = with_rule(ae, target.SAYS.get(ae.rule, ae.rule))
     cost = check.cost(ae, said, rows)
     if not cost.rows_changed:
@@ -95,7 +95,7 @@ def _as_the_format_says(
 def _write(
     ae: Autoencoder, target: Format, folder: Path, *, rows: Any, rows_from: str
 ) -> None:
-    """The files, their note and the self-check of what was written."""
+    """Writes the files and their note, and checks what was written."""
     says = target.SAYS.get(ae.rule, ae.rule)
     if says != ae.rule:
         check.refuse_negative(ae, rows, format=target.NAME, says=says)
@@ -104,15 +104,15 @@ def _write(
     for line in (*ae.notes, *lines):
         print(f"note: {line}")
     weights = target.write(written, folder)
-    # OpenAI's reader needs the note that says whether rows are normalised.
+    # Reading OpenAI's format needs the note, which says whether rows are normalised.
     sidecar.write(written, folder, weights=weights, notes=lines, check=None)
     result = check.compare(ae, target.read(folder), rows, rows_from=rows_from)
     sidecar.write(written, folder, weights=weights, notes=lines, check=result._asdict())
     print(check.said(result, k=ae.k))
     if rows_from != check.GENERATED and (result.explained_variance or 0) < 0:
         print(
-            "note: the explained variance is below 0: these are other activations than "
-            "it was trained on, or its weights are swapped"
+            "note: the explained variance is below 0: these are not the activations "
+            "that it was trained on, or its weights are swapped"
         )
 
 
@@ -121,8 +121,8 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
     lines = []
     if says != ae.rule:
         lines.append(
-            f"{target.NAME} says {says} where this is {ae.rule}: the same wherever no "
-            f"kept latent is negative, as on the {n_rows} rows of the self-check"
+            f"{target.NAME} says {says} where this is {ae.rule}: both are the same where "
+            f"no kept latent is negative, as on the {n_rows} rows of the self-check"
         )
     if ae.latent_scale != 1:
         lines.append(
@@ -131,8 +131,8 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
         )
     if ae.data.get("center_residual") and target.NAME != "vsae_jax":
         lines.append(
-            "it was trained on rows whose mean over d_model was subtracted; subtract "
-            "it from yours"
+            "it was trained on rows from which their mean over d_model was subtracted; "
+            "subtract it from yours, too"
         )
     if target.NAME == "openai" and ae.k is not None and not ae.layer_norm:
         lines.append(
@@ -148,12 +148,12 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
             )
     if ae.rule == "batch_topk" and target.NAME == "saelens":
         lines.append(
-            "saelens has no batch_topk outside of training, but a jumprelu, which at "
-            "this one threshold keeps the same latents"
+            "saelens has no batch_topk outside of training; a jumprelu with this one "
+            "threshold keeps the same latents"
         )
     if "w_var" in ae.params and target.NAME != "vsae_jax":
         lines.append(
-            f"{target.NAME} has the mean path; {sidecar.EXTRA} the variance head"
+            f"{target.NAME} holds the mean path, {sidecar.EXTRA} the variance head"
         )
     return lines
 

@@ -1,9 +1,8 @@
-"""`python -m vsae_jax.dashboard --run=RUN [--compare=RUN2]`: one HTML page to look at
-an autoencoder, or at two side by side.
+"""`python -m vsae_jax.dashboard --run=RUN [--compare=RUN2]`: an HTML page of an
+autoencoder's latents, or of two autoencoders' side by side.
 
-The page needs no network and no server. It holds its data (see page_data.py) as gzip
-in base64, in blocks that are opened when they are looked at; the files of page/ draw
-it.
+The page needs no network and no server. It holds its data (see page_data.py) as gzip in
+base64, in blocks that are unpacked when they are looked at; the files of page/ draw it.
 """
 
 import base64
@@ -65,7 +64,7 @@ def run(c: DashboardConfig) -> Path:
 
 
 def names(folders: list[Path]) -> list[str]:
-    """What to call the runs: their folders' names, with the parent's where equal."""
+    """The runs' names: their folders' names, with the parents' if those are equal."""
     short = [folder.resolve().name for folder in folders]
     if len(set(short)) == len(short):
         return short
@@ -73,7 +72,7 @@ def names(folders: list[Path]) -> list[str]:
 
 
 def ready(folder: Path, c: DashboardConfig) -> Features:
-    """The run's `features/`, made where it is not there or of other parameters."""
+    """The run's `features/`, made if they are missing or out of date."""
     opened = open_any(folder)
     path = folder / FOLDER / INFO
     info = runs.read_json(path) if path.is_file() else {}
@@ -86,7 +85,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
         features.run(FeaturesConfig(run=str(folder), **asked))
         info = runs.read_json(path)
     try:
-        # np.load leaves open a file that it finds to be no archive.
+        # np.load does not close a file that turns out not to be an archive.
         with (folder / FOLDER / ARRAYS).open("rb") as file:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
@@ -99,7 +98,7 @@ def ready(folder: Path, c: DashboardConfig) -> Features:
 
 
 def _stale(info: dict[str, Any], opened: runs.TrainedSAE, c: DashboardConfig) -> str:
-    """Why `features/` must be made (again), or an empty string."""
+    """The reason why `features/` must be made (again), or ""."""
     if not info:
         return f"no {FOLDER}/ yet"
     if info.get("parameters") != features.parameters_hash(opened):
@@ -113,7 +112,7 @@ def _stale(info: dict[str, Any], opened: runs.TrainedSAE, c: DashboardConfig) ->
 
 
 def choose(side: Features, asked: str) -> list[int]:
-    """The latents shown in full, in the order of their numbers."""
+    """The latents shown in full, sorted by number."""
     found, d_sae = wanted_latents(asked), side.run.sae.d_sae
     if isinstance(found, list):
         if max(found) >= d_sae:
@@ -133,8 +132,8 @@ def choose(side: Features, asked: str) -> list[int]:
 def blocks(
     sides: list[Features], asked: str, called: list[str], matched: Matching | None
 ) -> dict[str, Any]:
-    """The page's data by id: the overview, latents in full by sixteens, and of the
-    others their strongest texts."""
+    """The page's data by id: the overview, latents in full in groups of sixteen, and
+    the strongest texts of the others."""
     partners = _partners(sides, matched) if matched else []
     full = _in_full(sides, partners, asked)
     overviews = [
@@ -162,15 +161,15 @@ def blocks(
 
 
 def batched(latents: list[int], size: int) -> list[list[int]]:
-    """The list in pieces of that size, the last one shorter."""
+    """The list in pieces of `size`; the last one may be shorter."""
     return [latents[start : start + size] for start in range(0, len(latents), size)]
 
 
 def _in_full(
     sides: list[Features], partners: list[tuple[np.ndarray, np.ndarray]], asked: str
 ) -> list[list[int]]:
-    """The latents in full of each side: the chosen ones of both, each with its
-    partner; of a list, which names latents of the first side, those and no others."""
+    """The latents that each side shows in full: the chosen ones of both sides and their
+    partners. A list names latents of the first side; then only those are chosen."""
     full = [choose(sides[0], asked)]
     if not partners:
         return full
@@ -207,8 +206,8 @@ def _partners(
 
 
 def assemble(data: dict[str, Any]) -> bytes:
-    """The page: its parts in one file, which may run no script but its own and load
-    nothing (the Content-Security-Policy has their hashes)."""
+    """The page, with its parts in one file. It may run no script but its own, whose
+    hash is in the Content-Security-Policy, and load nothing."""
     folder = resources.files("vsae_jax") / "report/page"
     read = {n: (folder / f"{n}.js").read_text(encoding="utf-8") for n in _SCRIPTS}
     script = '"use strict";\n' + "\n".join(read[name] for name in _SCRIPTS)

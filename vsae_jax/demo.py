@@ -1,6 +1,6 @@
-"""`python -m vsae_jax.demo --out=DIR`: the whole job offline, on a small model.
+"""`python -m vsae_jax.demo --out=DIR`: all steps, offline, on a small model.
 
-The bundled GPT-NeoX (1.3 M parameters) reads its own stories; a TopK SAE, the paper's
+The bundled GPT-NeoX (1.3 M parameters) reads its own stories. A TopK SAE, the paper's
 vSAE and the vSAE of the paper's released code are trained on the same activations and
 evaluated with the language model in the loop.
 """
@@ -14,7 +14,6 @@ from typing import Any
 from vsae_jax import evaluate, extract, train
 from vsae_jax.config import DemoConfig, EvalConfig, ExtractConfig, TrainConfig, cli
 
-# The released code's vSAE needs a centred residual stream; all three get the same.
 _LAYER = 2
 ARM = TrainConfig(d_sae=1024, k=32, batch_size=512)
 ARMS: dict[str, dict[str, Any]] = {
@@ -30,7 +29,7 @@ def command(configs: Sequence[DemoConfig]) -> None:
 
 
 def run(config: DemoConfig) -> dict[str, dict[str, Any]]:
-    """Metrics by arm. Started again, finished parts are not repeated."""
+    """The metrics by arm. If started again, it does not repeat finished parts."""
     out = Path(config.out)
     with resources.as_file(resources.files("vsae_jax") / "data/neox-stories") as model:
         extract.run(_extraction(config, model))
@@ -85,6 +84,7 @@ def _extraction(config: DemoConfig, model: Path) -> ExtractConfig:
         layer=_LAYER,
         dataset=str(model / "sampled_stories.jsonl"),
         num_tokens=config.num_tokens,
+        # The released code's vSAE needs this; all three read the same activations.
         center_residual=True,
         out=str(Path(config.out) / "activations"),
     )

@@ -1,8 +1,9 @@
 """`python -m vsae_jax.evaluate --run=RUN`: numbers that compare autoencoders.
 
-A run or a whole grid; one table, one row an arm; `evals/<name>.json` in every run
-folder, `evals/summary.md` in the run's or the grid's. The language model and the
-held-out contexts come from the run's config, labelled texts from `--labelled`.
+Evaluates a run or a whole grid and prints a table with a row per arm. Writes
+`evals/<name>.json` into every run folder, and `evals/summary.md` into the run's or the
+grid's. The language model and the held-out contexts come from the run's config,
+labelled texts from `--labelled`.
 """
 
 import math
@@ -57,7 +58,7 @@ def command(configs: Sequence[EvalConfig]) -> None:
 
 
 def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Writes `evals/<name>.json` for every arm; returns all metrics by arm."""
+    """Writes `evals/<name>.json` for every arm; returns the metrics by arm."""
     names = _eval_names(eval_config)
     quirks = read_quirks(
         eval_config.quirks, all_of_them=eval_config.saebench_compatible
@@ -86,9 +87,9 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """One row per arm under short names of the main metrics, those that an arm has.
-    Beside a probe's test accuracy on the latents stands that of the same probe on the
-    residual itself."""
+    """A row per arm with the main metrics that any arm has, under short names. A
+    probe's test accuracy on the latents is followed by that of the same probe on the
+    residual stream."""
     columns = COLUMNS | _OF_TEXTS
     there = {
         name
@@ -132,8 +133,8 @@ def _checked(
     names: Sequence[str],
     quirks: Quirks,
 ) -> list[on_texts.Tokenised]:
-    """The labelled texts as the subjects' model reads them, once every evaluation has
-    what it needs and a place to write to."""
+    """The labelled texts as the subjects' model reads them; refuses subjects for which
+    an evaluation lacks what it needs, or a place to write to."""
     for subject in subjects:
         _check_place(subject.run.folder / runs.EVALS, names)
     if "core" in names:
@@ -154,7 +155,7 @@ def _evaluated(
     config: EvalConfig,
     quirks: Quirks,
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Each evaluation by name as soon as it is done, a result for each subject."""
+    """Yields each evaluation's name and its subjects' results as soon as it is done."""
     if "core" in names:
         print(f"core on {subjects[0].config['n_tokens']:,} tokens")
         yield "core", core.run(subjects, quirks)
@@ -186,7 +187,7 @@ def _write(
 
 
 def _check_place(folder: Path, names: Sequence[str]) -> None:
-    """Refuses what is in the way of the results."""
+    """Refuses files and folders that are in the way of the results."""
     files = (folder / name for name in (*(f"{n}.json" for n in names), "summary.md"))
     taken = [folder] if folder.exists() and not folder.is_dir() else []
     taken += [path for path in files if path.is_dir()]

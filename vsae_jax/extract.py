@@ -1,6 +1,7 @@
 """Text -> language model -> shards: `python -m vsae_jax.extract`.
 
-Killed and started again it goes on; activations/extraction.py makes the shards.
+If it is killed and started again, it goes on. activations/extraction.py makes the
+shards.
 """
 
 import contextlib
@@ -35,15 +36,15 @@ from vsae_jax.lm.weights import weights_hash
 from vsae_jax.system import locks, processes, progress, signals
 from vsae_jax.system.errors import UserError
 
-# Settings that a manifest can be compared in before any model is loaded; of the
-# revision a manifest says both what was asked for and what was found.
+# The settings in which a manifest can be compared before any model is loaded. Without
+# the revision, of which a manifest holds both what was asked for and what was found.
 _ASKED = {field.name for field in dataclasses.fields(ExtractConfig)} & {
     field.name for field in dataclasses.fields(Manifest)
 } - {"revision"}
 
 
 class Folder(NamedTuple):
-    """A folder to be written and its manifest, which may list shards already."""
+    """A folder to write, and its manifest, which may list shards already."""
 
     path: Path
     manifest: Manifest
@@ -61,8 +62,8 @@ def run(config: ExtractConfig) -> Activations:
 
 
 def run_together(configs: Sequence[ExtractConfig]) -> list[Activations]:
-    """The activations of each config, of one pass over the text; they differ in layer
-    and site alone."""
+    """The activations of each config, from one pass over the text; the configs differ
+    only in layer and site."""
     configs = [_absolute(config) for config in resolve_extracts(configs)]
     done = [_is_finished(config) for config in configs]
     for config, finished in zip(configs, done, strict=True):
@@ -73,7 +74,7 @@ def run_together(configs: Sequence[ExtractConfig]) -> list[Activations]:
                 f"{there.n_rows:,} rows; nothing to do"
             )
     if not all(done):
-        # A lock asks JAX which process this is.
+        # Before the locks, which start JAX by asking it which process this is.
         leave_room(backend=configs[0].backend, device=configs[0].device)
         with contextlib.ExitStack() as stack:
             for config in configs:
@@ -83,8 +84,8 @@ def run_together(configs: Sequence[ExtractConfig]) -> list[Activations]:
 
 
 def _is_finished(config: ExtractConfig) -> bool:
-    """Whether nothing is missing in a config's folder; refuses one of other settings
-    and, where it is to be verified, one with a damaged shard."""
+    """Whether nothing is missing in a config's folder. Refuses a folder that was made
+    with other settings and, with `--verify`, one with a damaged shard."""
     folder = Path(config.out)
     found = read_manifest(folder)
     if found is None:
@@ -98,7 +99,7 @@ def _is_finished(config: ExtractConfig) -> bool:
 
 
 def _extract(configs: Sequence[ExtractConfig]) -> None:
-    """Computes what is missing in folders that no other process writes."""
+    """Computes what is missing in folders that are locked."""
     config = configs[0]
     files = locate(config.model, revision=config.revision or None)
     corpus = text.documents(
@@ -109,7 +110,11 @@ def _extract(configs: Sequence[ExtractConfig]) -> None:
     )
     for each in configs:
         model.check(each.hook)
-    _check_length(config, model)
+    if model.max_positions and config.context_length > model.max_positions:
+        raise UserError(
+            f"--context_length={config.context_length} must not exceed the "
+            f"{model.max_positions} positions of --model={config.model}"
+        )
     folders = [_folder(each, model) for each in configs]
     announce(folders)
     contexts = text.contexts(
@@ -128,7 +133,7 @@ def _extract(configs: Sequence[ExtractConfig]) -> None:
 
 
 def _folder(config: ExtractConfig, model: LanguageModel) -> Folder:
-    """A config's folder, which must have been made with this model, if it is there."""
+    """A config's folder; refuses one that was made with another model."""
     path, new = Path(config.out), new_manifest(config, model)
     found = read_manifest(path)
     if found is None:
@@ -140,16 +145,8 @@ def _folder(config: ExtractConfig, model: LanguageModel) -> Folder:
     return Folder(path, found)
 
 
-def _check_length(config: ExtractConfig, model: LanguageModel) -> None:
-    if model.max_positions and config.context_length > model.max_positions:
-        raise UserError(
-            f"--context_length={config.context_length} must not exceed the "
-            f"{model.max_positions} positions of --model={config.model}"
-        )
-
-
 def _absolute(config: ExtractConfig) -> ExtractConfig:
-    """Local paths as seen from anywhere, for the manifest."""
+    """The config with absolute local paths, for the manifest."""
     model = os.path.expanduser(config.model)
     dataset = os.path.expanduser(config.dataset)
     return dataclasses.replace(
@@ -160,7 +157,7 @@ def _absolute(config: ExtractConfig) -> ExtractConfig:
 
 
 def asked(config: ExtractConfig) -> dict[str, Any]:
-    """The part of a manifest that the flags decide."""
+    """The fields of a manifest that the flags decide."""
     values = {name: getattr(config, name) for name in _ASKED}
     values["site"] = config.site
     if config.lm_dtype == "auto":  # decided when the model is read
@@ -187,7 +184,7 @@ def new_manifest(config: ExtractConfig, model: LanguageModel) -> Manifest:
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
-    """A manifest's fields but for those that grow with its shards."""
+    """A manifest's fields, except for those that change with its shards."""
     grown = ("complete", "mean", "mean_squared_norm", "shards")
     names = (field.name for field in dataclasses.fields(manifest))
     return {name: getattr(manifest, name) for name in names if name not in grown}
@@ -205,12 +202,12 @@ def _refuse_other(folder: Path, found: Manifest, wanted: dict[str, Any]) -> None
 
 
 def _missing(folder: Path, manifest: Manifest) -> list[int]:
-    """The shards that the manifest lists and that are not in the folder."""
+    """The shards that the manifest lists and the folder lacks."""
     return [i for i in range(len(manifest.shards)) if is_missing(folder, i)]
 
 
 def announce(folders: Sequence[Folder]) -> None:
-    """Prints what will be written and what it needs; refuses if a disk is too small."""
+    """Prints what will be written and how large it is; refuses a disk that is full."""
     m, contexts = folders[0].manifest, _most_contexts(folders[0].manifest)
     n_rows = contexts * m.rows_per_context
     n_bytes = n_rows * m.row_bytes + contexts * m.context_length * 4
@@ -276,7 +273,7 @@ def _conclude(folder: Path, manifest: Manifest, seconds: float) -> None:
 
 
 def _massive(folder: Path, model: LanguageModel) -> str:
-    """What `massive` found in a sample of the rows, with tokens by their text."""
+    """What `massive` finds in a sample of the rows, with the tokens' texts."""
     tokenizer = load_tokenizer(model.files)
     found = massive.look(*massive.sample(Activations.open(folder)))
     return massive.described(found, lambda token: str(tokenizer.decode([token])))
@@ -289,8 +286,8 @@ def write_shards(
     *,
     batch_size: int,
 ) -> list[Folder]:
-    """Writes every shard that is not there yet, of all folders in one pass; the
-    finished folders."""
+    """Writes every missing shard of all folders in one pass; returns the finished
+    folders."""
     m = folders[0].manifest
     total = m.num_tokens // m.context_length
     total = next((f.manifest.n_contexts for f in folders if f.manifest.complete), total)
@@ -312,7 +309,8 @@ def write_shards(
 
 
 def _bar(folders: Sequence[Folder]) -> progress.Bar | progress.Lines:
-    """Counts tokens, of this process, from those whose shards are in every folder."""
+    """A progress bar of this process's tokens, starting at those whose shards are in
+    every folder already."""
     m, n = folders[0].manifest, processes.count()
     there = min(
         f.manifest.n_contexts - sum(f.manifest.shards[i].contexts for i in _missing(*f))
@@ -326,7 +324,7 @@ def _bar(folders: Sequence[Folder]) -> progress.Bar | progress.Lines:
 
 
 def _more_room(error: OSError, writers: Sequence[ShardWriter]) -> Exception:
-    """What to say of a disk that fills up; any other error as it is."""
+    """The error to raise: a UserError for a full disk, any other error as it is."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return error
     return UserError(

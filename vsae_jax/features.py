@@ -1,7 +1,8 @@
 """`python -m vsae_jax.features --run=RUN`: what each latent fires on and writes.
 
-One pass over held-out activation rows (no language model in it), then the decoder
-through the language model's unembedding. Writes `RUN/features/features.npz`:
+Makes one pass over held-out activation rows (without the language model), then passes
+the decoder through the language model's unembedding. Writes
+`RUN/features/features.npz`:
 
     n_tokens []                 tokens counted: those with a row that are not special
     n_fired [d_sae]             tokens on which the latent is not 0
@@ -29,15 +30,16 @@ through the language model's unembedding. Writes `RUN/features/features.npz`:
     prompt_ids [prompts, context_length], prompt_latents, prompt_values
                                 [prompts, rows, 8]: the strongest latents of each token
 
-f is in the units of the autoencoder's latents, that is of the scaled input. The sample
-is uniform without replacement, drawn by a hash of --seed, token and latent: a group's
-edges have a standard error of up to 5 % of the firings, and none where n_fired is 100
-or less. `features.json` holds the config, where the tokens are from, and the text of
-every token id in the arrays; `features/neuronpedia/` the same in SAEDashboard's names.
+f is in the units of the autoencoder's latents, which are those of the scaled input. The
+sample is uniform without replacement, drawn by a hash of --seed, token and latent. A
+group's edges have a standard error of up to 5 % of the firings, and none where n_fired
+is 100 or less. `features.json` holds the config, the source of the tokens, and the text
+of every token id in the arrays; `features/neuronpedia/` holds the same under
+SAEDashboard's names.
 
-Memory: per latent (100 + top) windows of 4 (2 window + 5) bytes (14 KB as it is set),
-0.4 GB at most for the correlations, a few batches of latents (16 MB each) and one
-float32 copy of the parameters; of the tokens only their ids, 4 bytes each.
+Memory: for each latent (100 + top) windows of 4 (2 window + 5) bytes (14 KB by
+default); at most 0.4 GB for the correlations; a few batches of latents (16 MB each); a
+float32 copy of the parameters; and 4 bytes for each token's id.
 """
 
 import hashlib
@@ -77,7 +79,7 @@ def command(configs: Sequence[FeaturesConfig]) -> None:
 
 
 def run(c: FeaturesConfig) -> list[Path]:
-    """Writes `features/` into every run folder; returns those."""
+    """Writes `features/` into every run folder; returns the folders `features/`."""
     lm.leave_room(backend=c.backend, device=c.device)
     folders = runs.run_folders(c.run)
     load = cache(lm.load_language_model)
@@ -86,7 +88,7 @@ def run(c: FeaturesConfig) -> list[Path]:
 
 
 def write(source: Source, c: FeaturesConfig) -> Path:
-    """One run's `features/`."""
+    """Writes one run's `features/`; returns that folder."""
     folder = source.run.folder / FOLDER
     print(
         f"{source.run.folder}: {source.run.sae.d_sae:,} latents on contexts "
@@ -105,7 +107,7 @@ def write(source: Source, c: FeaturesConfig) -> Path:
     info = describe(source, c, arrays)
     folder.mkdir(exist_ok=True)
     write_npz(folder / ARRAYS, arrays)
-    # Last: without it the folder does not count.
+    # Written last: without it the folder counts as missing.
     runs.write_json(folder / INFO, info)
     if c.neuronpedia:
         neuronpedia.write(folder / "neuronpedia", arrays, info)
@@ -115,7 +117,7 @@ def write(source: Source, c: FeaturesConfig) -> Path:
 
 
 def describe(source: Source, c: FeaturesConfig, arrays: dict) -> dict[str, Any]:
-    """`features.json`."""
+    """The content of `features.json`."""
     m = source.activations.manifest
     ids = np.concatenate([arrays[n].ravel() for n in (*_IDS, "prompt_ids")])
     tokenizer = lm.load_tokenizer(source.lm.files)
@@ -152,7 +154,7 @@ def parameters_hash(run: TrainedSAE) -> str:
 
 
 def write_npz(path: Path, arrays: dict[str, Any]) -> None:
-    """Compressed, whole or not at all; a scalar of NumPy stays one."""
+    """Writes the arrays compressed, the file whole or not at all."""
     temporary = path.with_name(path.name + TEMPORARY)
     with naming(temporary), temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)

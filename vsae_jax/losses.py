@@ -2,7 +2,7 @@
 
     loss = sum_d (x - x_hat)^2 + beta * KL + l1 * |f|_1 + auxk * AuxK, mean over rows
 
-x is in normalised units. The parts come unreduced over the batch. From a notebook:
+x is in normalised units. The parts are not reduced over the batch. In a notebook:
 
     params = {"w_enc": ..., "b_enc": ..., "w_dec": ..., "b_dec": ...}
     loss, info = losses.vsae_topk_loss(params, x, key, k=64, beta=0.1)

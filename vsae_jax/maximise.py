@@ -3,8 +3,8 @@
 A sequence of soft tokens (softmax over the vocabulary, times the embedding) climbs
 the gradient of the latent's pre-activation at its last position, through the model.
 The temperature falls, each soft token is rounded to its likeliest token, and the
-sequence is run again as tokens: what is reported is what the autoencoder makes of
-that, beside the best real sequence of the held-out text.
+sequence is run again as tokens. Reported is how strongly that fires the latent, beside
+the best real sequence in the held-out text.
 """
 
 import time
@@ -74,7 +74,7 @@ def best_synthetic(
     allowed: Bool[np.ndarray, " vocab"],
     c: MaximiseConfig,
 ) -> dict[str, Any]:
-    """The restart that fires the latent most once it is rounded to tokens."""
+    """The restart that fires the latent most, after rounding to tokens."""
     climbed = climb(
         subject.lm,  # pyright: ignore[reportArgumentType]  `_load` made it a Traceable
         subject.reader,
@@ -102,8 +102,8 @@ def best_synthetic(
 def best_real(
     subject: Subject, latents: Sequence[int], *, length: int
 ) -> list[dict[str, Any]]:
-    """The `length` tokens up to the highest activation of each latent in the text:
-    what follows cannot matter to a causal model; what precedes them did."""
+    """For each latent the `length` tokens up to its highest activation in the text.
+    What follows does not matter to a causal model; what precedes them did."""
     best: list[dict[str, Any]] = [{} for _ in latents]
     with progress.bar(len(subject.tokens), unit="contexts") as bar:
         for batch, (tokens, f, mu) in enumerate(latents_of(subject, latents)):
@@ -127,8 +127,8 @@ def best_real(
 def peak(
     f: Float[np.ndarray, "contexts time"], mu: Float[np.ndarray, "contexts time"]
 ) -> tuple[int, int]:
-    """The place where the latent is highest: by activation, or by pre-activation where
-    it never fires (f = 0)."""
+    """The place where the latent is highest, by activation, or by pre-activation if it
+    never fires (f = 0)."""
     best = np.lexsort((mu.ravel(), f.ravel()))[-1]
     context, position = np.unravel_index(best, f.shape)
     return int(context), int(position)
@@ -164,7 +164,7 @@ def _latents(text: str, *, d_sae: int) -> list[int]:
     try:
         latents = [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--latents={text} is no comma list of numbers") from None
+        raise UserError(f"--latents={text} is not a comma list of numbers") from None
     for latent in latents:
         if not 0 <= latent < d_sae:
             raise UserError(f"--latents={latent} must be from 0 to {d_sae - 1}")
@@ -174,7 +174,8 @@ def _latents(text: str, *, d_sae: int) -> list[int]:
 def _load(
     model: str, *, revision: str | None, backend: str, dtype: lm.Dtype, device: str
 ) -> lm.LanguageModel:
-    """The model in JAX, which alone has gradients; in float32 they are exact."""
+    """The model in JAX, since only that has gradients; by default in float32, where
+    they are exact."""
     del backend
     return lm.load_language_model(
         model,
@@ -186,7 +187,8 @@ def _load(
 
 
 def _allowed(model: lm.LanguageModel, *, n_named: int) -> Bool[np.ndarray, " vocab"]:
-    """Tokens that text can hold: neither special nor padding of the vocabulary."""
+    """The mask of tokens that text can hold: neither special ones nor padding of the
+    vocabulary."""
     allowed = np.arange(model.vocab_size) < n_named
     allowed[sorted(model.special_ids)] = False
     return allowed

@@ -10,7 +10,8 @@
     maps            figures 10 and 11: maps/maps.npz
     cosines         cosines between decoder rows: maps/maps.npz and the parameters
 
-Each is written as SVG and PNG. Every command that makes what is missing is named.
+Each is written as SVG and PNG. Where a file is missing, the command that makes it is
+named.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -68,7 +69,7 @@ def _draw(draw: Draw, arms: Sequence[Arm], out: Path) -> list[Path]:
 
 
 def figures() -> dict[str, Draw]:
-    """Every figure by its name: of the training, then in the paper's order."""
+    """Every figure by its name: that of training first, then in the paper's order."""
     from vsae_jax.report.figures import features, histograms, lines, maps, training
 
     return {

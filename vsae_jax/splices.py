@@ -1,9 +1,9 @@
-"""Ready splices: what to put in the place of a residual stream, by an autoencoder.
+"""Splices made from an autoencoder: what replaces a residual stream.
 
 Each is a pure function of the residual stream `[batch, time, d_model]` after the
-autoencoder's block, in units of raw activations; it treats every position by itself,
-BOS too. `lm.logits(tokens, layer=, splices=[...])`, `lm.loss` and `lm.generate(...,
-layer=, splice=)` take them.
+autoencoder's block, in units of raw activations. It treats every position by itself,
+including BOS. `lm.logits(tokens, layer=, splices=[...])`, `lm.loss` and
+`lm.generate(..., layer=, splice=)` take them.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,8 +31,8 @@ def reconstruct(sae: TrainedSAE) -> Splice:
 
 
 def ablate(sae: TrainedSAE, latents: int | Sequence[int]) -> Splice:
-    """x -> x - sum of f_i d_i over the named latents, d_i being what one unit of latent
-    i adds to x. The other latents stay, and so does what x_hat lacks of x, as in
+    """x -> x - sum of f_i d_i over the given latents, where d_i is what one unit of
+    latent i adds to x. The other latents and the error x - x_hat stay, as in
     TransformerLens and SAELens with the error term."""
     reader, chosen = sae.reader, _in_range(sae.reader, latents)
     directions = jnp.asarray(reader.directions[chosen])
@@ -40,8 +40,8 @@ def ablate(sae: TrainedSAE, latents: int | Sequence[int]) -> Splice:
 
 
 def steer(sae: TrainedSAE, latent: int, *, by: float) -> Splice:
-    """x -> x + by d / |d|, d being the latent's direction: `by` is a length in units of
-    x, so compare it with the norms of the activations."""
+    """x -> x + by d / |d|, where d is the latent's direction. `by` is a length in units
+    of x, to be compared with the norms of the activations."""
     (direction,) = sae.reader.directions[_in_range(sae.reader, [latent])]
     step = jnp.asarray(by, jnp.float32) * (direction / np.linalg.norm(direction))
     return _OfReader(sae.reader, lambda residual: residual + step[None, None])
@@ -56,7 +56,7 @@ class _OfReader:
 
     @property
     def hook(self) -> Hook | None:
-        """Where the autoencoder reads, which a language model compares."""
+        """Where the autoencoder reads, which the language model checks."""
         return self.reader.hook
 
     def __call__(self, residual: Residual) -> Residual:
@@ -72,7 +72,7 @@ class _OfReader:
 def _in_range(reader: Reader, latents: int | Sequence[int]) -> Int[np.ndarray, " n"]:
     chosen, d_sae = np.atleast_1d(np.asarray(latents)), reader.config.d_sae
     if chosen.ndim > 1 or not chosen.size or chosen.dtype.kind not in "iu":
-        raise UserError(f"latents={latents} are no numbers of latents, such as [3, 17]")
+        raise UserError(f"latents={latents} must be numbers of latents, as [3, 17]")
     for latent in chosen:
         if not 0 <= latent < d_sae:
             raise UserError(f"latent {latent} must be from 0 to {d_sae - 1}")
@@ -85,7 +85,7 @@ def _reconstructed(
 ) -> Float[Array, "batch time d_model"]:
     x = reader.rows(residual)
     x_hat = reader.decode(reader.encode(x), rows=x)
-    # What centring took away goes back.
+    # Add what centring subtracted.
     return x_hat.reshape(residual.shape) + (residual - x.reshape(residual.shape))
 
 

@@ -1,4 +1,4 @@
-"""`python -m vsae_jax.train`: activations on disk to trained autoencoders."""
+"""`python -m vsae_jax.train`: from activations on disk to trained autoencoders."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from vsae_jax.training.plan import plan
 
 
 def command(configs: Sequence[TrainConfig]) -> None:
-    """One run, or a grid where flags held comma lists."""
+    """Trains one run, or a grid if flags are comma lists."""
     with processes.joined(configs[0]):
         if len(configs) == 1:
             run(configs[0])
@@ -20,10 +20,10 @@ def command(configs: Sequence[TrainConfig]) -> None:
 
 
 def run(config: TrainConfig) -> Path:
-    """Trains to the end, resuming where a run folder is already there.
+    """Trains to the end, or resumes a run folder that exists; returns that folder.
 
-    Returns the run folder. Raises UserError for what a user can mend and Interrupted
-    when a signal stopped it after saving.
+    Raises UserError for what a user can fix, and Interrupted if a signal stopped it,
+    after saving.
     """
     planned = plan(config)
     run_arms([planned])

@@ -1,10 +1,10 @@
-"""`python -m vsae_jax.tsne --run=RUN`: a map of the latents, and numbers beside it.
+"""`python -m vsae_jax.tsne --run=RUN`: a map of the latents, with numbers about it.
 
-The paper's t-SNE (its figures 10 and 11) as the authors made it: latents that fire on
-more than 1 % of tokens; a point is a latent's activations over 20,000 samples, each
-latent standardised; perplexity min(30, (n - 1) // 3), seed 42, k-means with 10
-clusters on the two dimensions. `--points=decoder` takes the decoder's rows, at norm 1,
-instead. Firing rates are those of `RUN/features/`. Writes
+The paper's t-SNE (its figures 10 and 11) as the authors made it, of the latents that
+fire on more than 1 % of tokens. A point is a latent's activations on 20,000 samples,
+standardised; the perplexity is min(30, (n - 1) // 3), the seed 42, and k-means makes 10
+clusters from the two dimensions. With `--points=decoder`, a point is a decoder row at
+norm 1. Firing rates are those in `RUN/features/`. Writes
 
     RUN/maps/maps.json, maps.npz            (maps-decoder.json, ... of --points=decoder)
     embedding [n_points, 2], latents [n_points], cluster [n_points], firing_rate,
@@ -34,7 +34,7 @@ from vsae_jax.system.errors import UserError, missing_extra
 from vsae_jax.system.files import replace_file
 
 FOLDER = "maps"
-# Of the table, in its order.
+# The columns of the table, in order.
 COLUMNS = {
     "n_points": "points",
     "n_alive_above_0": "fire",
@@ -147,7 +147,7 @@ def _stem(c: MapConfig) -> str:
 
 
 def as_points(run: TrainedSAE, latents: Ids, c: MapConfig) -> tuple[Ids, Points]:
-    """What the latents are as points; without those that do not vary in the sample."""
+    """The latents and their points, without latents that do not vary in the sample."""
     if c.points == "decoder":
         rows = np.asarray(run.variables["params"]["w_dec"])[latents]
         return latents, map_statistics.unit_rows(rows)
@@ -160,7 +160,7 @@ def as_points(run: TrainedSAE, latents: Ids, c: MapConfig) -> tuple[Ids, Points]
 def sampled_latents(
     run: TrainedSAE, latents: Ids, c: MapConfig
 ) -> Float[np.ndarray, "samples n"]:
-    """Activations on at most `--samples` rows, spread evenly over the held-out ones;
+    """Activations on at most `--samples` rows, evenly spaced among the held-out ones;
     rows of special tokens are left out."""
     run = opening.filled(run, c)
     activations = opening.open_activations(run, c)
@@ -176,8 +176,8 @@ def sampled_latents(
 
 
 def _text_rows(activations: Activations, start: int, stop: int) -> np.ndarray:
-    """The numbers of the rows of the contexts start, ..., stop - 1 whose token is no
-    special one."""
+    """The numbers of the rows of the contexts start, ..., stop - 1 whose tokens are not
+    special."""
     m = activations.manifest
     tokens = activations.tokens(start, stop)[:, m.dropped_positions :]
     keep = ~np.isin(tokens.ravel(), m.special_ids)
@@ -187,7 +187,7 @@ def _text_rows(activations: Activations, start: int, stop: int) -> np.ndarray:
 def embed(
     points: Points, *, clusters: int, seed: int
 ) -> tuple[Float[np.ndarray, "n 2"], Ids]:
-    """t-SNE to two dimensions, and k-means there."""
+    """The points in two dimensions by t-SNE, and their clusters there by k-means."""
     try:
         from sklearn.cluster import KMeans
         from sklearn.manifold import TSNE
@@ -203,8 +203,8 @@ def embed(
 def _silhouettes(
     points: Points, embedding: Float[np.ndarray, "n 2"], cluster: Ids
 ) -> dict[str, float]:
-    """Silhouettes of the same clusters in the space that was embedded and in the two
-    dimensions in which k-means drew their borders."""
+    """The clusters' silhouettes in the space that was embedded, and in the two
+    dimensions in which k-means found them."""
     from sklearn.metrics import silhouette_score
 
     spaces = {"silhouette_original": points, "silhouette_2d": embedding}
@@ -218,8 +218,8 @@ def _nearness(
     *,
     seed: int,
 ) -> dict[str, float]:
-    """Nearest cosines of the decoder's rows, of the mapped latents and of all that
-    fire, beside those of as many random directions."""
+    """Nearest cosines of decoder rows, for the mapped latents and for all that fire,
+    with those of as many random directions."""
     numbers = {}
     for name, some in (("nn_cosine", latents), ("nn_cosine_alive", rate > 0)):
         rows = w_dec[some]

@@ -38,6 +38,7 @@ from vsae_jax.interop.tensors import (
     our_arrays,
     read_json,
     read_safetensors,
+    size_of,
     source_dtype,
     their_arrays,
 )
@@ -97,13 +98,14 @@ def read(folder: Path) -> Autoencoder:
         del arrays["scaling_factor"]
     rule = _ARCHITECTURES[c["architecture"]]
     names = _NAMES_OF.get(rule, _NAMES)
-    params = our_arrays(arrays, names, where=folder / WEIGHTS)
-    d, m = params["w_enc"].shape
+    d = size_of(arrays, names["b_dec"], where=folder / WEIGHTS)
+    m = size_of(arrays, names["b_enc"], where=folder / WEIGHTS)
     if (c.get("d_in"), c.get("d_sae")) != (d, m):
         raise UserError(
             f"{where} says d_in={shown(c.get('d_in'))}, d_sae={shown(c.get('d_sae'))}, "
             f"but {WEIGHTS} has {d} and {m}"
         )
+    params = our_arrays(arrays, names, where=folder / WEIGHTS)
     if c.get("rescale_acts_by_decoder_norm"):
         params = _with_unit_rows(params)
     return foreign(

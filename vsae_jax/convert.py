@@ -121,8 +121,8 @@ def _notes(ae: Autoencoder, target: Format, *, says: str, n_rows: int) -> list[s
     lines = []
     if says != ae.rule:
         lines.append(
-            f"{target.NAME} says {says} where this is {ae.rule}: the same where no kept "
-            f"latent is negative, as on the {n_rows} rows of the self-check"
+            f"{target.NAME} says {says} where this is {ae.rule}: the same where no "
+            f"kept latent is negative, as on the {n_rows} rows of the self-check"
         )
     if ae.latent_scale != 1:
         lines.append(

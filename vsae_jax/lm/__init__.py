@@ -1,4 +1,4 @@
-"""Language models as the rest of the library sees them: one protocol, two backends.
+"""Language models as the rest of the library sees them: one class, two backends.
 
 `jax_backend.py` runs the families of `families.py` in JAX; `hf.py` runs any causal
 language model through transformers and torch. Neither they nor transformers are
@@ -8,9 +8,9 @@ imported before a model is asked for.
 from typing import Literal
 
 from vsae_jax.lm.files import ModelFiles, find, locate
-from vsae_jax.lm.protocol import (
+from vsae_jax.lm.language_model import LanguageModel
+from vsae_jax.lm.passes import (
     Cut,
-    LanguageModel,
     Logits,
     Losses,
     Residual,

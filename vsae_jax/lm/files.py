@@ -60,7 +60,14 @@ class ModelFiles:
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What both backends say of a model; see the protocol `LanguageModel`."""
+    """What is known of a model without running it.
+
+    files: where it was read from; its tokenizer is there, too.
+    max_positions: the longest context it was made for; None where it does not say.
+    dtype: that of products' operands, float32 or bfloat16; sums are float32.
+    bos_id: what starts a context: BOS, or EOS where the model has no BOS.
+    special_ids: the ids of BOS, EOS and padding, those that exist.
+    """
 
     files: ModelFiles
     d_model: int
@@ -76,12 +83,12 @@ class ModelFacts:
 
     @property
     def name(self) -> str:
-        """What the user gave."""
+        """The hub id or the local folder, as the user gave it."""
         return self.files.name
 
     @property
     def revision(self) -> str | None:
-        """The hub commit; None for a folder."""
+        """The hub commit that was loaded; None for a local folder."""
         return self.files.revision
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from vsae_jax.config.sites import Hook, Site
-from vsae_jax.lm.attached import Attached
 from vsae_jax.lm.dtype import choose_dtype
 from vsae_jax.lm.files import (
     ModelFiles,
@@ -21,7 +20,8 @@ from vsae_jax.lm.files import (
     model_facts,
     transformers_source,
 )
-from vsae_jax.lm.protocol import (
+from vsae_jax.lm.language_model import LanguageModel
+from vsae_jax.lm.passes import (
     Cut,
     Logits,
     Losses,
@@ -65,7 +65,7 @@ class _Reached(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class HFModel(Attached):
+class HFModel(LanguageModel):
     """A `LanguageModel` around a torch module; arrays in and out are NumPy's.
 
     With `--lm_dtype=bfloat16` the residual stream is bfloat16, too, as in transformers.

@@ -15,12 +15,12 @@ from jaxtyping import Array, Float
 
 from vsae_jax.config.sites import Hook
 from vsae_jax.lm import decoder
-from vsae_jax.lm.attached import Attached
 from vsae_jax.lm.decoder import Params, Spec, Stream
 from vsae_jax.lm.dtype import choose_dtype
 from vsae_jax.lm.families import FAMILIES, family_of, read_spec
 from vsae_jax.lm.files import ModelFacts, ModelFiles, model_facts
-from vsae_jax.lm.protocol import (
+from vsae_jax.lm.language_model import LanguageModel
+from vsae_jax.lm.passes import (
     Cut,
     Losses,
     Residual,
@@ -41,8 +41,8 @@ from vsae_jax.system.errors import UserError
     meta_fields=["spec", *(field.name for field in dataclasses.fields(ModelFacts))],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Decoder(Attached):
-    """A `Traceable` model."""
+class Decoder(LanguageModel):
+    """A language model in JAX, which is `Traceable`."""
 
     spec: Spec
     params: Params

@@ -1,5 +1,4 @@
-"""The half of a language model that is the same for both backends: logits and losses
-with splices, texts to tokens and back, and what the model goes on to write."""
+"""A language model as the rest of the library sees it, whatever runs it."""
 
 import abc
 import functools
@@ -13,9 +12,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from vsae_jax.config.sites import Hook, Site
 from vsae_jax.lm.files import ModelFacts, generation_eos_ids
-from vsae_jax.lm.protocol import (
-    LanguageModel,
+from vsae_jax.lm.passes import (
+    Cut,
     Logits,
+    Losses,
     Prompt,
     Residual,
     Splice,
@@ -35,38 +35,104 @@ if TYPE_CHECKING:
 _ROOM = 128
 
 
-class Attached(ModelFacts, abc.ABC):
-    """What both backends share of a `LanguageModel`."""
+class LanguageModel(ModelFacts, abc.ABC):
+    """A language model. A backend is a subclass with the abstract methods.
 
-    def residual(self: LanguageModel, tokens: Tokens, layer: int) -> Residual:
+    A splice maps what is at a site of block `layer`, `[batch, time, d_model]`, to what
+    replaces it; a site is the residual stream after the block, or what its attention or
+    its MLP adds to the stream. The transformers model hands splices NumPy arrays and
+    takes any array back; for the JAX model see `Traceable`.
+    """
+
+    @abc.abstractmethod
+    def check(self, hook: Hook) -> None:
+        """Refuses a hook that the model does not have, with a UserError."""
+
+    @abc.abstractmethod
+    def at(self, tokens: Tokens, hooks: Sequence[Hook]) -> Sequence[Residual]:
+        """What is at each hook, in float32, from one pass that ends at the last."""
+
+    @abc.abstractmethod
+    def cut(self, tokens: Tokens, hook: Hook) -> Cut:
+        """The pass up to a hook."""
+
+    @abc.abstractmethod
+    def joined(self, cut: Cut, values: Sequence[Residual]) -> Sequence[Residual]:
+        """The residual stream after the hook's block where each of `values` is at the
+        hook, for `logits_from` and `losses_from`."""
+
+    @abc.abstractmethod
+    def logits_from(self, residual: Residual, layer: int) -> Logits:
+        """The logits where the residual stream after block `layer` is `residual`; only
+        what is above the block is computed."""
+
+    @abc.abstractmethod
+    def losses_from(
+        self,
+        residuals: Sequence[Residual],
+        layer: int,
+        tokens: Tokens,
+        *,
+        underflow: bool = False,
+    ) -> Losses:
+        """The losses where the residual stream after block `layer` is each of
+        `residuals`, and KL from the first; never are all logits in memory at once.
+
+        underflow: log p is the log of a softmax, which can be -inf.
+        """
+
+    @abc.abstractmethod
+    def cached(
+        self,
+        *,
+        batch: int,
+        length: int,
+        layer: int | None = None,
+        splice: Splice = identity,
+    ) -> Callable[[Tokens], Float[Array | np.ndarray, "batch vocab"]]:
+        """A function that takes the next tokens `[batch, time]` of `batch` contexts (in
+        its first call the first ones) and returns the logits after the last of them. It
+        keeps the keys and values of up to `length` positions, so that no token runs
+        twice; `splice` sees only the new positions."""
+
+    def residual(self, tokens: Tokens, layer: int) -> Residual:
         """The residual stream after block `layer`, in float32; the pass ends there."""
         return self.at(tokens, [Hook(layer)])[0]
 
     def logits(
-        self: LanguageModel,
+        self,
         tokens: Tokens,
         *,
         layer: int | None = None,
         site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Logits]:
-        """The logits with each splice; what is below it runs once."""
+        """The logits with each splice at a site of block `layer`, one set a splice;
+        what is below runs once."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        streams = spliced(self, tokens, Hook(layer, site), splices)
+        streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.logits_from(stream, layer) for stream in streams]
 
     def loss(
-        self: LanguageModel,
+        self,
         tokens: Tokens,
         *,
         layer: int | None = None,
         site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array | np.ndarray, "batch time-1"]]:
-        """The next-token loss with each splice, one set of logits at a time."""
+        """`next_token_loss` of each of `logits`, without holding them all at once."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
-        streams = spliced(self, tokens, Hook(layer, site), splices)
+        streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.losses_from([x], layer, tokens).ce[0] for x in streams]
+
+    def _spliced(
+        self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
+    ) -> Iterator[Residual]:
+        """The stream after the hook's block with each splice."""
+        cut = self.cut(tokens, hook)
+        for splice in splices:
+            yield self.joined(cut, [apply_splice(splice, cut.value)])[0]
 
     @functools.cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -142,17 +208,6 @@ class Attached(ModelFacts, abc.ABC):
         result: Any = self.decode(new)[0] if text else new
         return result
 
-    @abc.abstractmethod
-    def cached(
-        self,
-        *,
-        batch: int,
-        length: int,
-        layer: int | None = None,
-        splice: Splice = identity,
-    ) -> Callable[[Tokens], Logits]:
-        """See `LanguageModel`."""
-
     def _check_prompt(self, tokens: Int[np.ndarray, "..."], new: int) -> None:
         if tokens.ndim != 2 or not tokens.size or tokens.dtype.kind not in "iu":
             raise UserError(
@@ -180,15 +235,6 @@ class Attached(ModelFacts, abc.ABC):
             f"{self.vocab_size:,}{most}\n"
             f" tokens made of texts start with BOS ({self.bos_id})>"
         )
-
-
-def spliced(
-    lm: LanguageModel, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
-) -> Iterator[Residual]:
-    """The stream after the hook's block with each splice."""
-    cut = lm.cut(tokens, hook)
-    for splice in splices:
-        yield lm.joined(cut, [apply_splice(splice, cut.value)])[0]
 
 
 def _check_choice(count: int, temperature: float, key: Any) -> None:

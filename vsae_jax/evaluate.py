@@ -14,6 +14,7 @@ from typing import Any
 from vsae_jax import runs
 from vsae_jax.config import EvalConfig, cli
 from vsae_jax.evals import (
+    NAMES,
     Subject,
     absorption,
     core,
@@ -28,7 +29,13 @@ from vsae_jax.evals.quirks import Quirks, read_quirks
 from vsae_jax.evals.subjects import open_subjects
 from vsae_jax.system.errors import UserError
 
-EVALS = ("core", *on_texts.EVALS, "absorption", "stability", "predictability")
+# Those that do not read labelled texts.
+_OTHERS = {
+    "core": core,
+    "absorption": absorption,
+    "stability": stability,
+    "predictability": predictability,
+}
 COLUMNS = {
     "ce_loss_score": "loss recovered",
     "kl_div_score": "KL score",
@@ -118,8 +125,8 @@ def _cell(value: float | None) -> str:
 def _eval_names(config: EvalConfig) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in config.evals.split(",")))
     for name in names:
-        if name not in EVALS:
-            raise UserError(f"--evals={name} is not known; there is {', '.join(EVALS)}")
+        if name not in NAMES:
+            raise UserError(f"--evals={name} is not known; there is {', '.join(NAMES)}")
         if name in on_texts.EVALS and not config.labelled:
             raise UserError(
                 f"--evals={name} needs labelled texts; name them with --labelled"
@@ -137,14 +144,8 @@ def _checked(
     an evaluation lacks what it needs, or a place to write to."""
     for subject in subjects:
         _check_place(subject.run.folder / runs.EVALS, names)
-    if "core" in names:
-        core.check(subjects)
-    if "absorption" in names:
-        absorption.check(subjects)
-    if "stability" in names:
-        stability.check(subjects)
-    if "predictability" in names:
-        predictability.check(subjects)
+    for name in (name for name in _OTHERS if name in names):
+        _OTHERS[name].check(subjects)
     return on_texts.read(subjects, sets, quirks) if sets else []
 
 

@@ -2,4 +2,15 @@
 
 from vsae_jax.runs.opening import Subject
 
-__all__ = ["Subject"]
+__all__ = ["NAMES", "Subject"]
+
+# All evaluations, in the order of the tables.
+NAMES = (
+    "core",
+    "sparse_probing",
+    "scr",
+    "tpp",
+    "absorption",
+    "stability",
+    "predictability",
+)

@@ -4,20 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from vsae_jax import runs
+from vsae_jax.evals import NAMES
 from vsae_jax.runs import series
 from vsae_jax.runs.opening import OTHERS
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
 
-_NAMES = (
-    "core",
-    "sparse_probing",
-    "scr",
-    "tpp",
-    "absorption",
-    "stability",
-    "predictability",
-)
 _CORE = (
     "ce_loss_score",
     "kl_div_score",
@@ -70,7 +62,7 @@ def _results(folder: Path) -> dict[str, Any]:
     """What each evaluation wrote, in order. Other files are ignored; a file that cannot
     be read is left out with a note."""
     found = {}
-    for name in _NAMES:
+    for name in NAMES:
         path = folder / runs.EVALS / f"{name}.json"
         if not path.is_file():
             continue

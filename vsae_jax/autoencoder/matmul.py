@@ -32,7 +32,7 @@ def affine(
     """x @ w + b with operands of `dtype`, accumulated in float32; gradients likewise.
 
     Autodiff of a mixed product would instead multiply float32 by bfloat16. In float32
-    nothing is rounded; a GPU's default would be TF32, with three digits.
+    the factors are not rounded; a GPU would by default, to TF32 with three digits.
     """
     return cast(Array, _affine(x, w, b, dtype))
 

@@ -36,13 +36,13 @@ class ConvertConfig:
     )
     model_name: str = flag(
         "the language model's hub id, for the files and the card; unset: as --input "
-        "says, of a local folder its name",
+        "says; for a local folder, its name",
         "",
     )
     rows: int = flag("rows of the self-check", 1024)
     lossy: bool = flag(
-        "write it also where the format drops its negative latents; what that costs is "
-        "printed, and in the card",
+        "write it even if the format drops its negative latents; the cost is printed "
+        "and stated in the card",
         False,
     )
     push_to_hub: str = flag("hub id to upload --out to, such as me/my-sae", "")

@@ -25,8 +25,8 @@ class DashboardConfig:
     compare: str = flag("another such folder, to show beside it", "")
     out: str = flag("the page; unset: dashboard.html in the run folder", "")
     features: str = flag(
-        "latents in full: how many, spread evenly over the firing rates, or a comma "
-        "list of latents (one alone as 7,); with --compare, their matches besides",
+        "latents to show in full: how many, spread evenly over the firing rates, or a "
+        "comma list of latents (7, for a single one); --compare adds their matches",
         "512",
     )
     model: str = flag("hub id or local folder; unset: the manifest's", "")
@@ -37,7 +37,7 @@ class DashboardConfig:
     device: str = flag(DEVICE, "auto")
     activations: str = flag(ACTIVATIONS, "")
     num_tokens: int | None = flag(
-        "most held-out tokens to look at; unset: as features/ has it, else 1,000,000"
+        "most held-out tokens to look at; unset: as many as for features/, or 1,000,000"
     )
 
     def __post_init__(self):

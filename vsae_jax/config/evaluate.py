@@ -50,18 +50,18 @@ class EvalConfig(OpenOptions):
         "",
     )
     label_column: str = flag(
-        "column of --labelled with the label; a comma list is one for each set", "label"
+        "column of --labelled with the label; a comma list has one per set", "label"
     )
     attribute_column: str = flag(
         "column of --labelled with an attribute of two values, for scr; a comma list "
-        "is one for each set",
+        "has one per set",
         "",
     )
     train_size: int = flag("most texts to train a probe on", 4000)
     test_size: int = flag("most texts to test a probe on", 1000)
-    seed: int = flag("of samples and probes", 42)
+    seed: int = flag("seed of samples and probes", 42)
     saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
-    quirks: str = flag("comma list of single ones of those bugs", "")
+    quirks: str = flag("comma list of some of those bugs, to include only them", "")
     saebench_json: bool = flag("also write files in SAEBench's own schema", False)
     num_tokens: int = flag("most tokens to evaluate on", 409_600)
     batch_size: int = flag("contexts in a forward pass", 16)

@@ -15,13 +15,13 @@ from vsae_jax.system.errors import UserError
 Backend = Literal["transformers", "jax", "auto"]
 LMDtype = Literal["auto", "float32", "bfloat16"]
 LM_DTYPE = (
-    "of the language model's products; auto: bfloat16 on a GPU, and on a CPU that is "
-    "fast at it for a model of 512 wide or more that is stored in it"
+    "dtype of the language model's products; auto: bfloat16 on a GPU, and on a CPU "
+    "that is fast at it for a model at least 512 wide that is stored in it"
 )
 
 DEVICE = (
-    "torch's, with --backend=transformers: cpu, cuda, cuda:1 or mps; auto: the first "
-    "GPU, or the CPU"
+    "torch's device, with --backend=transformers: cpu, cuda, cuda:1 or mps; auto: the "
+    "first GPU, or the CPU"
 )
 
 
@@ -45,8 +45,8 @@ class ExtractConfig:
         "block whose activations are kept, from 0", table="extract", grid=True
     )
     site: Site = flag(
-        "which of them: the residual stream after the block, or what its MLP or its "
-        "attention adds to it",
+        "where in the block: the residual stream after it, or what its MLP or its "
+        "attention adds to the stream",
         "resid_post",
         grid=True,
     )
@@ -69,17 +69,17 @@ class ExtractConfig:
         table="extract",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = flag(
-        "of the rows on disk", "bfloat16"
+        "dtype of the rows on disk", "bfloat16"
     )
     coordinator: str = flag(PROCESS_FLAGS["coordinator"], "", runtime=True)
     num_processes: int | None = flag(PROCESS_FLAGS["num_processes"], runtime=True)
     process_id: int | None = flag(PROCESS_FLAGS["process_id"], runtime=True)
     batch_size: int = flag("contexts in a forward pass", 32)
     shard_contexts: int = flag("contexts in a shard", 2048)
-    verify: bool = flag("read every shard that is there and compare checksums", False)
+    verify: bool = flag("read existing shards and compare their checksums", False)
     out: str = flag(
-        "folder for the shards, of several layers or sites for a folder of each such "
-        "as blocks.3.hook_mlp_out; unset: activations/<model>/blocks.<layer>"
+        "folder for the shards, or with several layers or sites for a folder of each, "
+        "such as blocks.3.hook_mlp_out; unset: activations/<model>/blocks.<layer>"
         ".hook_<site>",
         "",
     )

@@ -38,11 +38,11 @@ class FeaturesConfig(OpenOptions):
     lm_dtype: LMDtype = flag(LM_DTYPE, "auto")
     device: str = flag(DEVICE, "auto")
     activations: str = flag(ACTIVATIONS, "")
-    num_tokens: int = flag("most tokens to look at, of the held-out ones", 1_000_000)
+    num_tokens: int = flag("most held-out tokens to look at", 1_000_000)
     top: int = flag("contexts of the strongest activations kept per latent", 20)
-    quantiles: int = flag("groups of equal shares of a latent's firings", 10)
+    quantiles: int = flag("equal groups into which a latent's firings are divided", 10)
     window: int = flag("tokens shown on each side", 12)
-    seed: int = flag("of the sample for the groups and the correlations", 0)
+    seed: int = flag("seed of the sample for groups and correlations", 0)
     loss_effect: bool = flag(
         "measure the language model's loss without the latent, in its 5 strongest "
         "contexts (minutes)",

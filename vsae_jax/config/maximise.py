@@ -26,22 +26,24 @@ class MaximiseConfig(OpenOptions):
     )
     length: int = flag("tokens of the synthetic sequence, BOS not counted", 12)
     steps: int = flag("steps of gradient ascent", 200)
-    restarts: int = flag("random starts, climbed at once; the best is reported", 16)
-    lr: float = flag("of Adam, on the logits of the soft tokens", 0.3)
+    restarts: int = flag("random starts; the best result is reported", 16)
+    lr: float = flag("learning rate of Adam, on the soft tokens' logits", 0.3)
     hot: float = flag("temperature of the softmax at the first step", 2.0)
     cold: float = flag("temperature at the last step; it falls geometrically", 0.05)
-    seed: int = flag("of the random starts", 0)
+    seed: int = flag("seed of the random starts", 0)
     model: str = flag("hub id or local folder; unset: the run's", "")
     revision: str = flag("hub revision; unset: the run's", "")
     model_differs: bool = flag(MODEL_DIFFERS, False)
     layer: int | None = flag(LAYER)
-    backend: Backend = flag("jax, as auto, which alone has gradients", "auto")
+    backend: Backend = flag("jax, which auto means: only it has gradients", "auto")
     lm_dtype: LMDtype = flag(
-        "of the language model's products; auto: float32, for exact gradients", "auto"
+        "dtype of the language model's products; auto: float32, for exact gradients",
+        "auto",
     )
     activations: str = flag(ACTIVATIONS, "")
     text: str = flag(
-        "look for real text in this .jsonl, .txt or .parquet, not in held-out contexts",
+        "look for real text in this .jsonl, .txt or .parquet instead of held-out "
+        "contexts",
         "",
     )
     text_column: str = flag("column of --text that holds the text", "text")

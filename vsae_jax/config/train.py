@@ -70,19 +70,19 @@ class TrainConfig:
     lr: float | Literal["auto"] = _optimisation(
         "peak learning rate; auto = 2e-4 / sqrt(d_sae / 2^14)", traced=True
     )
-    seed: int = flag("of the weights and the noise", 0, grid=True, group="optimisation")
-    data_seed: int = _data("of the order of the rows", 0)
+    seed: int = flag("seed of weights and noise", 0, grid=True, group="optimisation")
+    data_seed: int = _data("seed of the order of the rows", 0)
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "of the matrix products; auto: bfloat16 on a GPU, else float32",
+        "dtype of the matrix products; auto: bfloat16 on a GPU, else float32",
         "auto",
         group="devices",
     )
-    relu: bool = _autoencoder("relu on mu")
+    relu: bool = _autoencoder("apply relu to mu")
     noise_std: float = _autoencoder(
         "standard deviation of the training noise (times a learned one)", traced=True
     )
     variance: Literal["fixed", "learned"] = _autoencoder(
-        "of the posterior; learned adds a second encoder head"
+        "variance of the posterior; learned adds a second encoder head"
     )
     gate: Literal["none", "path", "sigma"] = _gate(
         "what opens a latent: path, a second path of the encoder (gated); sigma, the "
@@ -97,8 +97,8 @@ class TrainConfig:
         before=0.05,
     )
     prefixes: str = _autoencoder(
-        "nested decoder: how many of the first latents reconstruct x alone, too, as "
-        "shares or numbers of d_sae between colons; or none",
+        "nested decoder: how many of the first latents also reconstruct x alone, as "
+        "rising shares or numbers of d_sae such as 1/4:1/2; or none",
         before="none",
     )
     selection: Literal["value", "magnitude"] = _autoencoder(
@@ -107,8 +107,8 @@ class TrainConfig:
     penalty: Literal["none", "kl", "l1"] = _loss("which penalty is on")
     kl_over: Literal["all", "selected"] = _loss("latents that the KL sums over")
     kl_units: Literal["loss", "error"] = _loss(
-        "the KL as it is, or times twice the error of a dimension, as with a learned "
-        "variance of the decoder",
+        "loss: the KL as it is; error: times twice the error per dimension, as with a "
+        "learned variance of the decoder",
         before="loss",
     )
     l1: float = _loss("weight of the L1 penalty", traced=True)
@@ -148,7 +148,7 @@ class TrainConfig:
         "AuxK in the loss's units, or divided by the residual's variance"
     )
     threshold_decay: float = _thresholds(
-        "batch_topk: what stays of its running threshold in a step",
+        "batch_topk: share of the running threshold that a step keeps",
         traced=True,
         before=0.99,
     )
@@ -161,8 +161,8 @@ class TrainConfig:
         "where b_dec starts"
     )
     input_scale: float | Literal["unit", "sqrt_d", "none"] = preset_flag(
-        "root mean square row norm that rows are scaled to: 1, sqrt(d_model), as they "
-        "are, or a number",
+        "root mean square norm that rows are scaled to: unit is 1, sqrt_d is "
+        "sqrt(d_model), none leaves them as they are, or a number",
         group="data",
     )
     center_input: bool = _data("subtract the rows' mean from the input", False)
@@ -181,32 +181,32 @@ class TrainConfig:
         "decay of Adam's second moment", 0.999, group="optimisation", traced=True
     )
     adam_eps: float = flag("Adam's epsilon", 1e-8, group="optimisation", traced=True)
-    held_out: float = _data("share of the contexts, the last, never trained on", 0.05)
+    held_out: float = _data("share of the contexts, the last ones, to hold out", 0.05)
     top_k: Literal["auto", "lax", "kernel"] = flag(
-        "lax: jax.lax.top_k and autodiff, the plain reference; auto: the fast way; "
-        "kernel: that with a kernel for GPUs",
+        "lax: jax.lax.top_k and autodiff, the plain reference; auto: a faster way; "
+        "kernel: the same with a kernel for GPUs",
         "auto",
         group="devices",
     )
     kernels: Literal["auto", "xla", "native"] = flag(
-        "of a TopK step on a CPU: native touches the selected latents only (pip "
-        "install -e '.[native]'); auto: where that is installed and wins",
+        "how a CPU computes a TopK step: native touches only the selected latents (pip "
+        "install -e '.[native]'); auto: native where it is installed and faster",
         "auto",
         group="devices",
         before="auto",
     )
     arms: Literal["auto", "vmap", "loop"] = _devices(
-        "a grid's arms on the same batches: vmap at once, loop one after another; "
-        "auto: vmap on a GPU",
+        "how a grid's arms take the same batch: vmap all at once, loop one after "
+        "another; auto: vmap on a GPU",
         "auto",
     )
     feed: Literal["auto", "device", "stream"] = _devices(
-        "stream reads batches ahead, device puts all rows there once; auto: device on "
-        "a GPU with room",
+        "stream reads batches ahead, device puts all rows on the device once; auto: "
+        "device on a GPU with room",
         "auto",
     )
     mesh: str = _devices(
-        "devices on each axis, as data:4,latents:2: the rows of a batch are split over "
+        "devices per axis, as data:4,latents:2: the rows of a batch are split over "
         "data, the latents over latents; unset: all devices on data",
         "",
     )
@@ -214,39 +214,39 @@ class TrainConfig:
     num_processes: int | None = _devices(PROCESS_FLAGS["num_processes"])
     process_id: int | None = _devices(PROCESS_FLAGS["process_id"])
     bad_rows: Literal["stop", "skip"] = _data(
-        "rows that are NaN, infinite or giant: stop at the first that is read, or read "
-        "all rows before the start and leave such rows out",
+        "rows that are NaN, infinite or giant: stop at the first one, or skip them "
+        "(all rows are then read before the start)",
         "stop",
         runtime=True,
     )
     giant: float = _data(
-        "a row is giant when it has a value beyond so many times the median norm",
+        "a row is giant if one of its values exceeds this many times the median norm",
         1e4,
         runtime=True,
     )
     stream: bool = _data(
-        "train on the text after that in --activations, its rows made as they are "
-        "needed and never on disk",
+        "train on the text that follows that of --activations; its rows are made as "
+        "they are needed and never stored",
         False,
         before=False,
     )
     buffer_rows: int = _data(
-        "with --stream: rows in memory that are shuffled among each other",
+        "with --stream: rows held in memory and shuffled together",
         2**17,
         before=2**17,
     )
     max_norm_multiple: float | None = _data(
-        "leave rows out whose norm is above so many times the median, as a language "
-        "model's massive activations are; 10 is dictionary_learning's; unset: none",
+        "leave out rows whose norm exceeds this many times the median, such as massive "
+        "activations; dictionary_learning has 10; unset: leave out none",
         runtime=True,
     )
     fork_from: str = _record(
-        "run to start from: its last checkpoint, in a new --out; of a grid's folder, "
+        "run whose last checkpoint to start from, in a new --out; in a grid's folder, "
         "the arm of the same name",
         "",
     )
     checkpoint_every: int = _record(
-        "steps between checkpoints; 0: none, and a kill costs the whole run", 1000
+        "steps between checkpoints; 0: none, so that a kill costs the whole run", 1000
     )
     log_every: int = _record("steps between lines of metrics.jsonl", 50)
     steps_per_dispatch: int = _devices("steps in one call to the device", 10)

@@ -1,20 +1,20 @@
 """The sparse half of a TopK step as machine code that numba makes, called by XLA.
 
-    rows     w [d, m] -> [m, d], so that what a latent writes lies together
-    select   z + bias -> each row's k largest, by index; after them a relu
-    lists    which rows selected a latent, in order
+    rows     w [d, m] -> [m, d], so that a latent's decoder row is contiguous
+    select   z + bias -> each row's k largest, by index; then a relu, if any
+    lists    the rows that selected each latent, in order
     decode   g = 2 / batch (x_hat - x), and the gradient of each selected latent
-    sums     of rows of x or g, weighed and added up latent by latent
+    sums     for each latent the weighted sum of rows of x or g
 
-No two threads add to one number, and each is added up in a fixed order: the bits do not
-depend on how many threads there are. `call` is a C function of XLA's FFI; the places of
-fields below are those of xla/ffi/api/c_api.h. It finds addresses and shapes in the
-frame of its call, and shares the work with XLA's own threads. bfloat16 is uint16 here,
-for numba has none. All is in one file, as numba takes what it compiled before for good
-while the file of a function is unchanged.
+No two threads add to the same number, and each sum has a fixed order, so the bits do
+not depend on the number of threads. `call` is a C function of XLA's FFI, which finds
+addresses and shapes in the frame of its call and shares the work with XLA's own
+threads; the places of fields below are those of xla/ffi/api/c_api.h. bfloat16 is uint16
+here, since numba has none. Everything is in one file, because numba reuses what it has
+compiled while the file of a function is unchanged, even if other files have changed.
 """
 
-# numba's functions are called otherwise than they are written.
+# numba's functions are not called with the arguments that they are written with.
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportPrivateImportUsage=false
 
@@ -25,14 +25,14 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-# Rows or latents that a thread takes at once, and numbers that are compared at once.
+# Rows or latents that a thread takes at once, and numbers compared at once.
 _ROWS, _LATENTS, _LANES = 32, 64, 64
 # Numbers in a vector: half the registers of a processor hold a wide one.
 _WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
 _NARROW = 16
-# So many rows ahead of its use one is asked for.
+# How many rows ahead of its use a row is prefetched.
 _AHEAD = 8
-# Of the rows that are added up, columns of so many bytes at a time stay in cache.
+# Rows are added up by tiles of columns of this size, which stay in cache.
 _TILE_BYTES = 2**20
 
 _I64, _I32, _F32, _U16 = np.int64, np.int32, np.float32, np.uint16
@@ -42,7 +42,7 @@ _WORD, _HALFWORD, _FLOAT = ir.IntType(64), ir.IntType(32), ir.FloatType()
 _compiled = njit(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
-# Memory by address, and what LLVM has and numba does not.
+# Memory by address, and instructions that LLVM has and numba lacks.
 
 
 @intrinsic
@@ -57,7 +57,7 @@ def _at(typingctx, address):
 
 @intrinsic
 def _add(typingctx, address, number):
-    """Adds to the word at an address, whoever else does; returns what it was."""
+    """Adds atomically to the word at an address; returns its old value."""
 
     def code(context, builder, signature, args):
         word = builder.inttoptr(args[0], _WORD.as_pointer())
@@ -79,7 +79,7 @@ def _call(typingctx, function, argument):
 
 @intrinsic
 def _helper(typingctx):
-    """The address of `help`, by its name: as a number it could not be kept on disk."""
+    """The address of `help`, found by name: compiled code on disk cannot hold it."""
 
     def code(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [_WORD])
@@ -91,8 +91,8 @@ def _helper(typingctx):
 
 @intrinsic
 def _reaching(typingctx, address, bias, least):
-    """Which of the 64 floats at an address, plus those at another, are not less (NaN
-    is not), a bit each."""
+    """One bit for each of the 64 floats at an address plus those at another: whether
+    it is not less than `least`, as a NaN is."""
 
     def code(context, builder, signature, args):
         many = ir.VectorType(_FLOAT, _LANES)
@@ -139,7 +139,7 @@ def _as_bits(typingctx, number):
 
 @intrinsic
 def _fetch(typingctx, address):
-    """Asks for 256 bytes at an address, which will be read soon."""
+    """Prefetches 256 bytes at an address."""
 
     def code(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t] + [_HALFWORD] * 3)
@@ -254,8 +254,8 @@ def _total(typingctx, vector):
 
 @intrinsic
 def _turn(typingctx, source, source_step, target, target_step, zero):
-    """Writes 16 rows of 16 floats as 16 columns, rounded to the type of `zero`; steps
-    are bytes from row to row."""
+    """Writes 16 rows of 16 floats as 16 columns, rounded to the type of `zero`. Steps
+    are the bytes from row to row."""
 
     def code(context, builder, signature, args):
         source, source_step, target, target_step, _ = args
@@ -278,7 +278,7 @@ def _turn(typingctx, source, source_step, target, target_step, zero):
                 )
             step *= 2
         for row in rows:
-            if half:  # to the nearest, to even between two
+            if half:  # rounds to nearest, ties to even
                 row = builder.bitcast(row, bits)
                 sixteen = _all(builder, _HALFWORD(16), n)
                 odd = builder.and_(
@@ -314,7 +314,7 @@ _BFLOAT16 = 16
 
 @_compiled
 def _buffer(frame, side, place):
-    """Of an argument or a result, in words: 2 its type, 3 its address, 5 its shape."""
+    """An argument or a result, in words: 2 its type, 3 its address, 5 its shape."""
     return _words(_words(_words(frame, 21)[side], place + 1)[place], 6)
 
 
@@ -330,25 +330,25 @@ def _data(frame, side, place):
 
 @_compiled
 def _shape(frame, side, place):
-    """Of a matrix."""
+    """The two sizes of a matrix."""
     sizes = _words(_buffer(frame, side, place)[5], 2)
     return sizes[0], sizes[1]
 
 
 @_compiled
 def _size(frame, side, place):
-    """Bytes of a number: 2 of bfloat16, 4 of the others."""
+    """The bytes of a number: 2 for bfloat16, 4 for the others."""
     return 2 if (_buffer(frame, side, place)[2] & 0xFF) == _BFLOAT16 else 4
 
 
 @_compiled
 def _share(frame, kernel, chunks):
-    """Works through all chunks, with as many of XLA's threads as come in time. By the
-    address of `help`, so that the kernels are compiled once.
+    """Works through all chunks, together with those of XLA's threads that come in time.
+    `help` is called by its address, so that the kernels are compiled once.
 
-    Shared, in words: 0 the next chunk, 1 chunks, 2 those that are done, 3 threads that
-    may still look, 4 the frame, 5 which kernel; 6 the answer and 7 to 11 the arguments
-    of what is asked of XLA.
+    What threads share, in words: 0 the next chunk, 1 the number of chunks, 2 of those
+    done, 3 of threads that may still look, 4 the frame, 5 the kernel; 6 the answer and
+    7 to 11 the arguments of calls to XLA.
     """
     shared = _malloc(8 * 12)
     words = _words(shared, 12)
@@ -375,8 +375,8 @@ def _leave(shared):
 
 @_compiled
 def _take(shared):
-    """Does chunks until none is left. Who comes late finds none, and does not touch the
-    frame, which is gone by then."""
+    """Does chunks until none is left. A thread that comes late finds none, and does not
+    touch the frame, which is gone by then."""
     words = _words(shared, 6)
     while True:
         chunk = _add(shared, 1)
@@ -410,7 +410,7 @@ def _rows(frame, chunk):
                 _turn(source, 4 * m, out + 4 * (i * d + c), 4 * d, _F32(0))
 
 
-# select: keys are whole numbers in the order of their floats, -0 as 0, NaN above all
+# select: keys are integers in the order of their floats; -0 is 0, NaN above all
 
 
 @_compiled
@@ -427,7 +427,7 @@ def _float_of(key):
 
 @_compiled
 def _reach(keys, n, least):
-    """How many of the first n keys are not less."""
+    """How many of the first n keys are at least `least`."""
     count = _I32(0)
     for i in range(n):
         count = _I32(count + (keys[i] >= least))
@@ -444,7 +444,7 @@ def _highest(keys, n):
 
 @_compiled
 def _floor(z, bias, keys, k):
-    """A key that at least k reach, and few more unless they are equal."""
+    """A key that at least k keys reach, and few more unless they are equal."""
     n = len(z)
     for i in range(n):
         keys[i] = _key(_as_bits(z[i] + bias[i]))
@@ -462,7 +462,7 @@ def _floor(z, bias, keys, k):
 
 @_compiled
 def _candidates(z, bias, address, bias_address, floor, kept, places):
-    """Writes the keys that reach the floor, and their places; returns how many."""
+    """Writes the keys that reach the floor and their places; returns their number."""
     n, found, least = len(z), 0, _float_of(floor)
     whole = n - n % _LANES
     for start in range(0, whole, _LANES):
@@ -495,12 +495,12 @@ def _select(frame, chunk):
     biases, floor = _address(frame, _ARGUMENT, 1), _I32(0)
     for r in range(chunk * _ROWS, min((chunk + 1) * _ROWS, n)):
         address = _address(frame, _ARGUMENT, 0) + 4 * r * m
-        # The floor of the row before mostly does.
+        # The floor of the row before is mostly good enough.
         left = _candidates(z[r], bias, address, biases, floor, kept, places)
         if left < k or left > 4 * k:
             floor = _floor(z[r], bias, keys, k)
             left = _candidates(z[r], bias, address, biases, floor, kept, places)
-        # Filled up, so that no count ends with single steps.
+        # Filled up, so that counts take whole vectors only.
         full = -(-left // _LANES) * _LANES
         kept[left:full] = -(2**31)
         low, count, high = _I64(floor), left, _I64(_highest(kept, full)) + 1
@@ -530,8 +530,8 @@ def _select(frame, chunk):
 
 @_compiled
 def _lists(frame):
-    """Writes where each latent's list starts, then the row and the place among values
-    of each that selected it, in order; and whether one was above 0."""
+    """Writes where each latent's list starts, the lists (the row and the place among
+    values of each selection, in order), and whether a value was above 0."""
     n, k_max = _shape(frame, _ARGUMENT, 0)
     index = carray(_data(frame, _ARGUMENT, 0), (n, k_max), _I32)
     value = carray(_data(frame, _ARGUMENT, 1), (n, k_max), _F32)
@@ -611,7 +611,7 @@ def _decode_by(frame, chunk, zero):
 
 @_compiled
 def _error(x, b, like):
-    """b_dec - x, where a row's x_hat is added to."""
+    """b_dec - x, to which the selected decoder rows are added."""
     return _plus(_load(b, _F32(0), like), _F32(-1), _load(x, _F32(0), like))
 
 
@@ -620,7 +620,7 @@ def _error(x, b, like):
 
 @_compiled
 def _tiles(frame):
-    """Into how many tiles of columns the rows are cut, and the width of one."""
+    """The number of tiles of columns that rows are cut into, and the width of one."""
     n, d = _shape(frame, _ARGUMENT, 2)
     bytes_of_one = n * _size(frame, _ARGUMENT, 2)
     width = min(max(_TILE_BYTES // bytes_of_one // _WIDE, 1) * _WIDE, d)
@@ -675,10 +675,10 @@ def _sums_of(frame, chunk, zero):
         for c in range(left, right, _NARROW):
             source = sums.ctypes.data + 4 * (c - left)
             _turn(source, 4 * width, out + 4 * (c * m + first), 4 * m, _F32(0))
-    sums[0, 0] = 0  # it is still needed
+    sums[0, 0] = 0  # keeps `sums` alive until here
 
 
-# What XLA calls, and what its threads do to help.
+# What XLA calls, and what its threads do.
 
 
 @cfunc(types.void(types.int64), cache=True)
@@ -693,8 +693,8 @@ binding.add_symbol(_HELP, help.address)
 
 @cfunc(types.int64(types.int64), cache=True)
 def call(frame):
-    """One of the kernels, by the attribute: 0 rows, 1 select, 2 lists, 3 decode, 4
-    sums. XLA first asks for which version of its API this was written."""
+    """Runs one of the kernels, by the attribute: 0 rows, 1 select, 2 lists, 3 decode,
+    4 sums. XLA first asks for the version of its API that this was written for."""
     words = _words(frame, 21)
     if words[1] != 0:
         _words(_words(words[1], 4)[3], 6)[3] = _VERSION

@@ -180,7 +180,7 @@ TOO_LONG = np.full((1, 250), 5)
         (np.array([5, 6]), {}, r"shape \[2\].*token ids \[batch, time\]"),
         (np.zeros((1, 0), int), {}, r"shape \[1, 0\]"),
         (np.ones((1, 3)), {}, "float64 is neither text nor token ids"),
-        (np.array([[5, 320]]), {}, "ids from 5 to 320, and the vocabulary .* 319"),
+        (np.array([[5, 320]]), {}, "ids from 5 to 320, but the vocabulary .* 319"),
         (np.array([[-1]]), {}, "ids from -1"),
     ],
 )
@@ -283,7 +283,7 @@ def test_an_autoencoder_of_another_site_is_refused(model, autoencoder, tokens):
     [
         (D_SAE, f"latent {D_SAE} must be from 0 to {D_SAE - 1}"),
         ([3, -1], "latent -1 must be"),
-        ([], "no numbers of latents"),
+        ([], "must be numbers of latents"),
         (0.5, "0.5.* must be numbers of latents"),
     ],
 )

@@ -290,7 +290,7 @@ def test_a_damaged_file_is_named_at_its_first_use(tmp_path, name, damage, said):
     [
         (np.zeros((6, D_MODEL + 1), np.float32), r"float32\[6, 4\]"),
         (np.zeros((6, D_MODEL), np.float64), r"float64\[6, 3\]"),
-        (None, "no .npy file"),
+        (None, "is not an .npy file"),
     ],
 )
 def test_a_shard_of_another_shape_is_refused_even_with_its_checksum(

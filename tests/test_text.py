@@ -156,10 +156,10 @@ def test_what_is_wrong_with_a_hub_data_set_is_said(hub):
             "cannot be reached",
         ),
         (ConnectionError("offline mode is enabled"), "cannot be reached"),
-        (errors.HFValidationError("not a name"), "no data set that the hub shows"),
+        (errors.HFValidationError("not a name"), "nor a data set that the hub"),
         (
             errors.RepositoryNotFoundError("404", response=mock.MagicMock()),
-            "no data set that the hub shows",
+            "nor a data set that the hub",
         ),
     ],
 )

@@ -1,14 +1,17 @@
 """Every variant at one L0: held-out explained variance, latents alive, time of a step.
 
     python -m benchmarks.family --activations=DIR --out=DIR [--steps=2000] \\
-        [--d_sae=512] [--batch_size=512] [--lr=1e-3] [--l0=32] [--rounds=7]
+        [--d_sae=512] [--batch_size=512] [--lr=1e-3] [--l0=32] [--seeds=3] \\
+        [--rounds=7] [--max_norm_multiple=5]
 
-trains a grid a variant below --out (what is there already is left), three seeds each.
+trains a grid a variant below --out (what is there already is left), some seeds each.
 Where k or a target sets L0, at that; where the weight of a penalty does, at several
 weights, between whose results the table reads at --l0, on a line in log L0; of vaease,
 whose weight is that of the evidence, between values of --closed_below. The same
-learning rate, rows and steps for all; else --preset=paper. A step's time is that of the
-compiled step alone, as a ratio to topk's in the same round.
+learning rate, rows and steps for all; else --preset=paper. --max_norm_multiple is
+train's, and rows that it leaves out are not measured on either. A step's time is that
+of the compiled step alone, as a ratio to topk's in the same round; with --rounds=0
+none is measured.
 """
 
 import argparse
@@ -33,7 +36,6 @@ from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.runs.series import markdown, spread
 from vsae_jax.training import step
 
-SEEDS = (0, 1, 2)
 ROWS = 50_000
 # What decides L0: a number that is set to --l0, or weights to read between.
 AT: dict[str, str] = {
@@ -70,10 +72,14 @@ def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("activations", "out"):
         flags.add_argument(f"--{name}", required=True)
-    settings = {"steps": 2000, "d_sae": 512, "batch_size": 512, "l0": 32, "rounds": 7}
+    settings = {"steps": 2000, "d_sae": 512, "batch_size": 512, "l0": 32, "seeds": 3}
+    settings["rounds"] = 7
     for name, value in settings.items():
         flags.add_argument(f"--{name}", type=int, default=value)
     flags.add_argument("--lr", type=float, default=1e-3)
+    flags.add_argument("--max_norm_multiple", type=float)
+    for name, weights in dict(WEIGHTS.values()).items():
+        flags.add_argument(f"--{name}", default=",".join(map(str, weights)))
     every = [*AT, *WEIGHTS, *CLOSED_BELOW]
     flags.add_argument("--variants", default=",".join(every))
     a = flags.parse_args()
@@ -90,7 +96,7 @@ def main() -> None:
             for closed in CLOSED_BELOW.get(variant, (0.0,))
         ]
         print(variant, *points, sep="\n  ")
-        found = points if variant in AT else at_l0(points, a.l0)
+        found = points if variant in AT else at_l0(points, a)
         columns = zip(*(p[1:] for p in found), strict=True) if found else ()
         l0, variance, alive = columns or ([], [], [])
         texts = (
@@ -106,14 +112,16 @@ def train(variant: str, a: argparse.Namespace) -> None:
     """The grid of one variant, as the command would."""
     given = {"variant": variant, "activations": a.activations, "lr": a.lr}
     given |= {"steps": a.steps, "d_sae": a.d_sae, "batch_size": a.batch_size}
-    given |= {"seed": ",".join(map(str, SEEDS)), "out": Path(a.out) / variant}
+    given |= {"seed": ",".join(map(str, range(a.seeds))), "out": Path(a.out) / variant}
     given |= {"checkpoint_every": a.steps, "steps_per_dispatch": 50}
+    if a.max_norm_multiple is not None:
+        given["max_norm_multiple"] = a.max_norm_multiple
     if variant in AT:
         given |= STARTS if AT[variant] == "target_l0" else {}
         given[AT[variant]] = a.l0
     if variant in WEIGHTS:
-        name, weights = WEIGHTS[variant]
-        given[name] = ",".join(map(str, weights))
+        name, _ = WEIGHTS[variant]
+        given[name] = getattr(a, name)
     command = [sys.executable, "-m", "vsae_jax.train"]
     command += [f"--{name}={value}" for name, value in given.items()]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -127,6 +135,9 @@ def point(folder: Path, *, closed_below: float) -> Point:
     start, stop = run.data["held_out_contexts"]
     first, last = (n * activations.rows_per_context for n in (start, stop))
     x = np.asarray(activations.rows(first, min(last, first + ROWS)), np.float32)
+    if run.train.max_norm_multiple is not None:
+        norms = np.linalg.norm(x, axis=1)
+        x = x[norms <= run.train.max_norm_multiple * np.median(norms)]
     config = dataclasses.replace(run.config, closed_below=closed_below)
     return on_rows(Reader(run.variables, config), x, seed=run.train.seed)
 
@@ -143,11 +154,11 @@ def on_rows(reader: Reader, x: np.ndarray, *, seed: int) -> Point:
     return Point(seed, fired / len(x), 1 - error / variance, float(alive.mean()))
 
 
-def at_l0(points: Sequence[Point], l0: float) -> list[Point]:
-    """For each seed the point at `l0`, between its two neighbours; none where it has
+def at_l0(points: Sequence[Point], a: argparse.Namespace) -> list[Point]:
+    """For each seed the point at --l0, between its two neighbours; none where it has
     none."""
-    found = []
-    for seed in SEEDS:
+    l0, found = a.l0, []
+    for seed in range(a.seeds):
         own = sorted((p for p in points if p.seed == seed), key=lambda p: p.l0)
         pairs = zip(own[:-1], own[1:], strict=True)
         for low, high in (p for p in pairs if p[0].l0 <= l0 < p[1].l0):
@@ -159,6 +170,8 @@ def at_l0(points: Sequence[Point], l0: float) -> list[Point]:
 
 def step_times(variants: Sequence[str], a: argparse.Namespace) -> dict[str, str]:
     """Median and quartiles of each variant's time over topk's, round by round."""
+    if not a.rounds:
+        return dict.fromkeys(variants, "-")
     compiled = {v: timed_step(v, a) for v in dict.fromkeys(["topk", *variants])}
     seconds: dict[str, list[float]] = {v: [] for v in compiled}
     for _ in range(a.rounds):

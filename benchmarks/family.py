@@ -10,8 +10,8 @@ weights, between whose results the table reads at --l0, on a line in log L0; of 
 whose weight is that of the evidence, between values of --closed_below. The same
 learning rate, rows and steps for all; else --preset=paper. --max_norm_multiple is
 train's, and rows that it leaves out are not measured on either. A step's time is that
-of the compiled step alone, as a ratio to topk's in the same round; with --rounds=0
-none is measured.
+of the compiled step alone, as a ratio to topk's in the same round; none is measured
+with --rounds=0, and nothing else with --only_times.
 """
 
 import argparse
@@ -82,8 +82,13 @@ def main() -> None:
         flags.add_argument(f"--{name}", default=",".join(map(str, weights)))
     every = [*AT, *WEIGHTS, *CLOSED_BELOW]
     flags.add_argument("--variants", default=",".join(every))
+    flags.add_argument("--only_times", action="store_true")
     a = flags.parse_args()
     variants = a.variants.split(",")
+    if a.only_times:
+        times = step_times(variants, a)
+        print(markdown([("variant", "step, times topk's"), *times.items()]))
+        return
     for variant in variants:
         train(variant, a)
     times = step_times(variants, a)

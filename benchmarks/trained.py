@@ -1,15 +1,17 @@
 """Do the peers' trainers and ours end at the same place?
 
-    python -m benchmarks.trained --peers=PYTHON --activations=DIR --out=NEW \\
-        [--steps=2000] [--batch_size=256] [--d_sae=1024] [--k=32] [--lr=1e-3]
+    python -m benchmarks.trained --peers=PYTHON --activations=DIR --out=DIR \\
+        [--steps=1000] [--batch_size=256] [--d_sae=512] [--k=32] [--lr=1e-3]
 
 PYTHON has torch, sae-lens 6 and dictionary-learning (benchmarks/RESULTS.md says how to
 make it); `trained_peers.py` drives their trainers there, and files are the interface:
 one array of training rows, which both sides read in its order, scaled to norm 1, and
 one of held-out rows. Each library trains three seeds of every kind of autoencoder that
-it has, and for each of them ours is trained with its settings as flags (`FLAGS`). Both
-encode the held-out rows as they would a user's. The last column names the measures
-whose means differ by more than twice the standard error of their difference.
+it has, and for each of them ours is trained with its settings as flags (`FLAGS`). Where
+a trainer does something that no flag of ours says, it is trained once more with that
+one thing changed in it (`CHANGED`). Both encode the held-out rows as they would a
+user's. The last column names the measures whose means differ by more than twice the
+standard error of their difference. What is there already in --out is left.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from vsae_jax.runs.series import markdown, spread
 
 PEERS = Path(__file__).with_name("trained_peers.py")
 MEASURES = ("explained_variance", "l0", "alive")
-DEFAULTS = {"steps": 2000, "batch_size": 256, "d_sae": 1024, "k": 32}
+DEFAULTS = {"steps": 1000, "batch_size": 256, "d_sae": 512, "k": 32}
 # What both sides are given besides, for rows of norm 1. Latents are dead after 5 % of
 # the steps; the rate rises for 5 % of them and falls in the last fifth.
 NUMBERS: dict[str, Any] = {
@@ -47,7 +49,7 @@ _AUXK = ("topk", "batch_topk", "matryoshka")
 _GROUPS = len(NUMBERS["prefixes"]) + 1
 _SHIFTED = {"b_dec_init": "zeros", "subtract_b_dec": True}
 # Decoder rows of SAELens are free, and start at 0.1; where it weighs a penalty by their
-# norms ours has unit rows, which is the same function.
+# norms ours has unit rows: the same function, which Adam does not train alike.
 _FREE = _SHIFTED | {"decoder_norm": "free", "decoder_init_norm": 0.1}
 _UNIT = _SHIFTED | {"decoder_norm": "unit", "decoder_init_norm": 0.1}
 # Neither of these two trainers clips.
@@ -77,6 +79,30 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+# What is changed in their trainers, and whether ours is changed with it.
+CHANGED = {
+    "saelens": {
+        "relu": "unit rows",
+        "batch_topk": "no AuxK",
+        "matryoshka": "no AuxK",
+        "jump_relu": "log theta",
+        "gated": "unit rows, frozen copy",
+    },
+    "dictionary_learning": {
+        "relu": "first step",
+        "matryoshka": "no AuxK",
+        "jump_relu": "log theta, counting z",
+        "gated": "first step",
+    },
+}
+ROWS = [
+    (library, kind, changed)
+    for library, kinds in FLAGS.items()
+    for kind in kinds
+    for changed in ("", CHANGED[library].get(kind))
+    if changed is not None
+]
+
 
 def main() -> None:
     """Writes the rows, trains both sides at once, and prints the table."""
@@ -88,11 +114,14 @@ def main() -> None:
     flags.add_argument("--lr", type=float, default=1e-3)
     a = flags.parse_args()
     out = Path(a.out)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     settings = NUMBERS | {name: getattr(a, name) for name in (*DEFAULTS, "lr")}
     settings |= {"warmup": a.steps // 20, "decay_start": a.steps * 4 // 5}
-    (out / "settings.json").write_text(json.dumps(settings))
+    text, path = json.dumps(settings | {"rows": ROWS}), out / "settings.json"
+    if path.is_file() and path.read_text() != text:
+        raise SystemExit(f"{out} has a table of other settings; name another --out")
     write_rows(Path(a.activations), out, settings)
+    path.write_text(text)
     theirs = subprocess.Popen([a.peers, PEERS, out])
     try:
         train(out, settings)
@@ -119,15 +148,23 @@ def write_rows(activations: Path, out: Path, settings: dict[str, Any]) -> None:
 def train(out: Path, settings: dict[str, Any]) -> None:
     """Ours, once by each library's settings; `ours_<library>-<kind>-<seed>.json`."""
     rows, held_out = (np.load(out / f"{name}.npy") for name in ("train", "held_out"))
-    for library, kinds in FLAGS.items():
-        for kind in kinds:
-            for seed in settings["seeds"]:
+    for library, kind, changed in ROWS:
+        if changed and changed != "no AuxK":
+            continue  # theirs alone is another
+        given = flags_of(library, kind, settings)
+        given |= {"auxk": 0.0} if changed else {}
+        for seed in settings["seeds"]:
+            path = out / f"{stem_of_ours(library, kind, changed)}-{seed}.json"
+            if not path.is_file():
                 batches = iter(rows.reshape(settings["steps"], -1, rows.shape[1]))
-                given = flags_of(library, kind, settings)
                 fit = vsae_jax.fit(batches, progress=False, seed=seed, **given)
                 point = on_rows(fit.sae.reader, held_out, seed=seed)
-                path = out / f"ours_{library}-{kind}-{seed}.json"
                 path.write_text(json.dumps({n: getattr(point, n) for n in MEASURES}))
+
+
+def stem_of_ours(library: str, kind: str, changed: str) -> str:
+    """What our results beside a row of theirs are called."""
+    return f"ours_{library}-{kind}" + ("-no AuxK" if changed == "no AuxK" else "")
 
 
 def flags_of(library: str, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -156,27 +193,28 @@ def flags_of(library: str, kind: str, settings: dict[str, Any]) -> dict[str, Any
 def table(out: Path) -> str:
     """A row a library and kind: each measure of both, and which of them differ."""
     short = {"explained_variance": "expl. var.", "l0": "L0", "alive": "alive"}
-    head = ["library", "kind"]
+    head = ["library", "kind", "changed in theirs"]
     for name in MEASURES:
         head += [f"{short[name]}, theirs", "ours"]
     lines = [[*head, "differ"]]
-    for library, kinds in FLAGS.items():
-        for kind in kinds:
-            both = [values(out, f"{by}{library}-{kind}") for by in ("", "ours_")]
-            cells, differ = [], []
-            for name, digits in zip(MEASURES, (4, 2, 3), strict=True):
-                theirs, ours = ([one[name] for one in side] for side in both)
-                difference = statistics.fmean(ours) - statistics.fmean(theirs)
-                if abs(difference) > 2 * standard_error(theirs, ours):
-                    differ.append(short[name])
-                cells += [spread(side, digits=digits) for side in (theirs, ours)]
-            lines.append([library, kind, *cells, ", ".join(differ) or "-"])
+    for library, kind, changed in ROWS:
+        theirs = f"{library}-{kind}-{changed or 'as it is'}"
+        both = [values(out, s) for s in (theirs, stem_of_ours(library, kind, changed))]
+        cells, differ = [], []
+        for name, digits in zip(MEASURES, (4, 2, 3), strict=True):
+            a, b = ([one[name] for one in side] for side in both)
+            if abs(statistics.fmean(b) - statistics.fmean(a)) > 2 * standard_error(
+                a, b
+            ):
+                differ.append(short[name])
+            cells += [spread(side, digits=digits) for side in (a, b)]
+        lines.append([library, kind, changed, *cells, ", ".join(differ) or "-"])
     return markdown(lines)
 
 
 def values(out: Path, stem: str) -> list[dict[str, float]]:
     """The measures of every seed."""
-    paths = sorted(out.glob(f"{stem}-*.json"))
+    paths = sorted(out.glob(f"{stem}-[0-9].json"))
     return [json.loads(path.read_text()) for path in paths]
 
 

@@ -1,7 +1,8 @@
 """The half of `trained.py` that runs in the peers' environment, without vsae_jax.
 
 Every kind and seed by each library's own trainer, on the rows of `train.npy` in their
-order; what its own inference makes of `held_out.npy` is `<library>-<kind>-<seed>.json`.
+order; what its own inference makes of `held_out.npy` is one JSON file. `changed` names
+what is taken out of a trainer, so that it does as ours; "" is the trainer as it is.
 """
 
 import json
@@ -12,11 +13,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils import parametrize
 
 AUXK = ("topk", "batch_topk", "matryoshka")
 
 
-def saelens(kind: str, seed: int, rows: torch.Tensor, s: dict[str, Any], out: Path):
+class Exp(torch.nn.Module):
+    """Of an array that is trained as its logarithm."""
+
+    def forward(self, log: torch.Tensor) -> torch.Tensor:
+        return log.exp()
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x.log()
+
+
+def saelens(
+    kind: str,
+    seed: int,
+    rows: torch.Tensor,
+    s: dict[str, Any],
+    out: Path,
+    changed: str = "",
+):
     """`SAETrainer.fit`; returns the autoencoder that it saves for inference."""
     from sae_lens import SAE
     from sae_lens.config import SAETrainerConfig
@@ -30,7 +49,8 @@ def saelens(kind: str, seed: int, rows: torch.Tensor, s: dict[str, Any], out: Pa
     )
     from sae_lens.training.sae_trainer import SAETrainer
 
-    top = {"k": s["k"], "aux_loss_coefficient": s["auxk"]}
+    auxk = 0.0 if changed == "no AuxK" else s["auxk"]
+    top = {"k": s["k"], "aux_loss_coefficient": auxk}
     top |= {"rescale_acts_by_decoder_norm": False}
     widths = [int(share * s["d_sae"]) for share in s["prefixes"]]
     jump = {
@@ -62,6 +82,13 @@ def saelens(kind: str, seed: int, rows: torch.Tensor, s: dict[str, Any], out: Pa
     config = getattr(module, f"{name}TrainingSAEConfig")(
         d_in=rows.shape[-1], d_sae=s["d_sae"], **settings
     )
+    sae = getattr(module, f"{name}TrainingSAE")(config)
+    if changed in ("unit rows", "unit rows, frozen copy"):
+        keep_rows_at_norm_1(sae)
+    if changed == "unit rows, frozen copy":
+        freeze_decoder_in_gate_error(sae)
+    if changed == "log theta":
+        parametrize.register_parametrization(sae, "threshold", Exp())
     trainer = SAETrainer(
         SAETrainerConfig(
             total_training_samples=s["steps"] * s["batch_size"],
@@ -72,15 +99,55 @@ def saelens(kind: str, seed: int, rows: torch.Tensor, s: dict[str, Any], out: Pa
             lr_decay_steps=s["steps"] - s["decay_start"],
             dead_feature_window=s["steps"] // 20,
         ),
-        getattr(module, f"{name}TrainingSAE")(config),
+        sae,
         iter(rows),
     )
-    trainer.fit().save_inference_model(out / "saelens")
+    trainer.fit()
+    if changed == "log theta":
+        parametrize.remove_parametrizations(sae, "threshold")
+    if changed.startswith("unit rows"):
+        sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+    sae.save_inference_model(out / "saelens")
     return SAE.load_from_disk(out / "saelens")
 
 
+def keep_rows_at_norm_1(sae) -> None:
+    """Decoder rows are brought to norm 1 before each step, and lose the part of their
+    gradient along themselves."""
+    plain = sae.training_forward_pass
+
+    def after_norm(step_input):
+        sae.W_dec.data /= sae.W_dec.data.norm(dim=1, keepdim=True)
+        return plain(step_input)
+
+    def across(gradient: torch.Tensor) -> torch.Tensor:
+        rows = sae.W_dec.detach()
+        return gradient - (gradient * rows).sum(dim=1, keepdim=True) * rows
+
+    sae.training_forward_pass = after_norm
+    sae.W_dec.register_hook(across)
+
+
+def freeze_decoder_in_gate_error(sae) -> None:
+    """Gated: the error of x from the gate alone does not train the decoder."""
+
+    def losses(step_input, feature_acts, hidden_pre, sae_out):
+        x = step_input.sae_in
+        g = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_gate)
+        x_hat = g @ sae.W_dec.detach() + sae.b_dec.detach()
+        l1 = step_input.coefficients["l1"] * (g * sae.W_dec.norm(dim=1)).sum(-1).mean()
+        return {"l1_loss": l1, "gate_error": (x_hat - x).pow(2).sum(-1).mean()}
+
+    sae.calculate_aux_loss = losses
+
+
 def dictionary_learning(
-    kind: str, seed: int, rows: torch.Tensor, s: dict[str, Any], out: Path
+    kind: str,
+    seed: int,
+    rows: torch.Tensor,
+    s: dict[str, Any],
+    out: Path,
+    changed: str = "",
 ):
     """`update` of a trainer, as its `trainSAE` calls it; returns its dictionary."""
     from dictionary_learning.trainers import (
@@ -92,7 +159,8 @@ def dictionary_learning(
         top_k,
     )
 
-    top = {"k": s["k"], "auxk_alpha": s["auxk"], "threshold_start_step": 0}
+    auxk = 0.0 if changed == "no AuxK" else s["auxk"]
+    top = {"k": s["k"], "auxk_alpha": auxk, "threshold_start_step": 0}
     edges = [0.0, *s["prefixes"], 1.0]
     nested = top | {"group_fractions": list(np.diff(edges))}
     warmed = {"sparsity_warmup_steps": s["warmup"]}
@@ -130,9 +198,46 @@ def dictionary_learning(
         trainer.ae.encoder.bias.data.zero_()
     if kind == "jump_relu":
         trainer.ae.threshold.data.fill_(s["threshold_init"])
+    if changed == "log theta, counting z":
+        train_log_theta_counting_z(trainer)
+    if changed not in ("", "no AuxK"):
+        begin_as_ours(trainer, warmup=s["warmup"])
     for step, x in enumerate(rows):
         trainer.update(step, x)
     return trainer.ae
+
+
+def begin_as_ours(trainer, *, warmup: int) -> None:
+    """The rate rises from one step's worth, not from 0, and the decoder of relu has
+    norm 1 before the first step, too."""
+    if hasattr(trainer.ae, "decoder"):
+        decoder = trainer.ae.decoder.weight.data
+        decoder /= decoder.norm(dim=0, keepdim=True)
+    (rate,) = trainer.scheduler.lr_lambdas
+    trainer.scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda step: rate(step + 1 if step < warmup else step)
+    )
+
+
+def train_log_theta_counting_z(trainer) -> None:
+    """jump_relu with thresholds that are trained as logarithms, and the step of its L0
+    on pre-activations in place of f: both as in the paper."""
+    from dictionary_learning.trainers import jumprelu
+
+    ae, width = trainer.ae, trainer.bandwidth
+    parametrize.register_parametrization(ae, "threshold", Exp())
+    kept = {n: trainer.optimizer.defaults[n] for n in ("lr", "betas", "eps")}
+    trainer.optimizer = torch.optim.Adam(ae.parameters(), **kept)
+
+    def loss(x, step, **_):
+        z = x @ ae.W_enc + ae.b_enc
+        f = jumprelu.JumpReLUFunction.apply(z, ae.threshold, width)
+        l0 = jumprelu.StepFunction.apply(z, ae.threshold, width).sum(-1).mean()
+        weight = trainer.sparsity_coefficient * trainer.sparsity_warmup_fn(step)
+        error = (x - ae.decode(f)).pow(2).sum(-1).mean()
+        return error + weight * (l0 / trainer.target_l0 - 1).pow(2)
+
+    trainer.loss = loss
 
 
 @torch.no_grad()
@@ -149,19 +254,23 @@ def measured(autoencoder, x: torch.Tensor) -> dict[str, float]:
     }
 
 
+LIBRARIES = {"saelens": saelens, "dictionary_learning": dictionary_learning}
+
+
 def main(out: Path) -> None:
-    """Every kind and seed by both libraries, on one thread: ours runs beside it."""
+    """Every row of the settings and every seed that is missing; on one thread, since
+    ours runs beside it."""
     torch.set_num_threads(1)
     settings = json.loads((out / "settings.json").read_text())
     rows = torch.from_numpy(np.load(out / "train.npy"))
     rows = rows.reshape(settings["steps"], -1, rows.shape[1])
     held_out = torch.from_numpy(np.load(out / "held_out.npy"))
-    kinds = ("relu", *AUXK, "jump_relu", "gated")
-    for library in (saelens, dictionary_learning):
-        for kind in kinds:
-            for seed in settings["seeds"]:
-                trained = library(kind, seed, rows, settings, out)
-                path = out / f"{library.__name__}-{kind}-{seed}.json"
+    for library, kind, changed in settings["rows"]:
+        for seed in settings["seeds"]:
+            path = out / f"{library}-{kind}-{changed or 'as it is'}-{seed}.json"
+            if not path.is_file():
+                given = kind, seed, rows, settings, out, changed
+                trained = LIBRARIES[library](*given)
                 path.write_text(json.dumps(measured(trained, held_out)))
     names = ("torch", "sae-lens", "dictionary-learning", "numpy")
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)

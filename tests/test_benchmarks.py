@@ -274,17 +274,29 @@ def test_every_trainer_of_a_peer_has_flags_of_ours(library):
     for kind in trained.FLAGS[library]:
         asked = TrainConfig(**trained.flags_of(library, kind, settings))
         config = resolve_train(asked, d_model=128)
-        assert sae_config(config, d_model=128, dtype="float32").d_sae == 1024
+        assert sae_config(config, d_model=128, dtype="float32").d_sae == 512
         assert config.variant == kind and config.lr_decay_start == 1600
 
 
+def test_a_peer_without_auxk_is_held_to_ours_without_it():
+    beside = {row: trained.stem_of_ours(*row) for row in trained.ROWS}
+    assert beside["saelens", "relu", "unit rows"] == "ours_saelens-relu"
+    assert beside["saelens", "relu", ""] == "ours_saelens-relu"
+    assert (
+        beside["saelens", "matryoshka", "no AuxK"] == "ours_saelens-matryoshka-no AuxK"
+    )
+    changed = {(library, kind) for library, kind, how in trained.ROWS if how}
+    assert changed <= {
+        (lib, kind) for lib, kinds in trained.FLAGS.items() for kind in kinds
+    }
+
+
 def test_trained_pairs_agree_within_twice_the_standard_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(trained, "FLAGS", {"saelens": {"topk": {}}})
+    monkeypatch.setattr(trained, "ROWS", [("saelens", "topk", "")])
     for seed, value in enumerate((0.80, 0.82, 0.84)):
-        for by, moved in (("", 0), ("ours_", 0.03)):
+        for stem, moved in (("saelens-topk-as it is", 0), ("ours_saelens-topk", 0.03)):
             found = {"explained_variance": value + moved, "l0": 32, "alive": 1 - moved}
-            path = tmp_path / f"{by}saelens-topk-{seed}.json"
-            path.write_text(json.dumps(found))
+            (tmp_path / f"{stem}-{seed}.json").write_text(json.dumps(found))
     (row,) = trained.table(tmp_path).splitlines()[2:]
-    assert row.split(" | ")[2:4] == ["0.8200 ± 0.0200", "0.8500 ± 0.0200"]
+    assert row.split(" | ")[3:5] == ["0.8200 ± 0.0200", "0.8500 ± 0.0200"]
     assert row.split(" | ")[-1] == "alive |"

@@ -208,7 +208,7 @@ def table(out: Path) -> str:
             ):
                 differ.append(short[name])
             cells += [spread(side, digits=digits) for side in (a, b)]
-        lines.append([library, kind, changed, *cells, ", ".join(differ) or "-"])
+        lines.append([library, kind, changed or "-", *cells, ", ".join(differ) or "-"])
     return markdown(lines)
 
 

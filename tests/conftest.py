@@ -33,6 +33,17 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # place, and a process that is killed would leave half of one.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1e9"
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true",
+)
+# They begin first: a worker that came to one last would end long after the others.
+LONGEST = {
+    *("test_attached", "test_bad_input", "test_before_the_move", "test_evals_texts"),
+    *("test_extract", "test_family", "test_gpu_way", "test_grid", "test_lm_families"),
+    *("test_mesh", "test_readme", "test_train"),
+}
 # scikit-learn's threads spin while they wait for a core that another test works on.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -44,13 +55,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of a test's time is LLVM making fast programs that run once. XLA's own
-    passes, which decide what is computed, stay; the study and a GPU compile as users
-    do."""
+    """Most of a test's time is XLA making fast programs that run once: LLVM's passes,
+    and MLIR's for each fusion. XLA's own passes, which decide what is computed, stay;
+    the study and a GPU compile as users do."""
     on_gpu = "cuda" in os.environ.get("JAX_PLATFORMS", "")
     if config.option.markexpr != "study" and not on_gpu:
-        flags = os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"
+        flags = os.environ.get("XLA_FLAGS", ""), *QUICK_TO_COMPILE
         os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_unconfigure():

@@ -2,8 +2,8 @@
 
 Extracts, trains every grid, evaluates, draws, and writes `report.md`, `report.html` and
 `figures/`; stopped or killed, the same command goes on. `--only` takes some of the
-parts (and writes `report_<parts>.md`), `--dry_run` prints what would be done and what
-it would take.
+parts (and writes `report_<parts>.md`), `--only_look` reports what is finished so far,
+`--dry_run` prints what would be done and what it would take.
 
 `smoke` needs nothing but this repository. `standin` takes any small GPT-NeoX and any
 stories; without `--dataset` it reads the bundled model's own 390,000 tokens. `real`
@@ -80,6 +80,9 @@ class ReproduceConfig:
     scale: ScaleName = flag("how large", "smoke")
     out: str = flag("folder; unset: experiments/results/<scale>", "")
     only: str = flag("comma list of parts; unset: all", "")
+    only_look: bool = flag(
+        "train and evaluate nothing; report what is finished so far", False
+    )
     dry_run: bool = flag("print arms, steps, disk, memory and time; do nothing", False)
     model: str = flag("hub id or local folder; unset: the scale's", "")
     dataset: str = flag("hub id or file of text; unset: the scale's", "")
@@ -104,7 +107,7 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
     if c.dry_run:
         print(plan.table(study, [PARTS[name] for name in names]))
         return
-    if not study.labelled:
+    if not study.labelled and not study.only_look:
         study = dataclasses.replace(study, labelled=labelled_by_rule(study))
     sections = {}
     for name in names:
@@ -141,7 +144,7 @@ def open_study(c: ReproduceConfig) -> Study:
             "attribute_column": c.attribute_column,
         }
     out = Path(c.out or f"experiments/results/{c.scale}")
-    return Study(scale=scale, out=out, labelled=labelled)
+    return Study(scale=scale, out=out, labelled=labelled, only_look=c.only_look)
 
 
 def _with_text(scale: Scale, c: ReproduceConfig) -> Scale:

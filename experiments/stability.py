@@ -137,16 +137,21 @@ def _evaluate(study: Study, grid: str) -> None:
 def run(study: Study) -> Section:
     """The table of kinds, what the primary outcome says, and its price as a figure."""
     found = measured(study, trained(study))
-    return Section(
-        "Do latents come back with another seed?",
-        "sampling organises latents (Baker and Li 1.1, 2.3)",
-        "no comparison of seeds",
+    parts = (
         [
             _setting(study, found),
             _verdict(found),
             study.save("stability_price", draw(found)),
             _table(found),
-        ],
+        ]
+        if {"topk", "vsae"} <= found.keys()
+        else ["TopK and the vSAE are not evaluated yet."]
+    )
+    return Section(
+        "Do latents come back with another seed?",
+        "sampling organises latents (Baker and Li 1.1, 2.3)",
+        "no comparison of seeds",
+        parts,
     )
 
 

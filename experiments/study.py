@@ -43,11 +43,13 @@ _SEED = re.compile(r"(.*)_seed-(\d+)")
 @dataclass(frozen=True)
 class Study:
     """One size of the study in one folder; `labelled` are flags of evaluations on
-    texts."""
+    texts. With `only_look` nothing is extracted, trained or evaluated: parts show what
+    is there."""
 
     scale: Scale
     out: Path
     labelled: Mapping[str, Any]
+    only_look: bool = False
 
     @property
     def model(self) -> str:
@@ -71,6 +73,8 @@ class Study:
     def rows(self, preset: str, layer: int, **fields: Any) -> Path:
         """Activations, extracted where they are not there yet."""
         out = fields.pop("out", self.rows_path(preset, layer))
+        if self.only_look:
+            return out
         settings = {
             "preset": preset,
             "model": self.model,
@@ -86,7 +90,7 @@ class Study:
     def train(self, name: str, arms: Arms) -> Path:
         """Trains arms, by the names of their folders, as one grid."""
         folder = self.grid(name)
-        if not all(is_over(folder / arm) for arm in arms):
+        if not self.only_look and not all(is_over(folder / arm) for arm in arms):
             say(f"training {name}: {len(arms)} arms")
             given: dict[str, Any] = {"out": str(folder)}
             # Minutes a grid there, and its checkpoints would fill a disk.
@@ -106,8 +110,10 @@ class Study:
         return self.out / "grids" / name
 
     def arms(self, name: str) -> list[Arm]:
-        """The arms of a grid that did not diverge."""
-        return open_arms(self.grid(name))
+        """The arms of a grid that did not diverge; none where `only_look` finds no
+        grid."""
+        folder = self.grid(name)
+        return [] if self.only_look and not folder.is_dir() else open_arms(folder)
 
     def tuning_text(self) -> str:
         """A file of the last documents, which nothing is trained or evaluated on but
@@ -125,6 +131,8 @@ class Study:
     def evaluate(self, name: str, evals: str, **fields: Any) -> None:
         """Evaluates the arms of a grid, where any of them is not yet; `fields` are
         further flags of `evaluate`."""
+        if self.only_look:
+            return
         files = [f"{each}.json" for each in evals.split(",")]
         paths = [a.folder / runs.EVALS / f for a in self.arms(name) for f in files]
         if not all(path.is_file() for path in paths):
@@ -162,6 +170,8 @@ class Study:
 
     def find_features(self, arms: Sequence[Arm], tokens: int, **fields: Any) -> None:
         """Feature passes of arms that have none yet."""
+        if self.only_look:
+            return
         for arm in arms:
             if not (arm.folder / features.FOLDER / features.ARRAYS).is_file():
                 say(f"features of {arm.folder.name}")

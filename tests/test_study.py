@@ -317,6 +317,14 @@ def test_the_plan_counts_steps_and_operations(tmp_path):
     assert needs.operations == needs.steps * products
 
 
+def test_a_look_trains_nothing(tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["reproduce", "--only=stability", "--only_look", f"--out={out}"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 0
+    assert "not evaluated yet" in (out / "report_stability.md").read_text()
+    assert not (out / "grids").exists()
+
+
 def test_an_unknown_part_is_named(capsys):
     argv = ["reproduce", "--only=fig99"]
     assert cli.run(reproduce.command, ReproduceConfig, argv) == 2

@@ -48,6 +48,7 @@ MEASURES = {
     "correlation_above_0.7": "by correlation",
     "activation_in_returning": "of activation",
     "nearest_within_run_median": "nearest within a run",
+    "auc_by_bigram_median": "tokens tell",
 }
 _FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
 
@@ -196,6 +197,12 @@ def _verdict(found: Mapping[str, Any]) -> str:
         f"Share that returns, vSAE - TopK: {_effect(found, 'vsae', 'topk')}"
         " (the primary outcome)."
     ]
+    others = [kind for kind in found if kind.startswith("topk_k-")]
+    others += [kind for kind in found if kind.startswith("topk_d-")]
+    named = "; ".join(f"`{kind}` {_effect(found, 'vsae', kind)}" for kind in others)
+    lines.append(
+        f"`vsae` - TopK of fewer latents, a row or in all: {named or 'nothing'}."
+    )
     for base in ("topk", "vsae"):
         others = [kind for kind in found if kind.startswith(f"{base}_")]
         effects = {kind: _effect(found, kind, base) for kind in others}

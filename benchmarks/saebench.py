@@ -1,12 +1,13 @@
 """Does SAEBench 0.6 give our exported SAE the core numbers that `evaluate` gives it?
 
-    python -m benchmarks.saebench --runs=RUN,RUN --model=LOCAL_NEOX --activations=DIR \
-        --out=NEW_DIR --saebench=PYTHON [--to=saelens]
+    python -m benchmarks.saebench --runs=RUN,RUN --model=FOLDER --activations=DIR \
+        --out=NEW_DIR --saebench=PYTHON [--to=saelens --contexts=256]
 
 PYTHON has torch==2.13.0 and sae-bench==0.6.0 (numpy below 2, so no current JAX). Both
 evaluate the same held-out contexts: ours the exported folder, theirs what SAELens and
 SAEBench's own loader of dictionary_learning make of it, through their `run_evals`.
-Expected: 1e-5 relative; `mse` and `l1` are defined otherwise there.
+The model is GPT-NeoX, or what else TransformerLens knows by its architecture, in
+float32. Expected: 1e-5 relative; `mse` and `l1` are defined otherwise there.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-CONTEXTS, BATCH = 256, 16
+BATCH, LONGEST = 16, 512
 NAMES = {"explained_variance": "explained_variance_saebench"}
 
 
@@ -29,34 +30,37 @@ def main() -> None:
     for name in ("runs", "model", "activations", "out", "saebench"):
         flags.add_argument(f"--{name}", required=True)
     flags.add_argument("--to", default=",".join(LOADERS))
+    flags.add_argument("--contexts", type=int, default=256)
     a = flags.parse_args()
     cases = [(Path(run), to) for run in a.runs.split(",") for to in a.to.split(",")]
     for run, to in cases:
         folder = Path(a.out) / f"{run.name} {to}"
-        ours(run, folder, to=to, model=a.model, activations=a.activations)
+        ours(run, folder, a, to=to)
         command = [a.saebench, __file__, "there", folder, a.model]
         subprocess.run(command, check=True)
         compare(folder)
 
 
-def ours(run: Path, folder: Path, *, to: str, model: str, activations: str) -> None:
+def ours(run: Path, folder: Path, a: argparse.Namespace, *, to: str) -> None:
     """The export, and our core metrics with the tokens they are of."""
     from vsae_jax import convert, evaluate, runs
     from vsae_jax.activations.shards import Activations
     from vsae_jax.config import ConvertConfig, EvalConfig
 
-    flags = {"input": str(run), "out": str(folder / "sae"), "activations": activations}
+    sae = str(folder / "sae")
+    flags = {"input": str(run), "out": sae, "activations": a.activations}
     convert.run(ConvertConfig(**flags, to=to))
-    stored, rows = Activations.open(activations), runs.open_run(run)
+    stored, rows = Activations.open(a.activations), runs.open_run(run)
     start = rows.data["held_out_contexts"][0]
-    np.save(folder / "tokens.npy", stored.tokens(start, start + CONTEXTS))
+    np.save(folder / "tokens.npy", stored.tokens(start, start + a.contexts))
     length = stored.manifest.context_length
     config = EvalConfig(
-        run=str(folder / "sae"),
-        model=model,
-        activations=activations,
-        num_tokens=CONTEXTS * length,
+        run=sae,
+        model=a.model,
+        activations=a.activations,
+        num_tokens=a.contexts * length,
         batch_size=BATCH,
+        lm_dtype="float32",
     )
     metrics = evaluate.run(config)["sae"]
     (folder / "ours.json").write_text(json.dumps(metrics))
@@ -156,40 +160,22 @@ class Store(SimpleNamespace):
 def hooked(
     folder: str, *, center_writing_weights: bool = False
 ) -> tuple[Any, set[int]]:
-    """A local GPT-NeoX as TransformerLens' unprocessed HookedTransformer."""
+    """A local model as TransformerLens' unprocessed HookedTransformer, by its own table
+    of architectures; `from_pretrained` takes only names that it knows."""
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    c = model.config
-    rotary = getattr(c, "rope_parameters", None) or {}
-    share = rotary.get("partial_rotary_factor", getattr(c, "rotary_pct", 0.25))
-    heads = c.hidden_size // c.num_attention_heads
-    config = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers,
-        d_model=c.hidden_size,
-        d_head=heads,
-        n_heads=c.num_attention_heads,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=c.max_position_embeddings,
-        eps=c.layer_norm_eps,
-        act_fn=c.hidden_act,
-        positional_embedding_type="rotary",
-        rotary_dim=int(share * heads),
-        rotary_adjacent_pairs=False,
-        parallel_attn_mlp=c.use_parallel_residual,
-        normalization_type="LN",
-        original_architecture="GPTNeoXForCausalLM",
-        default_prepend_bos=False,
-        device="cpu",
+    # Masks of a long context would take gigabytes.
+    n_ctx = min(model.config.max_position_embeddings, LONGEST)
+    config = loading.get_pretrained_model_config(
+        folder, n_ctx=n_ctx, default_prepend_bos=False, device="cpu"
     )
     hooked_model = HookedTransformer(config)
-    state = convert_neox_weights(model, config)
     hooked_model.load_and_process_state_dict(
-        state,
+        loading.get_pretrained_state_dict(folder, config, model),
         fold_ln=False,
         center_writing_weights=center_writing_weights,
         center_unembed=False,
@@ -199,6 +185,7 @@ def hooked(
     difference = (hooked_model(ids) - model(ids).logits).abs().max()
     if difference > 1e-3:
         raise SystemExit(f"TransformerLens' logits differ by {difference}")
+    c = model.config
     return hooked_model, {i for i in (c.bos_token_id, c.eos_token_id) if i is not None}
 
 

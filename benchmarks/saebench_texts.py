@@ -1,14 +1,15 @@
 """SAEBench 0.6 beside `evaluate` on labelled texts: the same numbers, and how fast?
 
-    python -m benchmarks.saebench_texts --runs=RUN --model=LOCAL_NEOX \
+    python -m benchmarks.saebench_texts --runs=RUN --model=FOLDER \
         --labelled=FILE.jsonl --label_column=category --attribute_column=rating \
-        --out=NEW_DIR --saebench=PYTHON [--train_size=1000 --test_size=400]
+        --out=NEW_DIR --saebench=PYTHON [--train_size=1000 --test_size=400] \
+        [--evals=sparse_probing]
 
 PYTHON as for `benchmarks.saebench`. Both get the same tokens, samples and probes;
 theirs run through SAEBench's own functions, with the run as SAELens loads our export.
-Our quirks are all on, but for `resample`, whose draws are torch's. Expected: 1e-5 for
-pooled and ablated vectors, accuracies within one test row. Ours runs twice (compiled
-the second time), theirs once.
+The model runs in float32. Our quirks are all on, but for `resample`, whose draws are
+torch's. Expected: 1e-5 for pooled and ablated vectors, accuracies within one test row.
+Ours runs twice (compiled the second time), theirs once.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main() -> None:
     flags.add_argument("--attribute_column", default="")
     flags.add_argument("--train_size", type=int, default=1000)
     flags.add_argument("--test_size", type=int, default=400)
+    flags.add_argument("--evals", default="sparse_probing,tpp,scr")
     a = flags.parse_args()
     for run in a.runs.split(","):
         folder = Path(a.out) / Path(run).name
@@ -62,11 +64,13 @@ def ours(run: str, folder: Path, a: argparse.Namespace) -> None:
         for name in "model labelled label_column attribute_column train_size "
         "test_size".split()
     }
-    config = EvalConfig(run=run, num_tokens=128, **flags)
+    config = EvalConfig(run=run, num_tokens=128, lm_dtype="float32", **flags)
     ((subject,),) = subjects.open_subjects(config)
     switches = quirks.read_quirks("", all_of_them=True)
     switches = dataclasses.replace(switches, resample=False)
-    names = ["sparse_probing", "tpp"] + (["scr"] if a.attribute_column else [])
+    names = a.evals.split(",")
+    if not a.attribute_column:
+        names = [name for name in names if name != "scr"]
     ((s, planned),) = on_texts.open_sets(names, config)
     seconds: list[dict[str, float]] = []
     for _ in range(2):
@@ -82,11 +86,11 @@ def measure(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, float]]:
     """Our metrics, the arrays that are shared or compared, and seconds."""
     from vsae_jax import lm
-    from vsae_jax.evals import ablation, encoding, on_texts
+    from vsae_jax.evals import encoding, on_texts
     from vsae_jax.evals.tasks import Task
 
     clock, times = time.perf_counter, {}
-    tokenizer = lm.load_tokenizer(subject.lm.name)
+    tokenizer = lm.load_tokenizer(subject.lm.files)
     bos = [subject.lm.bos_id]
     tokens = encoding.tokenise(planned.texts, tokenizer, bos=bos)
     start = clock()
@@ -107,24 +111,11 @@ def measure(
     padded = np.full((len(tokens), encoding.CONTEXT), pad, np.int64)
     for row, ids in zip(padded, tokens, strict=True):
         row[: len(ids)] = ids
-    fitted = prepared["tpp"].fitted
-    first = next(iter(split.test))
-    sample = task.samples("train", "")[first]
-    effects = ablation.effects(
-        latents, sample, fitted.weights(first)[0], positive_only=True
-    )
-    chosen = ablation.strongest(effects, ABLATED, surplus=False)
-    rows = split.test[first]
     arrays = {
         "tokens": padded,
         "special": np.array(sorted(subject.lm.special_ids)),
         "pooled_x": pooled.x,
         "pooled_f": latents.pooled,
-        "effects": effects,
-        "chosen": chosen,
-        "ablated": ablation.ablated_pooled(
-            latents, pooled, rows, chosen, padding_leak=True
-        ),
     }
     for part in ("train", "test"):
         for each, own in getattr(split, part).items():
@@ -132,14 +123,31 @@ def measure(
         for each, own in task.samples(part, "").items():
             arrays[f"rows {part} {each}"] = own.rows
             arrays[f"labels {part} {each}"] = own.labels
-    for each in split.test:
-        w, b = fitted.weights(each)
-        arrays[f"probe {each}"] = np.append(w, b)
+    if "tpp" in names:
+        arrays |= of_tpp(task, prepared["tpp"].fitted, latents)
     if "scr" in names:
         arrays |= of_scr(task, prepared["scr"])
         pair = next(iter(quadrants))
         found["scr"] = {pair: found["scr"][pair]}
     return found, arrays, times
+
+
+def of_tpp(task: Any, fitted: Any, latents: Any) -> dict[str, np.ndarray]:
+    """All probes, and for the first class the effects and an ablation."""
+    from vsae_jax.evals import ablation
+
+    first = next(iter(task.split.test))
+    sample = task.samples("train", "")[first]
+    effects = ablation.effects(
+        latents, sample, fitted.weights(first)[0], positive_only=True
+    )
+    chosen = ablation.strongest(effects, ABLATED, surplus=False)
+    rows = task.split.test[first]
+    ablated = ablation.ablated_pooled(
+        latents, task.pooled, rows, chosen, padding_leak=True
+    )
+    probes = {f"probe {c}": np.append(*fitted.weights(c)) for c in task.split.test}
+    return {"effects": effects, "chosen": chosen, "ablated": ablated, **probes}
 
 
 def of_scr(task: Any, prepared: Any) -> dict[str, np.ndarray]:
@@ -169,7 +177,6 @@ def there(folder: Path, model: str) -> None:
     from types import SimpleNamespace
 
     import torch
-    from sae_bench.evals.scr_and_tpp import main as perturbation
     from sae_bench.evals.sparse_probing import probe_training
     from sae_bench.sae_bench_utils import activation_collection as collection
     from sae_bench.sae_bench_utils import general_utils
@@ -234,31 +241,13 @@ def there(folder: Path, model: str) -> None:
         "pooled x": gap(x, shared["pooled_x"], shared, classes),
         "pooled latents": gap(pooled["test"], shared["pooled_f"], shared, classes),
     }
-    probes = {c: as_probe(shared[f"probe {c}"], probe_training, torch) for c in classes}
-    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    mask[shared["chosen"]] = True
-    first = parts["test"][classes[0]]
-    ablated = perturbation.ablated_precomputed_activations(first, sae, mask, 125)
-    found["differences"]["ablated x"] = largest(ablated.numpy(), shared["ablated"])
-    start = clock()
-    effects = perturbation.get_all_node_effects_for_one_sae(
-        sae, probes, classes, False, parts["train"], 125
-    )
-    ours = shared["effects"]
-    found["differences"]["effects"] = largest(effects[classes[0]].numpy(), ours)
-    ns = [n for n in (2, 5, 10, 20, 50, 100, 500) if n <= sae.cfg.d_sae]
-    after = perturbation.perform_feature_ablations(
-        probes, sae, 125, parts["test"], effects, ns, classes, 500, False
-    )
-    clean = perturbation.get_probe_test_accuracy(probes, classes, x, 500, False)
-    _, found["tpp"] = perturbation.create_tpp_plotting_dict(after, clean)
-    found["positive_effects"] = {
-        c: int((each > 0).sum()) for c, each in effects.items()
-    }
-    times["tpp"] = clock() - start
+    if "effects" in shared:
+        start = clock()
+        tpp_there(parts, x, shared, sae, classes, found)
+        times["tpp"] = clock() - start
     if any(name.startswith("scr ") for name in shared):
         start = clock()
-        found["scr"] = scr_there(acts, shared, sae, ns, injected)
+        found["scr"] = scr_there(acts, shared, sae, injected)
         times["scr, one pair"] = clock() - start
     found["seconds"] = times
     (folder / "theirs.json").write_text(json.dumps(found))
@@ -289,8 +278,47 @@ class Injected:
         return every[rows], self.torch.from_numpy(labels.astype(np.int32))
 
 
+def tpp_there(
+    parts: dict[str, dict[str, Any]],
+    x: dict[str, Any],
+    shared: dict[str, np.ndarray],
+    sae: Any,
+    classes: list[str],
+    found: dict[str, Any],
+) -> None:
+    """Puts TPP, an ablation and the effects into `found`; `x` are pooled vectors."""
+    import torch
+    from sae_bench.evals.scr_and_tpp import main as perturbation
+    from sae_bench.evals.sparse_probing import probe_training
+
+    probes = {c: as_probe(shared[f"probe {c}"], probe_training, torch) for c in classes}
+    mask = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+    mask[shared["chosen"]] = True
+    first = parts["test"][classes[0]]
+    ablated = perturbation.ablated_precomputed_activations(first, sae, mask, 125)
+    found["differences"]["ablated x"] = largest(ablated.numpy(), shared["ablated"])
+    effects = perturbation.get_all_node_effects_for_one_sae(
+        sae, probes, classes, False, parts["train"], 125
+    )
+    ours = shared["effects"]
+    found["differences"]["effects"] = largest(effects[classes[0]].numpy(), ours)
+    after = perturbation.perform_feature_ablations(
+        probes, sae, 125, parts["test"], effects, usable(sae), classes, 500, False
+    )
+    clean = perturbation.get_probe_test_accuracy(probes, classes, x, 500, False)
+    _, found["tpp"] = perturbation.create_tpp_plotting_dict(after, clean)
+    found["positive_effects"] = {
+        c: int((each > 0).sum()) for c, each in effects.items()
+    }
+
+
+def usable(sae: Any) -> list[int]:
+    """Numbers of ablated latents that there are."""
+    return [n for n in (2, 5, 10, 20, 50, 100, 500) if n <= sae.cfg.d_sae]
+
+
 def scr_there(
-    acts: Any, shared: dict[str, np.ndarray], sae: Any, ns: list[int], injected: Any
+    acts: Any, shared: dict[str, np.ndarray], sae: Any, injected: Any
 ) -> dict[str, float]:
     """SCR of the first pair of labels."""
     import torch
@@ -325,7 +353,7 @@ def scr_there(
         sae, probes, names, True, parts["train"], 125
     )
     after = perturbation.perform_feature_ablations(
-        probes, sae, 125, parts["test"], effects, ns, names, 500, True
+        probes, sae, 125, parts["test"], effects, usable(sae), names, 500, True
     )
     return perturbation.get_scr_plotting_dict(after, clean)
 
@@ -369,7 +397,8 @@ def compare(folder: Path) -> None:
         if eval_name in theirs:
             for n, worst in by_number(own, theirs, eval_name).items():
                 print(f"| {eval_name}, {n} latents ablated | {worst:.4f} |")
-    print(f"\npositive effects by class: {theirs['positive_effects']}")
+    if "tpp" in theirs:
+        print(f"\npositive effects by class: {theirs['positive_effects']}")
     print(
         "\n| seconds | ours, first | ours | SAEBench | ratio |\n|---|---|---|---|---|"
     )

@@ -74,7 +74,7 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     sets = on_texts.open_sets(of_texts, eval_config) if of_texts else []
     # All of it is checked before the first pass of a language model.
     checked = [
-        (subjects, _checked(subjects, sets, names, quirks))
+        (subjects, _checked(subjects, sets, names, eval_config, quirks))
         for subjects in open_subjects(eval_config)
     ]
     results: dict[str, dict[str, Any]] = {}
@@ -138,6 +138,7 @@ def _checked(
     subjects: Sequence[Subject],
     sets: Sequence[tuple[TextSet, on_texts.Planned]],
     names: Sequence[str],
+    config: EvalConfig,
     quirks: Quirks,
 ) -> list[on_texts.Tokenised]:
     """The labelled texts as the subjects' model reads them; refuses subjects for which
@@ -145,7 +146,8 @@ def _checked(
     for subject in subjects:
         _check_place(subject.run.folder / runs.EVALS, names)
     for name in (name for name in _OTHERS if name in names):
-        _OTHERS[name].check(subjects)
+        given = [config] if name == "absorption" else []
+        _OTHERS[name].check(subjects, *given)
     return on_texts.read(subjects, sets, quirks) if sets else []
 
 

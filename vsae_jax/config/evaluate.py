@@ -60,6 +60,15 @@ class EvalConfig(OpenOptions):
     train_size: int = flag("most texts to train a probe on", 4000)
     test_size: int = flag("most texts to test a probe on", 1000)
     seed: int = flag("seed of samples and probes", 42)
+    probe_seeds: int = flag(
+        "seeds of probes and of their samples, from --seed on; scores on labelled "
+        "texts are means over them, the texts those of --seed",
+        1,
+    )
+    absorption_words: int | None = flag(
+        "most words that absorption asks about, drawn by --seed; unset: the vocabulary",
+        None,
+    )
     saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
     quirks: str = flag("comma list of some of those bugs, to include only them", "")
     saebench_json: bool = flag("also write files in SAEBench's own schema", False)
@@ -67,9 +76,10 @@ class EvalConfig(OpenOptions):
     batch_size: int = flag("contexts in a forward pass", 16)
 
     def __post_init__(self):
-        check_at_least(self, 1, "num_tokens", "batch_size")
+        check_at_least(self, 1, "num_tokens", "batch_size", "probe_seeds")
         check_at_least(self, 0, "layer", "seed")
         check_at_least(self, 8, "train_size", "test_size")
+        check_at_least(self, 100, "absorption_words")
         check_below(self, 2**32, "seed")
         if not self.run:
             raise UserError("--run is not set; name a run folder or a grid's folder")

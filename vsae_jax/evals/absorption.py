@@ -25,6 +25,7 @@ from vsae_jax.evals.first_letter import LETTERS, Words
 from vsae_jax.evals.probes import Probe, Recipe, fit_outputs
 from vsae_jax.evals.quirks import Quirks
 from vsae_jax.evals.sampling import generator
+from vsae_jax.system import progress
 from vsae_jax.system.errors import UserError, missing_extra
 
 LETTER_PROBE = Recipe(
@@ -64,14 +65,16 @@ class Prepared(NamedTuple):
         return np.flatnonzero(self.f1 > LEAST_F1).tolist()
 
 
-def check(subjects: Sequence[Subject]) -> None:
+def check(subjects: Sequence[Subject], config: EvalConfig) -> None:
     """Refuses what would end without a number: scikit-learn that is not there, prompts
-    longer than the model's contexts. Says so where it has too few words."""
+    longer than the model's contexts. Says so where it has too few words, and how many
+    prompts there will be."""
     if importlib.util.find_spec("sklearn") is None:
         raise missing_extra("scikit-learn", extra="analysis")
     language_model = subjects[0].lm
     tokenizer = lm.load_tokenizer(language_model.files)
-    words = first_letter.alphabetic_words(tokenizer)
+    every = first_letter.alphabetic_words(tokenizer)
+    words = first_letter.drawn(every, config.absorption_words, config.seed)
     if first_letter.too_few(words):
         print(
             f"note: absorption will be refused: the vocabulary has {len(words)} words "
@@ -85,6 +88,10 @@ def check(subjects: Sequence[Subject]) -> None:
             f"--model={language_model.name} has {language_model.max_positions} "
             "positions; leave absorption out"
         )
+    print(
+        f"absorption: {len(words):,} of {len(every):,} words; one prompt of {longest} "
+        "tokens each, another for those that are scored (--absorption_words)"
+    )
 
 
 def run(
@@ -95,16 +102,19 @@ def run(
     language model and layer."""
     prepared = _prepare(subjects[0], config)
     results = []
-    for subject in subjects:
-        result = _score(subject, prepared, config, quirks)
-        about = subject.config | {
-            "tokens_from": "the vocabulary's words",
-            "n_tokens": None,
-            "n_contexts": None,
-            "eval_seed": config.seed,
-            "quirks": quirks.names,
-        }
-        results.append(result | {"config": about})
+    with progress.bar(len(subjects), unit="autoencoders") as bar:
+        for subject in subjects:
+            result = _score(subject, prepared, config, quirks)
+            about = subject.config | {
+                "tokens_from": "the vocabulary's words",
+                "n_tokens": None,
+                "n_contexts": None,
+                "n_words": len(prepared.train.words) + len(prepared.test.words),
+                "eval_seed": config.seed,
+                "quirks": quirks.names,
+            }
+            results.append(result | {"config": about})
+            bar.update(1)
     return results
 
 
@@ -154,12 +164,12 @@ def split_latents(
 def _prepare(subject: Subject, config: EvalConfig) -> Prepared:
     tokenizer = lm.load_tokenizer(subject.lm.files)
     words = first_letter.alphabetic_words(tokenizer)
+    words = first_letter.drawn(words, config.absorption_words, config.seed)
     halves = first_letter.split(words, generator(config.seed, "absorption", "split"))
     empty = Words([], np.zeros(0, int), np.zeros((0, subject.lm.d_model), np.float32))
     if first_letter.too_few(words):
         probe = Probe(*(np.zeros((0, 26)), np.zeros(26)))
         return Prepared(empty, empty, probe, np.zeros(26), None)
-    print(f"absorption on {len(words):,} words")
     train, test = (
         first_letter.read_words(
             subject, tokenizer, half, half, generator(config.seed, "absorption", name)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONTEXT = 128
-# Texts of similar length share a batch, padded to one of these lengths.
-_LENGTHS = (16, 32, 64, CONTEXT)
+# Texts of similar length share a batch, padded to one of these lengths or the longest.
+_LENGTHS = (16, 32, 64)
 
 
 class Pooled(NamedTuple):
@@ -79,7 +79,7 @@ def encode_texts(
     size = subjects[0].batch_size
     with progress.bar(len(tokens), unit="texts") as bar:
         special = sorted(lm.special_ids)
-        for rows, batch in _batches(tokens, size, special, most=lm.max_positions):
+        for rows, batch in _batches(tokens, size, special):
             residual = jnp.asarray(lm.at(batch.tokens, [reader.place])[0])
             masked, mean = _masked(reader, residual, batch.keep)
             n = len(rows)
@@ -101,8 +101,7 @@ def residuals_at(
     reader = subject.reader
     found = np.zeros((len(tokens), subject.lm.d_model), np.float32)
     with progress.bar(len(tokens), unit="texts") as bar:
-        most = subject.lm.max_positions
-        for rows, batch in _batches(tokens, subject.batch_size, [], most=most):
+        for rows, batch in _batches(tokens, subject.batch_size, []):
             found_there = jnp.asarray(subject.lm.at(batch.tokens, [reader.place])[0])
             own = found_there[np.arange(len(rows)), places[rows]][:, None]
             found[rows] = reader.rows(own)
@@ -141,19 +140,14 @@ class _Batch(NamedTuple):
 
 
 def _batches(
-    tokens: Sequence[Int[np.ndarray, " tokens"]],
-    size: int,
-    special: list[int],
-    *,
-    most: int | None,
+    tokens: Sequence[Int[np.ndarray, " tokens"]], size: int, special: list[int]
 ) -> Iterator[tuple[Int[np.ndarray, " rows"], _Batch]]:
     """The numbers of texts of similar length, and their padded tokens. A batch has
-    `size` texts of the full length, or more shorter ones; none is longer than
-    `most`."""
+    `size` texts of the full length, or more shorter ones; none is longer than its
+    longest text."""
     lengths = np.array([len(row) for row in tokens])
-    longest = max(CONTEXT, lengths.max(initial=0))
-    longest = min(longest, most or longest)
-    ends = [length for length in _LENGTHS if length < min(CONTEXT, longest)]
+    longest = lengths.max(initial=1)
+    ends = [length for length in _LENGTHS if length < longest]
     bucket = np.searchsorted(ends, lengths)
     for i, length in enumerate([*ends, longest]):
         rows = np.flatnonzero(bucket == i)

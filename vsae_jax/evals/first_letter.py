@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from vsae_jax.activations import text
 from vsae_jax.evals import Subject
 from vsae_jax.evals.encoding import residuals_at
+from vsae_jax.evals.sampling import generator
 from vsae_jax.lm import encode
 
 if TYPE_CHECKING:
@@ -52,6 +53,14 @@ def alphabetic_words(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         len(ids) for ids in encode(["\n" + w + SUFFIX for w in words], tokenizer)
     )
     return [w for w, length in zip(words, lengths, strict=True) if length == shared + 1]
+
+
+def drawn(words: list[str], most: int | None, seed: int) -> list[str]:
+    """At most so many of the words, in their order."""
+    if most is None or most >= len(words):
+        return words
+    chosen = generator(seed, "absorption", "words").permutation(len(words))[:most]
+    return [words[i] for i in sorted(chosen)]
 
 
 def split(words: list[str], rng: np.random.Generator) -> tuple[list[str], list[str]]:
@@ -97,13 +106,14 @@ def read_words(
     examples: Sequence[str],
     rng: np.random.Generator,
 ) -> Words:
-    """The residual of each word in a prompt of its own."""
+    """The residual of each word in a prompt of its own, of which what follows the word
+    is not run: nothing there reaches back."""
     suffix = len(encode([SUFFIX], tokenizer)[0])
     ids: list[np.ndarray] = []
     made = prompts(words, examples, rng)
     for start in range(0, len(made), text.DOCUMENTS_AT_ONCE):
         part = encode(made[start : start + text.DOCUMENTS_AT_ONCE], tokenizer)
         ids += [np.array(row, np.int32) for row in part]
-    places = np.array([len(row) - suffix - 1 for row in ids])
-    x = residuals_at(subject, ids, places)
+    ids = [row[: len(row) - suffix] for row in ids]
+    x = residuals_at(subject, ids, np.array([len(row) - 1 for row in ids]))
     return Words(list(words), np.array([letter_of(w) for w in words]), x)

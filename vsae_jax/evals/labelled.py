@@ -38,12 +38,16 @@ class TextSet(NamedTuple):
 
 
 def read_sets(config: EvalConfig) -> list[TextSet]:
-    """The sets that `--labelled` names, in its order."""
+    """The sets that `--labelled` names, in its order. A file that is there twice, for
+    two columns of labels, has the column in its name."""
     names = [name.strip() for name in config.labelled.split(",")]
-    if len(set(names)) != len(names):
-        raise UserError(f"--labelled={config.labelled} names a set twice")
     labels = _per_set(config.label_column, len(names), "label_column")
     attributes = _per_set(config.attribute_column, len(names), "attribute_column")
+    if len(set(zip(names, labels, strict=True))) != len(names):
+        raise UserError(
+            f"--labelled={config.labelled} names a set twice; give each a column of "
+            "its own with --label_column"
+        )
     sets = []
     for name, label, attribute in zip(names, labels, attributes, strict=True):
         if name in hub_sets.SETS:
@@ -52,7 +56,10 @@ def read_sets(config: EvalConfig) -> list[TextSet]:
         else:
             rows, missing = _jsonl(name, config.text_column, label, attribute)
             notes = _left_out(missing, len(rows))
-            sets.append(_text_set(Path(name).stem, rows, (), None, notes))
+            title = Path(name).stem
+            if names.count(name) > 1:
+                title = f"{title}_{label}"
+            sets.append(_text_set(title, rows, (), None, notes))
     repeated = [n for n, count in Counter(s.name for s in sets).items() if count > 1]
     if repeated:
         raise UserError(f"--labelled: two sets have the name {repeated[0]}; rename one")

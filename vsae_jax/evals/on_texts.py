@@ -25,6 +25,8 @@ EVALS: dict[str, ModuleType] = {
     "scr": scr,
     "tpp": tpp,
 }
+# Metrics by class, by set, by seed.
+PerSeed = dict[int, dict[str, dict[str, Metrics]]]
 # Bytes of pooled latents in memory at once.
 _LATENT_BYTES = 2**31
 
@@ -60,18 +62,21 @@ def run(
 ) -> dict[str, list[dict[str, Any]]]:
     """What each evaluation's JSON holds for each subject, by name. The subjects share
     their language model and layer."""
-    found: dict[str, list[dict[str, Any]]] = {n: [{} for _ in subjects] for n in names}
+    seeds = range(config.seed, config.seed + config.probe_seeds)
+    found: dict[str, list[PerSeed]] = {
+        name: [{seed: {} for seed in seeds} for _ in subjects] for name in names
+    }
     about: dict[str, dict[str, Any]] = {}
     for s in sets:
         planned = s.planned
         about[planned.name] = planned.about | {"notes": s.notes}
         print(f"{planned.name}: {_describe(planned.about)}")
-        for name, i, by_class in _scores(subjects, s, config, quirks):
-            found[name][i][planned.name] = by_class
+        for name, i, seed, by_class in _scores(subjects, s, seeds, quirks):
+            found[name][i][seed][planned.name] = by_class
     return {
         name: [
-            _result(name, per_set, subject, config, quirks, about)
-            for per_set, subject in zip(found[name], subjects, strict=True)
+            _result(name, per_seed, subject, config, quirks, about)
+            for per_seed, subject in zip(found[name], subjects, strict=True)
         ]
         for name in names
     }
@@ -231,21 +236,21 @@ def takes(name: str, s: TextSet) -> bool:
 
 
 def _scores(
-    subjects: Sequence[Subject], s: Tokenised, config: EvalConfig, quirks: Quirks
-) -> Iterator[tuple[str, int, dict[str, Metrics]]]:
-    """(evaluation, number of the subject, metrics by class) of one set."""
+    subjects: Sequence[Subject], s: Tokenised, seeds: Sequence[int], quirks: Quirks
+) -> Iterator[tuple[str, int, int, dict[str, Metrics]]]:
+    """(evaluation, number of the subject, seed, metrics by class) of one set."""
     planned, tokens = s.planned, s.tokens
-    prepared: dict[str, Any] = {}
+    prepared: dict[tuple[str, int], Any] = {}
     for group in _groups(subjects, len(tokens)):
         some = [subjects[i] for i in group]
         pooled, latents = encode_texts(some, tokens, stored_norms=quirks.stored_norms)
         split, quadrants = planned.split, planned.quadrants
-        task = Task(planned.name, split, quadrants, pooled, config.seed, quirks)
-        for name in planned.evals:
-            if name not in prepared:
-                prepared[name] = EVALS[name].prepare(task)
+        for name, seed in itertools.product(planned.evals, seeds):
+            task = Task(planned.name, split, quadrants, pooled, seed, quirks)
+            if (name, seed) not in prepared:
+                prepared[name, seed] = EVALS[name].prepare(task)
             for i, own in zip(group, latents, strict=True):
-                yield name, i, EVALS[name].score(task, prepared[name], own)
+                yield name, i, seed, EVALS[name].score(task, prepared[name, seed], own)
 
 
 def _groups(subjects: Sequence[Subject], n_texts: int) -> Iterator[list[int]]:
@@ -299,19 +304,34 @@ def _describe(sizes: dict[str, Any]) -> str:
 
 def _result(
     name: str,
-    per_set: dict[str, dict[str, Metrics]],
+    per_seed: PerSeed,
     subject: Subject,
     config: EvalConfig,
     quirks: Quirks,
     about: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    if EVALS[name].SETS_WEIGH_EQUALLY:
-        of_sets = [mean_metrics(list(each.values())) for each in per_set.values()]
-    else:
-        of_sets = [metrics for each in per_set.values() for metrics in each.values()]
+    """Means over seeds, and what each seed found."""
+    per_set = {
+        where: {
+            label: mean_metrics([each[where][label] for each in per_seed.values()])
+            for label in classes
+        }
+        for where, classes in per_seed[config.seed].items()
+    }
+    of_seeds = {
+        str(seed): {
+            "metrics": _over_sets(name, each),
+            "per_set": {
+                where: mean_metrics(list(classes.values()))
+                for where, classes in each.items()
+            },
+        }
+        for seed, each in per_seed.items()
+    }
     return {
-        "metrics": mean_metrics(of_sets),
+        "metrics": mean_metrics([each["metrics"] for each in of_seeds.values()]),
         "per_class": per_set,
+        "per_seed": of_seeds,
         "config": subject.config
         | {
             "tokens_from": "labelled texts",
@@ -321,10 +341,19 @@ def _result(
             "train_size": config.train_size,
             "test_size": config.test_size,
             "eval_seed": config.seed,
+            "probe_seeds": list(per_seed),
             "quirks": quirks.names,
             "decoder_norms": _norms(subject, quirks),
         },
     }
+
+
+def _over_sets(name: str, per_set: dict[str, dict[str, Metrics]]) -> Metrics:
+    if EVALS[name].SETS_WEIGH_EQUALLY:
+        of_sets = [mean_metrics(list(each.values())) for each in per_set.values()]
+    else:
+        of_sets = [metrics for each in per_set.values() for metrics in each.values()]
+    return mean_metrics(of_sets)
 
 
 def _norms(subject: Subject, quirks: Quirks) -> str:

@@ -134,6 +134,34 @@ def test_a_run_alone_has_the_grids_scores(evaluated, flags, tmp_path):
         assert results(alone, name)["metrics"] == results(arm, name)["metrics"]
 
 
+def test_scores_of_several_probe_seeds_are_averaged_and_kept(
+    evaluated, flags, tmp_path
+):
+    arm = runs.run_folders(evaluated)[0]
+    folder = copied(arm, tmp_path / "seeds")
+    options = flags | {"evals": "sparse_probing,scr,tpp", "probe_seeds": 2}
+    assert call("evaluate", run=folder, **options) == 0
+    for name in ("sparse_probing", "scr", "tpp"):
+        found, one = results(folder, name), results(arm, name)
+        assert found["config"]["probe_seeds"] == [42, 43]
+        assert found["config"]["sets"] == one["config"]["sets"]
+        first, second = (found["per_seed"][seed]["metrics"] for seed in ("42", "43"))
+        assert first == one["metrics"] and first != second
+        known = [n for n, value in first.items() if value is not None]
+        means = {n: (first[n] + second[n]) / 2 for n in known}
+        assert {n: found["metrics"][n] for n in known} == pytest.approx(means)
+
+
+def test_a_file_with_two_columns_of_labels_is_two_sets(stories):
+    flags = {"labelled": f"{stories},{stories}", "text_column": "story"}
+    config = EvalConfig(run="r", label_column="animal,stars", **flags)
+    animals, stars = labelled.read_sets(config)
+    assert (animals.name, animals.classes) == ("animals_animal", LABELS)
+    assert (stars.name, stars.classes) == ("animals_stars", ("1", "5"))
+    with pytest.raises(UserError, match="names a set twice; give each a column of"):
+        labelled.read_sets(EvalConfig(run="r", label_column="animal", **flags))
+
+
 def test_scores_do_not_depend_on_the_batch_size(tiny_run, flags, tmp_path):
     found = []
     for size in (3, 16):
@@ -360,6 +388,35 @@ def test_words_are_read_where_they_stand(tiny_model):
         assert read == word
 
 
+def test_a_word_is_read_as_in_its_whole_prompt(tiny_run, tiny_model):
+    language_model = lm.load_language_model(str(tiny_model))
+    tokenizer = lm.load_tokenizer(str(tiny_model))
+    subject = Subject(
+        runs.open_run(tiny_run), language_model, np.zeros((1, 1), int), 2, {}
+    )
+    words = first_letter.alphabetic_words(tokenizer)
+    rngs = [np.random.default_rng(0) for _ in range(2)]
+    found = first_letter.read_words(subject, tokenizer, words[:5], words, rngs[0])
+    suffix = len(tokenizer(first_letter.SUFFIX)["input_ids"])
+    layer = subject.run.data["layer"]
+    for x, prompt in zip(
+        found.x, first_letter.prompts(words[:5], words, rngs[1]), strict=True
+    ):
+        ids = np.array(tokenizer(prompt)["input_ids"])[None]
+        whole = np.asarray(language_model.residual(ids, layer))[0, -suffix - 1]
+        np.testing.assert_allclose(x, whole, atol=1e-5)
+
+
+def test_a_part_of_the_vocabulary_is_drawn_by_the_seed():
+    words = [f"w{i:03}" for i in range(200)]
+    assert first_letter.drawn(words, None, 0) is words
+    assert first_letter.drawn(words, 200, 0) is words
+    some = first_letter.drawn(words, 120, 0)
+    assert some == sorted(some) == first_letter.drawn(words, 120, 0)
+    assert len(set(some)) == 120 and set(some) < set(words)
+    assert some != first_letter.drawn(words, 120, 1)
+
+
 # What a user gets wrong
 
 
@@ -380,6 +437,8 @@ def test_words_are_read_where_they_stand(tiny_model):
         ({"quirks": "leak"}, "--quirks=leak is not known; there is mean_in_variance"),
         ({"seed": 2**32}, "--seed=4294967296 must be below 4294967296"),
         ({"train_size": 3}, "--train_size=3 must be at least 8"),
+        ({"probe_seeds": 0}, "--probe_seeds=0 must be at least 1"),
+        ({"absorption_words": 9}, "--absorption_words=9 must be at least 100"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(tiny_run, flags, change, says, capsys):

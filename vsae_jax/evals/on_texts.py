@@ -310,27 +310,17 @@ def _result(
     quirks: Quirks,
     about: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Means over seeds, and what each seed found."""
-    per_set = {
-        where: {
-            label: mean_metrics([each[where][label] for each in per_seed.values()])
-            for label in classes
-        }
-        for where, classes in per_seed[config.seed].items()
-    }
-    of_seeds = {
-        str(seed): {
-            "metrics": _over_sets(name, each),
-            "per_set": {
-                where: mean_metrics(list(classes.values()))
-                for where, classes in each.items()
-            },
-        }
-        for seed, each in per_seed.items()
-    }
+    of_seeds = {str(seed): _of_seed(name, each) for seed, each in per_seed.items()}
+    per_set = per_seed[config.seed]
     return {
         "metrics": mean_metrics([each["metrics"] for each in of_seeds.values()]),
-        "per_class": per_set,
+        "per_class": {
+            where: {
+                label: mean_metrics([each[where][label] for each in per_seed.values()])
+                for label in classes
+            }
+            for where, classes in per_set.items()
+        },
         "per_seed": of_seeds,
         "config": subject.config
         | {
@@ -348,12 +338,15 @@ def _result(
     }
 
 
-def _over_sets(name: str, per_set: dict[str, dict[str, Metrics]]) -> Metrics:
-    if EVALS[name].SETS_WEIGH_EQUALLY:
-        of_sets = [mean_metrics(list(each.values())) for each in per_set.values()]
-    else:
-        of_sets = [metrics for each in per_set.values() for metrics in each.values()]
-    return mean_metrics(of_sets)
+def _of_seed(name: str, per_set: dict[str, dict[str, Metrics]]) -> dict[str, Any]:
+    """The means over all sets, and over the classes of each."""
+    classes = {where: list(each.values()) for where, each in per_set.items()}
+    means = {where: mean_metrics(each) for where, each in classes.items()}
+    weigh_equally = EVALS[name].SETS_WEIGH_EQUALLY
+    of_all = list(
+        means.values() if weigh_equally else itertools.chain(*classes.values())
+    )
+    return {"metrics": mean_metrics(of_all), "per_set": means}
 
 
 def _norms(subject: Subject, quirks: Quirks) -> str:

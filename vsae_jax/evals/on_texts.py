@@ -342,10 +342,9 @@ def _of_seed(name: str, per_set: dict[str, dict[str, Metrics]]) -> dict[str, Any
     """The means over all sets, and over the classes of each."""
     classes = {where: list(each.values()) for where, each in per_set.items()}
     means = {where: mean_metrics(each) for where, each in classes.items()}
-    weigh_equally = EVALS[name].SETS_WEIGH_EQUALLY
-    of_all = list(
-        means.values() if weigh_equally else itertools.chain(*classes.values())
-    )
+    of_all = list(itertools.chain(*classes.values()))
+    if EVALS[name].SETS_WEIGH_EQUALLY:
+        of_all = list(means.values())
     return {"metrics": mean_metrics(of_all), "per_set": means}
 
 

@@ -193,7 +193,7 @@ def test_a_site_that_the_family_lacks(arguments, tmp_path, capsys):  # noqa: F81
     capsys.readouterr()
     assert run(arguments | flags) == 2
     error = capsys.readouterr().err
-    assert "--site=mlp_out: what OPTDecoderLayer of --model=" in error
+    assert "--site=mlp_out: OPTDecoderLayer of --model=" in error
     assert error.count("\n") == 1 and not arguments["out"].exists()
 
 

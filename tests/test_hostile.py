@@ -91,7 +91,7 @@ TENSORS = {
 JSONS = {
     "deep": (b"[" * 100_000 + b"]" * 100_000, "is not valid JSON"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "is not valid JSON"),
-    "two megabytes": (b'{"a": "' + b"x" * 2**21 + b'"}', "is over 1048576 bytes"),
+    "two megabytes": (b'{"a": "' + b"x" * 2**21 + b'"}', "has over 1048576 bytes"),
     "long number": (b'{"k": ' + b"9" * 100_000 + b"}", "is not valid JSON"),
     "NaN": (b'{"k": NaN}', "NaN is not a finite number"),
     "infinity": (b'{"k": -Infinity}', "-Infinity is not a finite number"),

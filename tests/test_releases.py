@@ -85,7 +85,7 @@ def test_the_documents_count_what_is_read():
     of_read = {p.name.partition("/")[0] for p in read}
     text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
     said = (
-        f"{len(of_read)} of {len(names)} releases ({len(read):,} of "
+        f"{len(of_read)} of its {len(names)} releases ({len(read):,} of "
         f"{len(published):,} autoencoders)"
     )
     assert said in " ".join(text.split())

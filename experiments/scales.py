@@ -390,7 +390,7 @@ REAL = replace(
     train_size=1000,
     test_size=400,
     dtype="bfloat16",
-    absorption_words=3_000,
+    absorption_words=6_000,
 )
 PAPER = Scale(
     text=Text(

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import TRAINING, call
 
 from vsae_jax import runs
-from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder import noise, sae
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.system.errors import UserError
 from vsae_jax.training import gradient, groups, native, plan, step
@@ -139,7 +139,11 @@ def test_selection_is_that_of_lax_top_k(kind, k):
     """With more slots than k, as arms of a grid with several k have them."""
     z = jnp.asarray(LATENTS[kind](np.random.default_rng(k)), jnp.float32)
     bias = jnp.linspace(-1, 1, 200) if kind == "random" else jnp.zeros(200)
-    index, value = native.select(z, bias, jnp.array([k, 0], jnp.int32), k_max=200)
+    numbers, words = (
+        jnp.array([k, 0], jnp.int32),
+        noise.words(jax.random.key(0), z.shape),
+    )
+    index, value = native.select(z, bias, numbers, words, jnp.float32(0), k_max=200)
     expected, places = jax.lax.top_k(z + bias[None, :] + 0.0, k)
     order = np.argsort(places, axis=1)
     np.testing.assert_array_equal(
@@ -149,6 +153,19 @@ def test_selection_is_that_of_lax_top_k(kind, k):
         value[:, :k], np.take_along_axis(np.asarray(expected), order, 1)
     )
     assert not np.any(value[:, k:])
+
+
+@needs_numba
+def test_noise_is_that_of_xla():
+    """Every latent is selected, so that values are all of the noise, tails and all."""
+    key, std, (n, m) = jax.random.key(3), jnp.float32(0.7), (512, 4096)
+    numbers, words = jnp.array([m, 0], jnp.int32), noise.words(key, (n, m))
+    z, bias = jnp.ones((n, m)), jnp.linspace(-1, 1, m)
+    index, value = native.select(z, bias, numbers, words, std, k_max=m)
+    np.testing.assert_array_equal(index[0], np.arange(m))
+    drawn = jax.jit(noise.normal, static_argnums=1)(key, (n, m))
+    expected = 1 + bias[None, :] + std * drawn
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
 
 
 @needs_numba

@@ -6,6 +6,8 @@ each element hashes its row and column. So the same key gives the same noise on 
 device, however the batch is divided.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +24,28 @@ def normal(
     """eps ~ N(0, I), float32 `[rows, columns]`: the rows from `first_row` on of the
     key's endless matrix. Each element has 23 random bits, so |eps| < 5.4. The key is
     consumed."""
+    rows, columns = words(key, shape, first_row=first_row)
+    return normal_of(mix(rows[:, None] ^ columns[None, :]))
+
+
+class Words(NamedTuple):
+    """What the noise of a row and of a column is hashed from."""
+
+    rows: UInt32[Array, " rows"]
+    columns: UInt32[Array, " columns"]
+
+
+def words(
+    key: Key[Array, ""],
+    shape: tuple[int, int],
+    *,
+    first_row: int | Int[Array, ""] = 0,
+) -> Words:
+    """Those that `normal` draws from. The key is consumed."""
     row_word, column_word = jax.random.bits(key, (2,), jnp.uint32)
     place = jnp.arange(shape[0], dtype=jnp.uint32) + jnp.asarray(first_row, jnp.uint32)
     rows = mix(place + row_word)
-    columns = mix(jnp.arange(shape[1], dtype=jnp.uint32) + column_word)
-    return normal_of(mix(rows[:, None] ^ columns[None, :]))
+    return Words(rows, mix(jnp.arange(shape[1], dtype=jnp.uint32) + column_word))
 
 
 def mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from vsae_jax.autoencoder import encoder, posterior
+from vsae_jax.autoencoder import encoder, noise
 from vsae_jax.autoencoder.arrays import Rows
 from vsae_jax.autoencoder.matmul import affine, by_rows, column_sums
 from vsae_jax.autoencoder.objective import Info
@@ -212,20 +212,21 @@ def _selected(
 ) -> tuple[Int[Array, "batch k"], Float[Array, "batch k"]]:
     """Each row's k latents by index, and their values; 0 from place k on. Computed in
     parts of the batch, so that latents stay in cache."""
-    # Without noise the kernel adds the bias and takes the relu, which saves a pass.
+    # The kernel adds the bias and the noise and takes the relu, which saves passes.
     none = jnp.zeros(config.d_sae)
-    inside, after = (none, held["b_enc"])[:: -1 if config.noise else 1]
-    params = {**held, "w_enc": held["w_enc"].astype(config.dtype), "b_enc": inside}
+    params = {**held, "w_enc": held["w_enc"].astype(config.dtype), "b_enc": none}
     linear = dataclasses.replace(config, relu=False)
     rows = by_xla.rows_of_a_part(len(x_n), config.d_sae)
+    std = numbers["noise_std"] if config.noise else jnp.float32(0)
+    of_rows, of_latents = noise.words(key, (len(x_n), config.d_sae))
 
     def part(first_row: Array) -> list[Array]:
-        here = lax.dynamic_slice_in_dim(x_n, first_row, rows)
-        z = encoder.encoded(params, here, config=linear).mu
-        if config.noise:
-            std = numbers["noise_std"]
-            z = posterior.sample(key, z, None, noise_std=std, first_row=first_row)
-        return select(z, after, k, k_max=config.k)
+        here, words = (
+            lax.dynamic_slice_in_dim(a, first_row, rows) for a in (x_n, of_rows)
+        )
+        mu = encoder.encoded(params, here, config=linear).mu
+        drawn = noise.Words(words, of_latents)
+        return select(mu, held["b_enc"], k, drawn, std, k_max=config.k)
 
     index, value = lax.map(part, jnp.arange(0, len(x_n), rows, dtype=jnp.int32))
     return index.reshape(-1, config.k), value.reshape(-1, config.k)
@@ -235,15 +236,18 @@ def select(
     z: Float[Array, "n d_sae"],
     bias: Float[Array, " d_sae"],
     k: Int[Array, "2"],
+    words: noise.Words,
+    std: Float[Array, ""],
     *,
     k_max: int,
 ) -> list[Array]:
-    """Each row's k[0] largest values of z + bias and their indices, by index, chosen as
-    by `jax.lax.top_k`. Where k[1] is 1, negative values are set to 0. The other places
-    up to k_max are 0."""
+    """Each row's k[0] largest values of z + bias + std eps and their indices, by index,
+    chosen as by `jax.lax.top_k`; eps is the noise of these words. Where k[1] is 1,
+    negative values are set to 0. The other places up to k_max are 0."""
     load()
     shape = len(z), k_max
-    return _call(_SELECT, [_of(shape, jnp.int32), _of(shape)], z, bias, k)
+    out = [_of(shape, jnp.int32), _of(shape)]
+    return _call(_SELECT, out, z, bias, k, *words, std.reshape(1))
 
 
 class _Lists(NamedTuple):

@@ -1,7 +1,7 @@
 """The sparse half of a TopK step as machine code that numba makes, called by XLA.
 
     rows     w [d, m] -> [m, d], so that a latent's decoder row is contiguous
-    select   z + bias -> each row's k largest, by index; then a relu, if any
+    select   z + bias + std eps -> each row's k largest, by index; then a relu, if any
     lists    the rows that selected each latent, in order
     decode   g = 2 / batch (x_hat - x), and the gradient of each selected latent
     sums     for each latent the weighted sum of rows of x or g
@@ -90,21 +90,17 @@ def _helper(typingctx):
 
 
 @intrinsic
-def _reaching(typingctx, address, bias, least):
-    """One bit for each of the 64 floats at an address plus those at another: whether
-    it is not less than `least`, as a NaN is."""
+def _reaching(typingctx, address, least):
+    """One bit for each of the 64 floats at an address: whether it is not less than
+    `least`, as a NaN is."""
 
     def code(context, builder, signature, args):
         many = ir.VectorType(_FLOAT, _LANES)
-        floats, biases = (
-            builder.load(builder.inttoptr(place, many.as_pointer()), align=4)
-            for place in args[:2]
-        )
-        least = _all(builder, args[2], _LANES)
-        z = builder.fadd(floats, biases)
-        return builder.bitcast(builder.fcmp_unordered(">=", z, least), _WORD)
+        floats = builder.load(builder.inttoptr(args[0], many.as_pointer()), align=4)
+        least = _all(builder, args[1], _LANES)
+        return builder.bitcast(builder.fcmp_unordered(">=", floats, least), _WORD)
 
-    return types.int64(types.int64, types.int64, types.float32), code
+    return types.int64(types.int64, types.float32), code
 
 
 @intrinsic
@@ -179,6 +175,75 @@ def _all(builder, number, width):
     none = ir.Constant(ir.VectorType(number.type, width), ir.Undefined)
     first = builder.insert_element(none, number, _HALFWORD(0))
     return _part(builder, first, [0] * width)
+
+
+# By the highest power first: log(1 + x) / x^3 as in cephes, and erfinv(u) / u of
+# M. Giles, which XLA has, too: by w = -log(1 - u^2), less 2.5, and by its root, less 3.
+_LOG = """7.0376836292e-2 -1.1514610310e-1 1.1676998740e-1 -1.2420140846e-1
+    1.4249322787e-1 -1.6668057665e-1 2.0000714765e-1 -2.4999993993e-1 3.3333331174e-1"""
+_ERFINV = """2.81022636e-8 3.43273939e-7 -3.5233877e-6 -4.39150654e-6 2.1858087e-4
+    -1.25372503e-3 -4.17768164e-3 2.46640727e-1 1.50140941"""
+_ERFINV_OF_TAILS = """-2.00214257e-4 1.00950558e-4 1.34934322e-3 -3.67342844e-3
+    5.73950773e-3 -7.6224613e-3 9.43887047e-3 1.00167406 2.83297682"""
+
+
+@intrinsic
+def _normals(typingctx, row, columns, like):
+    """A vector as long as `like` of the numbers of autoencoder/noise.py, for a row's
+    word and the words of columns at an address."""
+
+    def code(context, builder, signature, args):
+        floats, words = (ir.VectorType(t, like.width) for t in (_FLOAT, _HALFWORD))
+
+        def number(value):
+            return ir.Constant(floats, [float(np.float32(value))] * like.width)
+
+        def word(value):
+            return ir.Constant(words, [value] * like.width)
+
+        def function(name, *values):
+            kind = ir.FunctionType(floats, [floats] * len(values))
+            name = f"llvm.{name}.v{like.width}f32"
+            return builder.call(
+                cgutils.get_or_insert_function(builder.module, kind, name), values
+            )
+
+        def polynomial(x, factors):
+            first, *others = map(number, factors.split())
+            for factor in others:
+                first = function("fma", first, x, factor)
+            return first
+
+        def shifted(x, by):
+            return builder.xor(x, builder.lshr(x, word(by)))
+
+        pointer = builder.inttoptr(args[1], words.as_pointer())
+        x = builder.load(pointer, align=4)
+        x = builder.xor(x, _all(builder, args[0], like.width))
+        for by, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+            x = builder.mul(shifted(x, by), word(factor))
+        x = builder.or_(builder.lshr(shifted(x, 15), word(9)), word(0x3F800000))
+        u = builder.fsub(builder.bitcast(x, floats), number(1.5))
+        u = builder.fadd(builder.fmul(u, number(2)), number(2**-23))
+        # 1 - u^2 is (1 + part) 2^exponent, with 1 + part from sqrt(1/2) to sqrt(2).
+        rest = builder.fsub(number(1), builder.fmul(u, u))
+        bits = builder.bitcast(rest, words)
+        exponent = builder.sub(bits, word(0x3F3504F3))
+        exponent = builder.and_(exponent, word(0xFF800000))
+        part = builder.bitcast(builder.sub(bits, exponent), floats)
+        part = builder.fsub(part, number(1))
+        exponent = builder.sitofp(builder.ashr(exponent, word(23)), floats)
+        log = function("fma", polynomial(part, _LOG), part, number(-0.5))
+        log = function("fma", log, builder.fmul(part, part), part)
+        log = function("fma", exponent, number(-np.log(2)), builder.fneg(log))
+        near = polynomial(builder.fsub(log, number(2.5)), _ERFINV)
+        root = builder.fsub(function("sqrt", log), number(3))
+        far = polynomial(root, _ERFINV_OF_TAILS)
+        is_near = builder.fcmp_ordered("<", log, number(5))
+        erfinv = builder.fmul(u, builder.select(is_near, near, far))
+        return builder.fmul(number(np.sqrt(2)), erfinv)
+
+    return like(types.int32, types.int64, like), code
 
 
 @intrinsic(prefer_literal=True)
@@ -443,11 +508,11 @@ def _highest(keys, n):
 
 
 @_compiled
-def _floor(z, bias, keys, k):
+def _floor(z, keys, k):
     """A key that at least k keys reach, and few more unless they are equal."""
     n = len(z)
     for i in range(n):
-        keys[i] = _key(_as_bits(z[i] + bias[i]))
+        keys[i] = _key(_as_bits(z[i]))
     low, count, high = _I64(-0x7F800000), n, _I64(2**31)  # from -infinity
     middle = _I64(1)  # after a relu many are 0
     while high - low > 1 and count > 3 * k:
@@ -461,19 +526,19 @@ def _floor(z, bias, keys, k):
 
 
 @_compiled
-def _candidates(z, bias, address, bias_address, floor, kept, places):
+def _candidates(z, floor, kept, places):
     """Writes the keys that reach the floor and their places; returns their number."""
-    n, found, least = len(z), 0, _float_of(floor)
+    n, found, least, address = len(z), 0, _float_of(floor), z.ctypes.data
     whole = n - n % _LANES
     for start in range(0, whole, _LANES):
-        bits = _reaching(address + 4 * start, bias_address + 4 * start, least)
+        bits = _reaching(address + 4 * start, least)
         while bits != 0:
             i = start + _lowest(bits)
-            places[found], kept[found] = i, _key(_as_bits(z[i] + bias[i]))
+            places[found], kept[found] = i, _key(_as_bits(z[i]))
             found += 1
             bits &= bits - 1
     for i in range(whole, n):
-        key = _key(_as_bits(z[i] + bias[i]))
+        key = _key(_as_bits(z[i]))
         if key >= floor:
             places[found], kept[found] = i, key
             found += 1
@@ -484,22 +549,30 @@ def _candidates(z, bias, address, bias_address, floor, kept, places):
 def _select(frame, chunk):
     n, m = _shape(frame, _ARGUMENT, 0)
     k_max = _shape(frame, _RESULT, 0)[1]
-    z = carray(_data(frame, _ARGUMENT, 0), (n, m), _F32)
+    given = carray(_data(frame, _ARGUMENT, 0), (n, m), _F32)
     bias = carray(_data(frame, _ARGUMENT, 1), m, _F32)
+    std = carray(_data(frame, _ARGUMENT, 5), 1, _F32)[0]
+    words = carray(_data(frame, _ARGUMENT, 3), n, _I32)
+    columns = _address(frame, _ARGUMENT, 4)
     k = min(_I64(carray(_data(frame, _ARGUMENT, 2), 1, _I32)[0]), k_max)
     relu = carray(_data(frame, _ARGUMENT, 2), 2, _I32)[1] != 0
     index = carray(_data(frame, _RESULT, 0), (n, k_max), _I32)
     value = carray(_data(frame, _RESULT, 1), (n, k_max), _F32)
     keys, places = np.empty(m, _I32), np.empty(m, _I32)
-    kept = np.empty(m + _LANES, _I32)
-    biases, floor = _address(frame, _ARGUMENT, 1), _I32(0)
+    kept, z, floor = np.empty(m + _LANES, _I32), np.empty(m, _F32), _I32(0)
     for r in range(chunk * _ROWS, min((chunk + 1) * _ROWS, n)):
-        address = _address(frame, _ARGUMENT, 0) + 4 * r * m
+        for i in range(m):
+            z[i] = given[r, i] + bias[i]
+        if std != 0:
+            for i in range(0, m, _NARROW):
+                at, eps = z.ctypes.data + 4 * i, _zeros(_NARROW)
+                eps = _normals(words[r], columns + 4 * i, eps)
+                _store(at, _plus(_load(at, _F32(0), eps), std, eps))
         # The floor of the row before is mostly good enough.
-        left = _candidates(z[r], bias, address, biases, floor, kept, places)
+        left = _candidates(z, floor, kept, places)
         if left < k or left > 4 * k:
-            floor = _floor(z[r], bias, keys, k)
-            left = _candidates(z[r], bias, address, biases, floor, kept, places)
+            floor = _floor(z, keys, k)
+            left = _candidates(z, floor, kept, places)
         # Filled up, so that counts take whole vectors only.
         full = -(-left // _LANES) * _LANES
         kept[left:full] = -(2**31)

@@ -56,6 +56,7 @@ def run(study: Study) -> Section:
     of_causes = [*_of_causes(study, found), *_of_latents(study)]
     letters = _of_letters(study, names)
     claims = [*_of_core(study, names), *_of_texts(study, names), *letters, *of_causes]
+    claims = [claim for claim in claims if claim.ours]
     told = [
         {"claim": c.text, "ours": _ours(c), "verdict": verdict(c.ours, c.sign)}
         for c in claims
@@ -78,10 +79,10 @@ def run(study: Study) -> Section:
             "`paper-L` and `released-L` are vSAE - TopK under the two presets at layer "
             "L, the mean over k; the others are arms of the ablation. "
             "`released` differs in six things at once.",
-            measured,
+            *([measured] if len(measured) > 1 else []),
             "Causes, and single latents:",
             causes,
-            *([] if letters else [_NOT_TESTED]),
+            *([] if any(claim.ours for claim in letters) else [_NOT_TESTED]),
         ],
         title="The paper's claims",
         claim="",
@@ -225,7 +226,7 @@ def _of_letters(study: Study, names: Sequence[str]) -> list[Claim]:
         -1,
         "share of words whose letter another latent carries, lower is better",
     )
-    return [claim] if ours else []
+    return [claim]
 
 
 def _of_peak(study: Study, name: str, evals: str, template: str) -> Interval:
@@ -300,7 +301,7 @@ def _of_latents(study: Study) -> list[Claim]:
         a, b = (ablation.pick(seeds, measure) for seeds in (vsae, topk))
         return {"vsae - topk": difference(a, b)} if a.keys() & b.keys() else {}
 
-    claims = [
+    return [
         Claim(
             "sampling organises latents (1.1, 2.3)",
             "never sampled",
@@ -317,7 +318,6 @@ def _of_latents(study: Study) -> list[Claim]:
             "holds where the interval includes 0",
         ),
     ]
-    return [claim for claim in claims if claim.ours]
 
 
 def negative(found: Interval) -> Interval:

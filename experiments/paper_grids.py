@@ -65,7 +65,8 @@ def _size(f: Figures, preset: Preset, d_sae: int) -> dict[str, int]:
 
 
 def trained(study: Study, *evals: str) -> list[str]:
-    """Trains the grids and makes these evaluations; returns the grids' names."""
+    """Trains the grids and makes these evaluations; returns the names of those that
+    are there."""
     made = grids(study)
     for name, arms in made.items():
         preset, layer = name.rsplit("-", 1)
@@ -73,7 +74,7 @@ def trained(study: Study, *evals: str) -> list[str]:
         study.train(name, arms)
         for each in evals:
             study.evaluate(name, each)
-    return list(made)
+    return [name for name in made if study.arms(name)]
 
 
 def with_first_k(study: Study, name: str) -> list[Arm]:

@@ -125,7 +125,8 @@ def _what_kills(found: Mapping[str, Mapping[int, Any]]) -> str:
 
 
 def _where(study: Study) -> str:
-    return signal_to_noise.words(study, signal_to_noise.cells(study))
+    found = signal_to_noise.cells(study)
+    return signal_to_noise.words(study, found) if found else "Not measured."
 
 
 def _what_beats(

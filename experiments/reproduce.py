@@ -107,7 +107,11 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
     if c.dry_run:
         print(plan.table(study, [PARTS[name] for name in names]))
         return
-    if not study.labelled and not study.only_look:
+    if study.only_look:
+        missing = [n for n in names if not any(map(study.has, PARTS[n].grids(study)))]
+        names = [n for n in names if n not in missing]
+        print(f"nothing is trained of: {', '.join(missing) or '-'}")
+    elif not study.labelled:
         study = dataclasses.replace(study, labelled=labelled_by_rule(study))
     sections = {}
     for name in names:

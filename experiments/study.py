@@ -109,11 +109,16 @@ class Study:
         """The folder of a grid."""
         return self.out / "grids" / name
 
+    def has(self, name: str) -> bool:
+        """Whether a grid was begun."""
+        return self.grid(name).is_dir()
+
     def arms(self, name: str) -> list[Arm]:
         """The arms of a grid that did not diverge; none where `only_look` finds no
         grid."""
-        folder = self.grid(name)
-        return [] if self.only_look and not folder.is_dir() else open_arms(folder)
+        return (
+            open_arms(self.grid(name)) if self.has(name) or not self.only_look else []
+        )
 
     def tuning_text(self) -> str:
         """A file of the last documents, which nothing is trained or evaluated on but
@@ -150,17 +155,18 @@ class Study:
             )
 
     def metrics(self, name: str, evals: str = "core") -> dict[str, dict[int, Any]]:
-        """Each kind of arm: its metrics by seed, of all these evaluations; arms that
-        have not been evaluated are left out. Where massive rows are not trained on,
+        """Each kind of arm: its metrics by seed, of all these evaluations; arms without
+        the first of them are left out, and measures of those that are not there yet.
+        Where massive rows are not trained on,
         `explained_variance` is that of ordinary rows, and that of all of them is
         `explained_variance_all_rows`."""
         found: dict[str, dict[int, Any]] = {}
         for arm in self.arms(name):
             kind, seed = kind_and_seed(arm.folder.name)
             paths = [arm.folder / runs.EVALS / f"{e}.json" for e in evals.split(",")]
-            if all(path.is_file() for path in paths):
+            if paths[0].is_file():
                 merged = found.setdefault(kind, {}).setdefault(seed, {})
-                for path in paths:
+                for path in filter(Path.is_file, paths):
                     merged |= measures(runs.read_json(path))
                 massive = self.scale.text.max_norm_multiple is not None
                 if massive and _EXPLAINED in merged:

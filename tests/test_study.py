@@ -319,9 +319,10 @@ def test_the_plan_counts_steps_and_operations(tmp_path):
 
 def test_a_look_trains_nothing(tmp_path, capsys):
     out = tmp_path / "out"
-    argv = ["reproduce", "--only=stability", "--only_look", f"--out={out}"]
+    argv = ["reproduce", "--only=stability,claims", "--only_look", f"--out={out}"]
     assert cli.run(reproduce.command, ReproduceConfig, argv) == 0
-    assert "not evaluated yet" in (out / "report_stability.md").read_text()
+    assert "nothing is trained of: stability, claims" in capsys.readouterr().out
+    assert "##" not in (out / "report_stability_claims.md").read_text()
     assert not (out / "grids").exists()
 
 

@@ -98,29 +98,29 @@ class ReproduceConfig:
 def command(configs: Sequence[ReproduceConfig]) -> None:
     """Runs the parts and writes the report."""
     (c,) = configs
-    names = [name.strip() for name in c.only.split(",")] if c.only else list(PARTS)
-    for name in names:
+    asked = [name.strip() for name in c.only.split(",")] if c.only else list(PARTS)
+    for name in asked:
         if name not in PARTS:
             there = ", ".join(PARTS)
             raise UserError(f"--only={name} is not a part; there is {there}")
     study = open_study(c)
     if c.dry_run:
-        print(plan.table(study, [PARTS[name] for name in names]))
+        print(plan.table(study, [PARTS[name] for name in asked]))
         return
+    missing: list[str] = []
     if study.only_look:
-        missing = [n for n in names if not any(map(study.has, PARTS[n].grids(study)))]
-        names = [n for n in names if n not in missing]
+        missing = [n for n in asked if not any(map(study.has, PARTS[n].grids(study)))]
         print(f"nothing is trained of: {', '.join(missing) or '-'}")
     elif not study.labelled:
         study = dataclasses.replace(study, labelled=labelled_by_rule(study))
-    sections = {}
+    sections, names = {}, [name for name in asked if name not in missing]
     for name in names:
         say(name)
         command = f"python -m experiments.reproduce --scale={c.scale} --only={name}"
         sections[name] = PARTS[name].run(study)._replace(command=command)
     order = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
     # Some of the parts do not take the whole report's place.
-    stem = "_".join(["report", *names]) if c.only else "report"
+    stem = "_".join(["report", *asked]) if c.only else "report"
     written = report.write(
         study.out / stem,
         f"The study at scale {c.scale}",

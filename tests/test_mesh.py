@@ -266,14 +266,20 @@ def extraction(model: Path, corpus: Path, out: Path) -> dict[str, object]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_two_processes_extract_the_same_bytes(tiny_model, tiny_corpus, tmp_path):
+@pytest.mark.parametrize(
+    "hooks, files", [({}, 11), ({"layer": "0,1", "site": "mlp_out,resid_post"}, 44)]
+)
+def test_two_processes_extract_the_same_bytes(
+    tiny_model, tiny_corpus, tmp_path, hooks, files
+):
     one, two = tmp_path / "one", tmp_path / "two"
-    assert call("extract", **extraction(tiny_model, tiny_corpus, one)) == 0
-    two_processes("extract", **extraction(tiny_model, tiny_corpus, two))
-    assert contents(one) == contents(two) and len(contents(one)) == 11
+    assert call("extract", **extraction(tiny_model, tiny_corpus, one), **hooks) == 0
+    two_processes("extract", **extraction(tiny_model, tiny_corpus, two), **hooks)
+    assert contents(one) == contents(two) and len(contents(one)) == files
 
 
 def test_one_process_goes_on_where_one_of_two_was_stopped(

@@ -151,6 +151,27 @@ class Scale:
     absorption_words: int = 0
 
 
+_SMALLEST_TRUTH = Truth(
+    d_model=32,
+    n_features=64,
+    group=8,
+    active=4,
+    n_rows=20_000,
+    steps=200,
+    batch_size=64,
+    seeds=2,
+    kinds=("topk", "vsae"),
+)
+_SMALL_TRUTH = Truth(
+    d_model=64,
+    n_features=256,
+    group=8,
+    active=8,
+    n_rows=500_000,
+    steps=2000,
+    batch_size=256,
+    seeds=5,
+)
 # Two decades.
 _FIVE_RATES = (1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2)
 # Some minutes of a large GPU; reads no language model.
@@ -201,29 +222,9 @@ SMOKE = Scale(
         crossed=("noise",),
     ),
     stability=Stability(tokens=3_000),
-    truth=Truth(
-        d_model=32,
-        n_features=64,
-        group=8,
-        active=4,
-        n_rows=20_000,
-        steps=200,
-        batch_size=64,
-        seeds=2,
-        kinds=("topk", "vsae"),
-    ),
+    truth=_SMALLEST_TRUTH,
     family=Family(
-        truth=Truth(
-            d_model=32,
-            n_features=64,
-            group=8,
-            active=4,
-            n_rows=20_000,
-            steps=150,
-            batch_size=64,
-            seeds=2,
-            kinds=("topk", "relu", "vsae_topk"),
-        ),
+        truth=replace(_SMALLEST_TRUTH, steps=150, kinds=("topk", "relu", "vsae_topk")),
         norms=(10.0,),
         lrs=(1e-3, 1e-2),
     ),
@@ -260,30 +261,8 @@ STANDIN = Scale(
         cross_seeds=3,
     ),
     stability=Stability(tokens=100_000),
-    truth=Truth(
-        d_model=64,
-        n_features=256,
-        group=8,
-        active=8,
-        n_rows=500_000,
-        steps=2000,
-        batch_size=256,
-        seeds=5,
-    ),
-    family=Family(
-        truth=Truth(
-            d_model=64,
-            n_features=256,
-            group=8,
-            active=8,
-            n_rows=500_000,
-            steps=2000,
-            batch_size=256,
-            seeds=5,
-        ),
-        norms=(1.0, 3.0, 10.0),
-        lrs=_FIVE_RATES,
-    ),
+    truth=_SMALL_TRUTH,
+    family=replace(_FAMILY_OF_A_GPU, truth=_SMALL_TRUTH),
     eval_tokens=25_000,
     train_size=1000,
     test_size=400,

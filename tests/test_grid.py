@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import write_rows
 from tiny_runs import TRAINING, call, copied
 
 from vsae_jax import runs
@@ -233,6 +234,27 @@ def test_an_arm_of_a_mixed_grid_is_its_single_run(
     assert call("train", activations=tiny_rows, **flags) == 0
     assert parameters(tmp_path / "single") == parameters(mixed["loop"] / name)
     assert lines(tmp_path / "single") == lines(mixed["loop"] / name)
+
+
+def test_arms_of_other_rows_do_not_take_the_first_arms_batches(tiny_rows, tmp_path):
+    """No flag sweeps them; from Python arms may differ in them."""
+    other = write_rows(tmp_path / "other", tiny_rows)
+    given = {"activations": str(tiny_rows), "out": str(tmp_path / "grid"), **TRAINING}
+    changes = {
+        "as_it_is": {},
+        "folder": {"activations": str(other)},
+        "order": {"data_seed": 1},
+        "held_out": {"held_out": 0.3},
+        "norms": {"max_norm_multiple": 1.1},
+    }
+    arms = [TrainConfig(**given | change) for change in changes.values()]
+    grid.run(arms, names=list(changes))
+    found = {name: parameters(tmp_path / "grid" / name) for name in changes}
+    assert len(set(found.values())) == len(changes)
+    for name, change in changes.items():
+        alone = given | {"out": tmp_path / name} | change
+        assert call("train", **alone) == 0
+        assert parameters(tmp_path / name) == found[name], name
 
 
 @pytest.mark.parametrize("how", ["loop", "vmap"])

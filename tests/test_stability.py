@@ -49,6 +49,8 @@ def found(tiny_rows, tmp_path_factory):
         "axes-0": (axes(rotated=False), {"seed": 0, "variant": "relu"}),
         "axes-1": (axes(rotated=True), {"seed": 1, "variant": "relu"}),
         "alone": (one, {"seed": 0, "lr": 0.2}),
+        # The same config but for the rows, so no partner of alone either.
+        "other-rows": (one, {"seed": 1, "lr": 0.2, "max_norm_multiple": 1.1}),
     }
     for name, (given, fields) in each.items():
         write_run(folder / name, tiny_rows, given, **{**FIELDS, **fields})
@@ -81,7 +83,8 @@ def test_what_has_nothing_in_common_is_at_chance(found):
 
 def test_pairs_are_named_and_a_run_alone_has_none(found):
     assert [pair["with"] for pair in found["same-0"]["pairs"]] == ["same-1"]
-    assert found["alone"]["pairs"] == [] and found["alone"]["metrics"] == {}
+    for name in ("alone", "other-rows"):
+        assert found[name]["pairs"] == [] and found[name]["metrics"] == {}
 
 
 def matched(values):

@@ -142,7 +142,8 @@ def _kinds(subjects: Sequence[Subject]) -> list[list[_Pair]]:
             config = to_json(subject.run.train)
             seed = config.pop("seed")
             kind = {n: v for n, v in config.items() if n not in RUNTIME_FIELDS}
-            kinds[json.dumps(kind, sort_keys=True)].append((place, seed))
+            rows = {n: v for n, v in subject.run.data.items() if n != "forked_from"}
+            kinds[json.dumps([kind, rows], sort_keys=True)].append((place, seed))
     pairs = (
         [_Pair(i, j) for (i, s), (j, t) in itertools.combinations(each, 2) if s != t]
         for each in kinds.values()

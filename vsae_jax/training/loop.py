@@ -46,7 +46,7 @@ def run_arms(arms: Sequence[PlannedRun]) -> None:
 
 
 def _run_arms(arms: Sequence[PlannedRun], locked: contextlib.ExitStack) -> None:
-    streams: dict[tuple[int, int], list[PlannedRun]] = {}
+    streams: dict[tuple, list[PlannedRun]] = {}
     diverged: list[str] = []
     for number, planned in enumerate(arms, start=1):
         if len(arms) > 1:
@@ -58,8 +58,7 @@ def _run_arms(arms: Sequence[PlannedRun], locked: contextlib.ExitStack) -> None:
         elif not processes.in_turn(open_folder, planned):
             print(f"{planned.folder} is finished; nothing to do")
         else:
-            key = planned.train.steps, planned.train.batch_size
-            streams.setdefault(key, []).append(planned)
+            streams.setdefault(planned.batches, []).append(planned)
     for members in streams.values():
         diverged += _train(members)
     if diverged:

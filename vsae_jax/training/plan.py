@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,13 @@ class PlannedRun(NamedTuple):
     mesh: Mesh | None = None
     left_out: LeftOut | None = None
     kernels: native.Choice = native.Choice("xla", "")
+
+    @property
+    def batches(self) -> tuple[Any, ...]:
+        """What decides the batches: runs that agree in it take the same ones."""
+        of_data = (f.name for f in fields(self.train) if f.metadata["group"] == "data")
+        names = "steps", "batch_size", *of_data
+        return tuple(getattr(self.train, name) for name in names)
 
 
 def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:

@@ -26,13 +26,17 @@ Values = dict[str, float]
 
 def main() -> None:
     """Trains some seeds, and prints a table of means and standard deviations."""
-    rows = subspaces()
-    head = ["", *next(iter(rows.values()))[0]]
-    table = [head]
-    for name, seeds in rows.items():
+    print(markdown(table(subspaces())))
+
+
+def table(found: dict[str, list[Values]]) -> list[list[str]]:
+    """A row a name, of the mean and standard deviation of its seeds."""
+    head = ["", *next(iter(found.values()))[0]]
+    rows = [head]
+    for name, seeds in found.items():
         columns = ([values[c] for values in seeds] for c in head[1:])
-        table.append([name, *(spread(column, digits=2) for column in columns)])
-    print(markdown(table))
+        rows.append([name, *(spread(column, digits=2) for column in columns)])
+    return rows
 
 
 def subspaces() -> dict[str, list[Values]]:

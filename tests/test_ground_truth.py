@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import family, recovery, synthetic
+from experiments import family, recovery, synthetic, tree
 from experiments.family import (
     STABILITY,
     Case,
@@ -273,3 +273,31 @@ def test_the_family_is_drawn_from_its_files(gated):
     assert lines["topk"][0] == "0.01 (an end)"
     assert tables[1][1][:2] == ["vsae_topk - topk", "+0.0 [+0.0, +0.0]"]
     assert {path.name for path in study.out.iterdir()} == {"family", "figures"}
+
+
+def test_children_fire_with_their_parent_and_one_at_a_time(rng):
+    fires = tree.firings(MANY, rng)
+    for parent in tree.PARENTS:
+        children = fires[:, tree.children(parent)]
+        assert not children[~fires[:, parent]].any()
+        assert children.sum(1).max() == 1
+        assert fires[:, parent].mean() == pytest.approx(tree.PARENT_RATE, abs=0.01)
+        rates = children[fires[:, parent]].mean(0)
+        assert rates == pytest.approx(tree.CHILD_RATE, abs=0.03)
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_an_absorbed_parent_is_seen_in_its_childrens_latents(absorbed, rng):
+    directions = np.eye(tree.N_FEATURES)
+    fires = tree.firings(1000, rng)
+    w_dec, f = 2 * directions, fires.astype(float)
+    for parent in tree.PARENTS if absorbed else ():
+        children = tree.children(parent)
+        w_dec[children, parent] = 2
+        f[:, parent] *= ~fires[:, children].any(1)
+    order = rng.permutation(tree.N_FEATURES)
+    found = tree.of_children(w_dec[order], f[:, order], directions, fires)
+    half = 0.5**0.5
+    assert list(found.values()) == pytest.approx(
+        [half, half, 1.0] if absorbed else [1.0, 0.0, 0.0]
+    )

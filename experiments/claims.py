@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments import ablation, paper_grids, questions, stability
-from experiments.paired import Interval, difference
+from experiments.paired import Interval, difference, over_probes
 from experiments.report import Section
 from experiments.study import Arms, Study
 from vsae_jax.system.files import replace_file
@@ -57,6 +57,7 @@ def run(study: Study) -> Section:
     letters = _of_letters(study, names)
     claims = [*_of_core(study, names), *_of_texts(study, names), *letters, *of_causes]
     claims = [claim for claim in claims if claim.ours]
+    noisy = any(found.noise for c in claims for found in c.ours.values())
     told = [
         {"claim": c.text, "ours": _ours(c), "verdict": verdict(c.ours, c.sign)}
         for c in claims
@@ -83,6 +84,7 @@ def run(study: Study) -> Section:
             "Causes, and single latents:",
             causes,
             *([] if any(claim.ours for claim in letters) else [_NOT_TESTED]),
+            *([f"(sd ...): {paper_grids.NOISE}."] if noisy else []),
         ],
         title="The paper's claims",
         claim="",
@@ -112,7 +114,10 @@ def verdict(ours: dict[str, Interval], sign: int) -> str:
 
 
 def _ours(claim: Claim) -> str:
-    numbers = "; ".join(f"{name} {found}" for name, found in claim.ours.items())
+    numbers = "; ".join(
+        f"{name} {found}" + (f" (sd {found.noise})" if found.noise else "")
+        for name, found in claim.ours.items()
+    )
     return f"{claim.note}: {numbers}" if claim.note else numbers
 
 
@@ -231,13 +236,16 @@ def _of_letters(study: Study, names: Sequence[str]) -> list[Claim]:
 
 def _of_peak(study: Study, name: str, evals: str, template: str) -> Interval:
     """The best score over the numbers of ablated latents, vSAE - TopK."""
-    found = study.metrics(name, evals)
-    best = {
-        kind: {seed: {"best": _best(m, template)} for seed, m in seeds.items()}
-        for kind, seeds in found.items()
-    }
-    sides = (paper_grids.over_kinds(best, v, "best") for v in ("vsae_topk", "topk"))
-    return difference(*sides)
+
+    def of(probe: int | None) -> Interval:
+        best = {
+            kind: {seed: {"best": _best(m, template)} for seed, m in seeds.items()}
+            for kind, seeds in study.metrics(name, evals, probe).items()
+        }
+        sides = (paper_grids.over_kinds(best, v, "best") for v in ("vsae_topk", "topk"))
+        return difference(*sides)
+
+    return over_probes(of, study.probes(name, evals))
 
 
 def _best(metrics: dict[str, float | None], template: str) -> float | None:
@@ -259,7 +267,6 @@ def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
         "noise on TopK": of_topk["topk_noise"]["decoder_cosine"],
         "no noise on the vSAE": negative(of_vsae["vsae_no_noise"]["decoder_cosine"]),
     }
-    equal = questions.at_equal_alive(found, "vsae")
     return [
         Claim(
             "the KL term kills latents (4.1, 5)",
@@ -285,11 +292,30 @@ def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
         Claim(
             "gains in independence reflect the smaller dictionary (5)",
             "no such comparison",
-            {f"{m} at equal alive": equal[m] for m in ("scr", "tpp") if m in equal},
+            _at_equal_alive(study),
             0,
             "holds where nothing is left at equal alive latents",
         ),
     ]
+
+
+def _at_equal_alive(study: Study) -> dict[str, Interval]:
+    """SCR and TPP of the vSAE, less those of TopK with as many alive latents."""
+    evals = "core,scr,tpp"
+    probes = study.probes(ablation.GRID, evals)
+    each: dict[int | None, dict[str, Interval]] = {
+        probe: questions.at_equal_alive(
+            study.metrics(ablation.GRID, evals, probe), "vsae"
+        )
+        for probe in (None, *probes)
+    }
+    return {
+        f"{m} at equal alive": over_probes(
+            lambda probe: each[probe][m], [p for p in probes if m in each[p]]
+        )
+        for m in ("scr", "tpp")
+        if m in each[None]
+    }
 
 
 def _of_latents(study: Study) -> list[Claim]:

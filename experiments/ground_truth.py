@@ -266,11 +266,11 @@ def figure(panels: Mapping[str, Found], title: str = "") -> "Figure":
 def _bar(ax: Any, place: int, kind: str, values: list[float]) -> None:
     from vsae_jax.report.figures import style
 
-    mean, low, high, n = interval(values)
+    found = interval(values)
     colour = style.VERMILLION if kind.startswith("v") else style.BLUE
-    ax.barh(place, mean, height=0.6, color=colour)
-    if n > 1:
-        ends = [max(low, 0.0), min(high, 1.0)]
+    ax.barh(place, found.mean, height=0.6, color=colour)
+    if found.n > 1:
+        ends = [max(found.low, 0.0), min(found.high, 1.0)]
         ax.plot(ends, [place, place], color=style.BLACK, linewidth=1.2)
 
 

@@ -2,12 +2,13 @@
 
 Arms of one seed have the same rows, initial weights and schedule, so what differs
 within a seed is the switch; what is left over seeds is noise. The interval is
-Student's t for the mean of the differences, two-sided.
+Student's t for the mean of the differences, two-sided. Where evaluations had several
+probe seeds, the differences are those of the means over them.
 """
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from scipy.stats import t as student
@@ -16,12 +17,15 @@ _LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean of `n` values, and the ends of its interval (NaN for a single value)."""
+    """A mean of `n` values, and the ends of its interval (NaN for a single value); the
+    values, and their standard deviation over probe seeds, where there are several."""
 
     mean: float
     low: float
     high: float
     n: int
+    values: tuple[float, ...] = ()
+    probe_sd: float | None = None
 
     def __str__(self) -> str:
         """Two digits of what the interval leaves open; four of a single value."""
@@ -30,6 +34,14 @@ class Interval(NamedTuple):
         digits = min(max(1 - math.floor(math.log10(size)), 0), 6) if size > 0 else 1
         mean, low, high = (f"{value:+.{digits}f}" for value in self[:3])
         return f"{mean} [{low}, {high}]" if self.n > 1 else f"{mean} (n=1)"
+
+    @property
+    def noise(self) -> str:
+        """The standard deviation over training seeds and that over the probe seeds of
+        one training seed; "" where there are not several of both."""
+        if self.probe_sd is None or self.n < 2:
+            return ""
+        return f"{statistics.stdev(self.values):.2g} / {self.probe_sd:.2g}"
 
     @property
     def p(self) -> float:
@@ -58,10 +70,24 @@ def interval(values: Sequence[float]) -> Interval:
     """The mean of values with its interval; at least one."""
     n, mean = len(values), statistics.fmean(values)
     if n == 1:
-        return Interval(mean, math.nan, math.nan, n)
+        return Interval(mean, math.nan, math.nan, n, tuple(values))
     quantile = float(student.ppf((1 + _LEVEL) / 2, n - 1))
     half = quantile * statistics.stdev(values) / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, n)
+    return Interval(mean, mean - half, mean + half, n, tuple(values))
+
+
+def over_probes(
+    of: Callable[[int | None], Interval], probes: Sequence[int]
+) -> Interval:
+    """`of(None)`, which is that of the means over probe seeds, with the standard
+    deviation of `of(probe)` over them: the root of the mean variance within a training
+    seed. There is none of fewer than two probes, or where one lacks a training seed."""
+    found = of(None)
+    each = [of(probe).values for probe in probes]
+    if len(each) < 2 or any(len(values) != found.n for values in each):
+        return found
+    variances = map(statistics.variance, zip(*each, strict=True))
+    return found._replace(probe_sd=math.sqrt(statistics.fmean(variances)))
 
 
 def holm(ps: Sequence[float]) -> list[float]:

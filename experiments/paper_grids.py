@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.ablation import pick
-from experiments.paired import Interval, difference
+from experiments.paired import Interval, difference, over_probes
 from experiments.report import Section
 from experiments.scales import Figures
 from experiments.study import Arms, Study
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 PRESETS: tuple[Preset, ...] = ("paper", "released")
 VARIANTS: tuple[Variant, ...] = ("topk", "vsae_topk")
 TEXT_EVALS = "sparse_probing,scr,tpp"
+NOISE = (
+    "Standard deviations of these differences over training seeds (of means over probe "
+    "seeds) / over the probe seeds of one training seed"
+)
 
 
 def grids(study: Study) -> dict[str, Arms]:
@@ -115,10 +119,12 @@ def vsae_minus_topk(
     study: Study, name: str, measure: str, evals: str = "core"
 ) -> Interval:
     """Paired over seeds; the mean over k (and d_sae) within a seed."""
-    found = study.metrics(name, evals)
-    return difference(
-        *(over_kinds(found, variant, measure) for variant in VARIANTS[::-1])
-    )
+
+    def of(probe: int | None) -> Interval:
+        found = study.metrics(name, evals, probe)
+        return difference(*(over_kinds(found, v, measure) for v in VARIANTS[::-1]))
+
+    return over_probes(of, study.probes(name, evals))
 
 
 def over_kinds(
@@ -134,15 +140,25 @@ def over_kinds(
     return {s: sum(values[s] for values in each) / len(each) for s in sorted(seeds)}
 
 
-def difference_table(
+def difference_tables(
     study: Study, names: Sequence[str], measures: Mapping[str, str], evals: str
-) -> list[list[str]]:
-    """vSAE - TopK of each grid, the mean over k."""
-    rows = [["preset and layer", *measures.values()]]
-    for name in names:
-        cells = [str(vsae_minus_topk(study, name, m, evals)) for m in measures]
-        rows.append([name, *cells])
-    return rows
+) -> list[str | list[list[str]]]:
+    """vSAE - TopK of each grid, the mean over k; and what of it is noise of the
+    training and of the probes, where there are several of both."""
+    header = ["preset and layer", *measures.values()]
+    found = {
+        name: [vsae_minus_topk(study, name, m, evals) for m in measures]
+        for name in names
+    }
+    parts: list[str | list[list[str]]] = [
+        "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:",
+        [header, *([name, *map(str, each)] for name, each in found.items())],
+    ]
+    noise = [[name, *(i.noise or "-" for i in each)] for name, each in found.items()]
+    if any(i.noise for each in found.values() for i in each):
+        parts.append(NOISE + ":")
+        parts.append([header, *noise])
+    return parts
 
 
 def lines_section(
@@ -159,6 +175,5 @@ def lines_section(
 
     names = trained(study, evals)
     drawn = draw(study, names, partial(lines.draw, figure), label=part, arms=study.arms)
-    said = "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:"
-    table = difference_table(study, names, measures, figure)
-    return Section(parts=[*drawn, said, table], **facts)
+    tables = difference_tables(study, names, measures, figure)
+    return Section(parts=[*drawn, *tables], **facts)

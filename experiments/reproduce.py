@@ -43,7 +43,7 @@ from experiments.scales import SCALES, Scale, ScaleName
 from experiments.study import Study, say
 from vsae_jax.activations import text
 from vsae_jax.config import cli
-from vsae_jax.config.fields import REQUIRED, flag
+from vsae_jax.config.fields import REQUIRED, check_at_least, flag
 from vsae_jax.system.errors import UserError
 
 # In the order in which they need each other.
@@ -93,6 +93,12 @@ class ReproduceConfig:
     )
     label_column: str = flag("as in evaluate", "label")
     attribute_column: str = flag("as in evaluate", "")
+    probe_seeds: int = flag(
+        "as in evaluate; what was evaluated on fewer is evaluated again", 1
+    )
+
+    def __post_init__(self):
+        check_at_least(self, 1, "probe_seeds")
 
 
 def command(configs: Sequence[ReproduceConfig]) -> None:
@@ -148,7 +154,13 @@ def open_study(c: ReproduceConfig) -> Study:
             "attribute_column": c.attribute_column,
         }
     out = Path(c.out or f"experiments/results/{c.scale}")
-    return Study(scale=scale, out=out, labelled=labelled, only_look=c.only_look)
+    return Study(
+        scale=scale,
+        out=out,
+        labelled=labelled,
+        only_look=c.only_look,
+        probe_seeds=c.probe_seeds,
+    )
 
 
 def _with_text(scale: Scale, c: ReproduceConfig) -> Scale:
@@ -174,7 +186,8 @@ def labelled_by_rule(study: Study) -> dict[str, str]:
 
 
 def _summary(c: ReproduceConfig, study: Study) -> str:
-    flags = {"scale": c.scale, "only": c.only}
+    probes = str(c.probe_seeds) if c.probe_seeds > 1 else ""
+    flags = {"scale": c.scale, "only": c.only, "probe_seeds": probes}
     given = " ".join(f"--{name}={value}" for name, value in flags.items() if value)
     model, dataset = (
         "the bundled model" if not study.scale.text.model else Path(study.model).name,

@@ -12,7 +12,7 @@ goes on.
 import json
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Arms = dict[str, TrainConfig]
 BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
 STORIES = BUNDLED / "sampled_stories.jsonl"
-_EXPLAINED = "explained_variance"
+_EXPLAINED, _PER_SEED = "explained_variance", "per_seed"
 _WITHOUT_LABELS = ("core", "stability", "predictability", "absorption")
 _SEED = re.compile(r"(.*)_seed-(\d+)")
 
@@ -43,13 +43,14 @@ _SEED = re.compile(r"(.*)_seed-(\d+)")
 @dataclass(frozen=True)
 class Study:
     """One size of the study in one folder; `labelled` are flags of evaluations on
-    texts. With `only_look` nothing is extracted, trained or evaluated: parts show what
-    is there."""
+    texts, which are made on at least `probe_seeds`. With `only_look` nothing is
+    extracted, trained or evaluated: parts show what is there."""
 
     scale: Scale
     out: Path
     labelled: Mapping[str, Any]
     only_look: bool = False
+    probe_seeds: int = 1
 
     @property
     def model(self) -> str:
@@ -134,13 +135,18 @@ class Study:
         return str(path)
 
     def evaluate(self, name: str, evals: str, **fields: Any) -> None:
-        """Evaluates the arms of a grid, where any of them is not yet; `fields` are
-        further flags of `evaluate`."""
+        """Evaluates the arms of a grid, where any of them is not yet, or on fewer probe
+        seeds; `fields` are further flags of `evaluate`."""
         if self.only_look:
             return
+        texts = evals not in _WITHOUT_LABELS
+        on_texts = {**self.labelled, "probe_seeds": self.probe_seeds} if texts else {}
         files = [f"{each}.json" for each in evals.split(",")]
         paths = [a.folder / runs.EVALS / f for a in self.arms(name) for f in files]
-        if not all(path.is_file() for path in paths):
+        done = all(path.is_file() for path in paths)
+        if done and texts and self.probe_seeds > 1:
+            done = len(self.probes(name, evals)) >= self.probe_seeds
+        if not done:
             say(f"evaluating {name}: {evals}")
             evaluate.run(
                 EvalConfig(
@@ -148,31 +154,50 @@ class Study:
                     evals=evals,
                     train_size=self.scale.train_size,
                     test_size=self.scale.test_size,
-                    **{"num_tokens": self.scale.eval_tokens}
-                    | ({} if evals in _WITHOUT_LABELS else self.labelled)
-                    | fields,
+                    **{"num_tokens": self.scale.eval_tokens} | on_texts | fields,
                 )
             )
 
-    def metrics(self, name: str, evals: str = "core") -> dict[str, dict[int, Any]]:
+    def metrics(
+        self, name: str, evals: str = "core", probe: int | None = None
+    ) -> dict[str, dict[int, Any]]:
         """Each kind of arm: its metrics by seed, of all these evaluations; arms without
         the first of them are left out, and measures of those that are not there yet.
-        Where massive rows are not trained on,
-        `explained_variance` is that of ordinary rows, and that of all of them is
-        `explained_variance_all_rows`."""
+        Metrics of texts are means over probe seeds, or those of one of `probes`. Where
+        massive rows are not trained on, `explained_variance` is that of ordinary rows,
+        and that of all of them is `explained_variance_all_rows`."""
         found: dict[str, dict[int, Any]] = {}
-        for arm in self.arms(name):
+        for arm, results in self._results(name, evals):
             kind, seed = kind_and_seed(arm.folder.name)
-            paths = [arm.folder / runs.EVALS / f"{e}.json" for e in evals.split(",")]
-            if paths[0].is_file():
-                merged = found.setdefault(kind, {}).setdefault(seed, {})
-                for path in filter(Path.is_file, paths):
-                    merged |= measures(runs.read_json(path))
-                massive = self.scale.text.max_norm_multiple is not None
-                if massive and _EXPLAINED in merged:
-                    merged["explained_variance_all_rows"] = merged[_EXPLAINED]
-                    merged[_EXPLAINED] = merged[f"{_EXPLAINED}_ordinary_rows"]
+            merged = found.setdefault(kind, {}).setdefault(seed, {})
+            for result in results.values():
+                merged |= measures(result, probe)
+            massive = self.scale.text.max_norm_multiple is not None
+            if massive and _EXPLAINED in merged:
+                merged["explained_variance_all_rows"] = merged[_EXPLAINED]
+                merged[_EXPLAINED] = merged[f"{_EXPLAINED}_ordinary_rows"]
         return found
+
+    def probes(self, name: str, evals: str) -> range:
+        """Numbers of the probe seeds that all evaluated arms of a grid have; empty for
+        evaluations without probes."""
+        each = [
+            len(result.get(_PER_SEED, [0]))
+            for _, results in self._results(name, evals)
+            for which, result in results.items()
+            if which not in _WITHOUT_LABELS
+        ]
+        return range(min(each, default=0))
+
+    def _results(self, name: str, evals: str) -> Iterator[tuple[Arm, dict[str, Any]]]:
+        """The arms that have the first of these evaluations, and what the files that
+        are there hold, by evaluation."""
+        for arm in self.arms(name):
+            folder = arm.folder / runs.EVALS
+            paths = {each: folder / f"{each}.json" for each in evals.split(",")}
+            there = {e: runs.read_json(p) for e, p in paths.items() if p.is_file()}
+            if next(iter(paths)) in there:
+                yield arm, there
 
     def find_features(self, arms: Sequence[Arm], tokens: int, **fields: Any) -> None:
         """Feature passes of arms that have none yet."""
@@ -213,11 +238,16 @@ def kind_and_seed(name: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def measures(result: Mapping[str, Any]) -> dict[str, float | None]:
-    """The metrics of an evaluation, and what the study derives from them: the number
-    of alive latents, the mean nearest decoder cosine of those, and the means of SCR
-    and TPP over 2 to 50 ablated latents, so that no number of them is picked."""
+def measures(
+    result: Mapping[str, Any], probe: int | None = None
+) -> dict[str, float | None]:
+    """The metrics of an evaluation, or of one of its probe seeds where it has any, and
+    what the study derives from them: the number of alive latents, the mean nearest
+    decoder cosine of those, and the means of SCR and TPP over 2 to 50 ablated latents,
+    so that no number of them is picked."""
     found = dict(result["metrics"])
+    if probe is not None and _PER_SEED in result:
+        found = dict(list(result[_PER_SEED].values())[probe]["metrics"])
     latents = result.get("per_latent", {})
     if "feature_density" in latents:
         density = latents["feature_density"]

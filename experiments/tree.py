@@ -2,11 +2,11 @@
 
     python -m experiments.tree
 
-The toy model of Nabeshima 2024 ("Matryoshka Sparse Autoencoders"), an author of Bussmann
-et al. 2025. From the code, github.com/noanabeshima/matryoshka-saes: 20 orthogonal
-features of norms 1 + 0.05 N(0, 1); three parents that fire on 15 % of rows, each with
-three children of which at most one fires, each on 20 % of the parent's rows; eight
-others that fire on 5 %; 20 latents; batches of 200 rows; and latents matched with
+The toy model of Nabeshima 2024 ("Matryoshka Sparse Autoencoders"), an author of
+Bussmann et al. 2025. From the code, github.com/noanabeshima/matryoshka-saes: 20
+orthogonal features of norms 1 + 0.05 N(0, 1); three parents that fire on 15 % of rows,
+each with three children of which at most one fires, each on 20 % of the parent's rows;
+eight others that fire on 5 %; 20 latents; batches of 200 rows; and latents matched with
 features by what they fire on. Theirs is a ReLU with an L1 whose weight follows an L0 of
 1.23, each step draws ten prefixes, and latents are sorted by how much they reconstruct;
 ours has fixed prefixes and is not sorted. Ours alone: the weight of L1, at which the

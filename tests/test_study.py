@@ -23,10 +23,10 @@ from experiments import (
     signal_to_noise,
 )
 from experiments.effects import effects_figure
-from experiments.paired import Interval, difference, holm, interval
+from experiments.paired import Interval, difference, holm, interval, over_probes
 from experiments.reproduce import PARTS, ReproduceConfig, open_study
 from experiments.scales import SCALES
-from experiments.study import STORIES, kind_and_seed, measures
+from experiments.study import STORIES, Study, kind_and_seed, measures
 from vsae_jax import runs
 from vsae_jax.config import cli
 from vsae_jax.system.errors import UserError
@@ -102,6 +102,51 @@ def test_p_is_scipys_and_holm_is_a_step_down():
     # 3 p, then 2 p, then p, none below the one before.
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_noise_of_probes_is_told_from_that_of_training():
+    # Three training seeds at 1, 2, 3, and two probe seeds at +- 0.1 around each.
+    probes = [{s: s + sign * 0.1 for s in (1, 2, 3)} for sign in (-1, 1)]
+    zero = dict.fromkeys((1, 2, 3), 0.0)
+    means = {s: float(s) for s in zero}
+
+    def of(probe):
+        return difference(means if probe is None else probes[probe], zero)
+
+    found = over_probes(of, range(2))
+    assert found.probe_sd == pytest.approx(math.sqrt(0.02))
+    assert found.noise == "1 / 0.14"
+    assert str(found) == str(of(None))
+    assert over_probes(of, range(1)).noise == ""
+    del probes[1][3]
+    assert over_probes(of, range(2)) == of(None)
+
+
+def test_too_few_probe_seeds_are_refused(capsys):
+    argv = ["reproduce", "--dry_run", "--probe_seeds=0"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 2
+    assert "--probe_seeds=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_metrics_of_texts_are_those_of_each_probe_seed_and_their_mean(tmp_path):
+    study = Study(SCALES["smoke"], tmp_path, labelled={})
+    arms = [study.grid("g") / f"topk_seed-{seed}" for seed in (0, 1)]
+    study.grid("g").mkdir(parents=True)
+    names = [arm.name for arm in arms]
+    (study.grid("g") / runs.GRID).write_text(json.dumps({"arms": names}))
+    for arm in arms:
+        for name, seeds in (("core", ()), ("tpp", (42, 43)), ("scr", (42, 43, 44))):
+            of = {str(s): {"metrics": {name: s}, "per_set": {}} for s in seeds}
+            result = {"metrics": {name: 9.0}} | ({"per_seed": of} if seeds else {})
+            path = arm / runs.EVALS / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result))
+    assert study.probes("g", "core") == range(0)
+    assert study.probes("g", "core,scr,tpp") == range(2)
+    means = study.metrics("g", "core,scr,tpp")["topk"]
+    second = study.metrics("g", "core,scr,tpp", 1)["topk"]
+    assert means == dict.fromkeys((0, 1), {"core": 9, "scr": 9, "tpp": 9})
+    assert second == dict.fromkeys((0, 1), {"core": 9, "scr": 43, "tpp": 43})
 
 
 def test_a_long_table_is_a_file_beside_the_report(tmp_path):

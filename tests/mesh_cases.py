@@ -148,7 +148,7 @@ def top_k(mesh: Any) -> dict[str, int]:
                 }
             for k, mask in masks.items():
                 whole = jax.numpy.asarray(rows)
-                expected = np.asarray(reference(whole, k, k_max=k))
+                expected = np.asarray(reference(whole, k, k_max=D_SAE))
                 wrong += int((mask != expected).any(axis=1).sum())
                 seen += len(rows)
     return {"rows": seen, "different": wrong}

@@ -162,6 +162,20 @@ def test_importing_the_package_imports_no_framework_but_jax():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_tokenizer_that_needs_no_torch_does_not_import_it(tiny_model):
+    from transformers import AutoTokenizer
+
+    script = (
+        "import sys\nfrom vsae_jax.lm import load_tokenizer\n"
+        f"ids = load_tokenizer({str(tiny_model)!r})('the red dog')['input_ids']\n"
+        "print([ids, 'torch' in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ids = AutoTokenizer.from_pretrained(str(tiny_model))("the red dog")["input_ids"]
+    assert done.stdout.strip() == str([ids, False])
+
+
 def test_a_copied_folder_is_the_same_model(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     a, b = load_language_model(str(folder)), load_language_model(f"{tmp_path}/copy/")

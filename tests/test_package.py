@@ -35,7 +35,8 @@ COMMANDS = [
     "experiments.make_small_lm",
 ]
 LAZY = (
-    "torch transformers datasets sklearn matplotlib tensorboardX wandb tokenizers numba"
+    "flax torch transformers datasets sklearn matplotlib tensorboardX wandb tokenizers "
+    "numba"
 ).split()
 
 

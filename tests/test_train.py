@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_models import make_stories, make_tiny_neox, write_jsonl
+from tiny_runs import call
 
 from vsae_jax import extract, runs, train
 from vsae_jax.activations.shards import Activations
@@ -193,7 +194,7 @@ def long_undisturbed(activations, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_real_kill_then_the_same_command(
-    number, activations, long_undisturbed, tmp_path
+    number, activations, long_undisturbed, tmp_path, capsys
 ):
     long = long_settings(activations, tmp_path / "killed")
     process = subprocess.Popen(
@@ -208,9 +209,8 @@ def test_a_real_kill_then_the_same_command(
         assert process.returncode == 128 + number
         assert "run the same command to go on" in errors
     assert "Traceback" not in errors
-    again = subprocess.run(command_line(long), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "going on from step" in again.stdout
+    assert call("train", *command_line(long)[3:]) == 0
+    assert "going on from step" in capsys.readouterr().out
     assert_same_run(tmp_path / "killed", long_undisturbed)
 
 

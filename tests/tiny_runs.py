@@ -4,6 +4,7 @@ Each folder is made once a session (conftest.py hands the fixtures to all module
 a test that changes one changes a copy (`copied`); one that does not is failed.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -51,23 +52,29 @@ def call(name: str, *arguments: str, **flags: object) -> int:
     return cli.run(command, config_class, argv)
 
 
-_shared: list[Path] = []
+_shared: dict[Path, dict[str, int]] = {}
 
 
 def shared(folder: Path) -> Path:
     """The folder, from now on one that no test may change."""
-    _shared.append(folder)
+    _shared[folder] = sizes(folder)
     return folder
 
 
-def shared_files() -> dict[Path, dict[str, int]]:
-    """The sizes of the files in each of the session's folders."""
-    return {folder: sizes(folder) for folder in _shared}
+def changed() -> list[Path]:
+    """The session's folders whose files have changed since they were last asked for."""
+    before = dict(_shared)
+    _shared.update({folder: sizes(folder) for folder in before})
+    return [folder for folder in before if _shared[folder] != before[folder]]
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    """Of every file below; looked at after each test, so in a quick way."""
+    return {
+        path: os.path.getsize(path)
+        for below, _, names in os.walk(folder)
+        for path in (f"{below}/{name}" for name in names)
+    }
 
 
 def copied(folder: Path, to: Path) -> Path:

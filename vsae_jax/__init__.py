@@ -1,9 +1,10 @@
 """Variational and ordinary sparse autoencoders on language-model activations."""
 
+from typing import TYPE_CHECKING, Any
+
 from vsae_jax import losses, runs, splices
 from vsae_jax.activations.shards import Activations
 from vsae_jax.autoencoder import sae
-from vsae_jax.autoencoder.module import SAE
 from vsae_jax.autoencoder.sae import fold, init
 from vsae_jax.autoencoder.sparsity import keep_top_k
 from vsae_jax.config import ConvertConfig, ExtractConfig, SAEConfig, TrainConfig
@@ -13,6 +14,9 @@ from vsae_jax.report.training_curves import plot_training
 from vsae_jax.runs import TopLatents, TrainedSAE
 from vsae_jax.system import version
 from vsae_jax.training.fit import Fit, fit
+
+if TYPE_CHECKING:
+    from vsae_jax.autoencoder.module import SAE
 
 open_activations = Activations.open
 __version__ = version.VERSION
@@ -39,3 +43,12 @@ __all__ = [
     "sae",
     "splices",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`SAE` when it is first asked for: nothing else needs flax."""
+    if name != "SAE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vsae_jax.autoencoder.module import SAE
+
+    return SAE

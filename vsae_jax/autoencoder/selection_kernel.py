@@ -1,7 +1,8 @@
 """A GPU kernel for the k-th value of each row: it reads the row once and keeps it in
 registers while it counts. `sparsity.py` says what is selected.
 
-Pallas, through Triton. On a CPU it is interpreted, which is slow but right, for tests.
+Pallas, through Triton, imported where a kernel is asked for: it takes a while. On a CPU
+it is interpreted, which is slow but right, for tests.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ import jax
 import jax.custom_batching
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int, UInt32
 
 # Wider rows would not fit into registers; a kernel counts places with 31 bits.
@@ -54,6 +53,9 @@ def _kth_key(z: Array, k: Array) -> tuple[Array, Array]:
 
 
 def _called(z: Array, k: Array, *, interpret: bool = False) -> tuple[Array, Array]:
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
     rows, width = z.shape
     padded = pl.next_power_of_2(width)
     warps = max(padded // (_VALUES_PER_THREAD * _THREADS_PER_WARP), 1)
@@ -78,6 +80,8 @@ def _called(z: Array, k: Array, *, interpret: bool = False) -> tuple[Array, Arra
 
 
 def _select_row(k_ref: Any, z_ref: Any, key_ref: Any, last_ref: Any, *, width: int):
+    from jax.experimental.pallas import triton
+
     k = k_ref[0]
     index = lax.iota(jnp.int32, z_ref.shape[0])
     inside = index < width

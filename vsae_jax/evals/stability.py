@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from vsae_jax.autoencoder.reader import Reader, jit_encode
 from vsae_jax.config import RUNTIME_FIELDS
@@ -346,6 +345,8 @@ def _in_span(
 
 
 def _matched(values: Float[np.ndarray, "a b"]) -> _Match:
+    from scipy.optimize import linear_sum_assignment
+
     i, j = linear_sum_assignment(values, maximize=True)
     return _Match(i, j, values[i, j])
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from vsae_jax.latents import map_statistics
 from vsae_jax.runs import TrainedSAE
@@ -72,6 +71,9 @@ def match(
     partner, cosine = np.full(len(w_a), -1), np.zeros(len(w_a))
     a, b = np.flatnonzero(alive_a), np.flatnonzero(alive_b)
     cosines = unit_rows(w_a[a]) @ unit_rows(w_b[b]).T
+    # Half a second, which commands that match nothing need not wait.
+    from scipy.optimize import linear_sum_assignment
+
     i, j = linear_sum_assignment(cosines, maximize=True)
     partner[a[i]], cosine[a[i]] = b[j], cosines[i, j]
     return partner, cosine

@@ -1,11 +1,13 @@
 """A language model's own tokenizer, and texts as token ids."""
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vsae_jax.lm.files import (
     ModelFiles,
+    find,
     locate,
+    read_json,
     read_vocab_size,
     tokenizer_source,
 )
@@ -21,16 +23,27 @@ def load_tokenizer(
     """The model's own tokenizer, checked against the model's vocabulary."""
     files = locate(model, revision=revision) if isinstance(model, str) else model
     source = tokenizer_source(files)
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
+        tokenizer = _reader(files).from_pretrained(source.path, **source.arguments)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(
             f"the tokenizer of --model={files.name} cannot be read: {one_line(error)}"
         ) from None
     _check_vocabulary(tokenizer, model=files.name, vocab_size=read_vocab_size(files))
     return tokenizer
+
+
+def _reader(files: ModelFiles) -> Any:
+    """The class that reads the tokenizer. AutoTokenizer imports torch, two seconds that
+    a GPT-NeoX whose files say that tokenizer.json is all of it need not wait for."""
+    import transformers
+
+    path = find(files, "tokenizer_config.json")
+    settings = read_json(path) if path else {}
+    told = files.config.get("model_type"), settings.get("tokenizer_class")
+    if told == ("gpt_neox", "TokenizersBackend") and "auto_map" not in settings:
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
 
 
 def _check_vocabulary(

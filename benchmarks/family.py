@@ -2,7 +2,7 @@
 
     python -m benchmarks.family --activations=DIR --out=DIR [--steps=2000] \\
         [--d_sae=512] [--batch_size=512] [--lr=1e-3] [--l0=32] [--seeds=3] \\
-        [--rounds=7] [--max_norm_multiple=5]
+        [--rounds=7] [--max_norm_multiple=5] [--threshold_init=10]
 
 trains a grid a variant below --out (what is there already is left), some seeds each.
 Where k or a target sets L0, at that; where the weight of a penalty does, at several
@@ -53,9 +53,7 @@ WEIGHTS: dict[str, tuple[str, tuple[float, ...]]] = {
     "gated": ("gate_l1", (16, 32, 64)),
     "vsae_gated": ("gate_l1", (16, 32, 64)),
 }
-CLOSED_BELOW = {"vaease": (0.05, 0.1, 0.2, 0.4)}
-# Thresholds that start near 0 would need more steps than these to get where they end.
-STARTS = {"threshold_init": 10, "bandwidth": 2}
+CLOSED_BELOW = {"vaease": (0.05, 0.1, 0.2, 0.4, 0.6)}
 
 
 class Point(NamedTuple):
@@ -78,6 +76,8 @@ def main() -> None:
         flags.add_argument(f"--{name}", type=int, default=value)
     flags.add_argument("--lr", type=float, default=1e-3)
     flags.add_argument("--max_norm_multiple", type=float)
+    # Thresholds that start near 0 would need more steps to get where they end.
+    flags.add_argument("--threshold_init", type=float, default=10)
     for name, weights in dict(WEIGHTS.values()).items():
         flags.add_argument(f"--{name}", default=",".join(map(str, weights)))
     every = [*AT, *WEIGHTS, *CLOSED_BELOW]
@@ -122,7 +122,9 @@ def train(variant: str, a: argparse.Namespace) -> None:
     if a.max_norm_multiple is not None:
         given["max_norm_multiple"] = a.max_norm_multiple
     if variant in AT:
-        given |= STARTS if AT[variant] == "target_l0" else {}
+        if AT[variant] == "target_l0":
+            given["threshold_init"] = a.threshold_init
+            given["bandwidth"] = a.threshold_init / 5
         given[AT[variant]] = a.l0
     if variant in WEIGHTS:
         name, _ = WEIGHTS[variant]

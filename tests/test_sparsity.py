@@ -1,6 +1,6 @@
 """Every selection keeps exactly what jax.lax.top_k keeps."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.export
@@ -37,6 +37,17 @@ def inputs(name: str, rng: np.random.Generator) -> np.ndarray:
     }[name]
 
 
+@cache
+def compiled(name: str, *, backend: str = "cpu", **options):
+    """A selection, compiled once for all that are given it; the backend is looked at
+    while it is traced."""
+
+    def select(z, k):
+        return getattr(sparsity, name)(z, k, **options)
+
+    return jax.jit(select)
+
+
 CASES = (
     "random",
     "tied",
@@ -53,8 +64,8 @@ CASES = (
 def test_selections_are_exact(name, k):
     z = inputs(name, np.random.default_rng(0))
     expected = reference(z, k)
-    lax_mask = sparsity.top_k_lax(jnp.asarray(z), k, k_max=96)
-    count_mask = sparsity.top_k_count(jnp.asarray(z), k)
+    lax_mask = compiled("top_k_lax", k_max=96)(z, k)
+    count_mask = compiled("top_k_count")(z, k)
     if name != "signed zeros":  # lax.top_k may rank -0 below 0; the values are equal
         np.testing.assert_array_equal(lax_mask, expected)
     np.testing.assert_array_equal(count_mask, expected)
@@ -68,11 +79,11 @@ def test_selections_of_a_whole_batch_are_exact(name, k, backend, monkeypatch):
     z = inputs(name, np.random.default_rng(0))
     expected = reference(z.reshape(1, -1), k * len(z)).reshape(z.shape)
     if name != "signed zeros":
-        lax_mask = sparsity.batch_top_k_lax(jnp.asarray(z), k, k_max=96)
+        lax_mask = compiled("batch_top_k_lax", k_max=96)(z, k)
         np.testing.assert_array_equal(lax_mask, expected)
-    count_mask = sparsity.batch_top_k_count(jnp.asarray(z), k)
+    count_mask = compiled("batch_top_k_count", backend=backend)(z, k)
     np.testing.assert_array_equal(count_mask, expected)
-    f, mask = sparsity.keep_batch_top_k(jnp.asarray(z), k, k_max=96)
+    f, mask = compiled("keep_batch_top_k", backend=backend, k_max=96)(z, k)
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(f, np.where(expected, z, 0))
 
@@ -145,7 +156,7 @@ def test_the_way_of_a_gpu_is_exact(name, k, monkeypatch):
     """Four bits a pass; here on the CPU, which computes the same."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     z = inputs(name, np.random.default_rng(0))
-    mask = sparsity.top_k_count(jnp.asarray(z), k)
+    mask = compiled("top_k_count", backend="gpu")(z, k)
     np.testing.assert_array_equal(mask, reference(z, k))
 
 
@@ -154,9 +165,8 @@ def test_the_way_of_a_gpu_is_exact(name, k, monkeypatch):
 def test_the_kernel_is_exact(name, width):
     """On a CPU interpreted."""
     z = np.resize(inputs(name, np.random.default_rng(0)), (len(CASES), width))
-    select = jax.jit(partial(sparsity.top_k_count, kernel=True))
     for k in {1, min(7, width), max(width - 1, 1), width}:
-        mask = select(jnp.asarray(z), jnp.int32(k))
+        mask = compiled("top_k_count", kernel=True)(z, k)
         np.testing.assert_array_equal(mask, reference(z, k), err_msg=str(k))
 
 

@@ -37,6 +37,8 @@ def run(study: Study) -> Section:
     arms = paper_grids.with_first_k(study, name)
     study.find_features(arms, study.scale.figures.feature_tokens)
     mapped = [arm for arm in arms if _mapped(study, arm)]
+    if study.only_look and not mapped:
+        raise UserError("no map is drawn yet")
     drawn = paper_grids.draw(
         study, [name], maps.panels, label="fig10_11", arms=lambda _: mapped, kind="png"
     )
@@ -53,6 +55,8 @@ def run(study: Study) -> Section:
 
 def _mapped(study: Study, arm: Arm) -> bool:
     """Whether there is a map; an arm with too few latents for one has none."""
+    if study.only_look:
+        return arm.folder.joinpath(*MAP).is_file()
     if not arm.folder.joinpath(*MAP).is_file():
         try:
             config = tsne.MapConfig(run=str(arm.folder), samples=study.scale.samples)

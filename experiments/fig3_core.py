@@ -34,7 +34,7 @@ def grids(study: Study) -> dict[str, Arms]:
 
 def run(study: Study) -> Section:
     """Figure and differences."""
-    return paper_grids.lines_section(
+    section = paper_grids.lines_section(
         study,
         "fig3_core",
         figure="core",
@@ -46,3 +46,10 @@ def run(study: Study) -> Section:
         paper="loss recovered .8824 .9412 1.0294 1.0294 (TopK, k 64 to 512) against "
         ".8529 .8824 .9412 1.0294; alive .96 .81 .93 .98 against .05 .09 .18 .37",
     )
+    if study.scale.text.max_norm_multiple is None:
+        return section
+    which = (
+        "The explained variance of the table is that of ordinary rows; the figure's is "
+        "that of all rows, most of whose variance a few massive ones make."
+    )
+    return section._replace(parts=[*section.parts, which])

@@ -82,8 +82,8 @@ def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -
     """The report, its figures by their place below `out`."""
     lines = [f"# {title}", summary]
     for section in sections:
-        lines += [f"## {section.title}", *_facts(section, "**{}:** {}")]
-        lines.append(f"```\n{section.command}\n```")
+        facts = [*_facts(section, "**{}:** {}."), f"`{section.command}`"]
+        lines += [f"## {section.title}", " ".join(facts)]
         files = {id(rows): name for name, rows in long_tables(section).items()}
         for part in section.parts:
             if isinstance(part, Path):

@@ -119,11 +119,17 @@ def command(configs: Sequence[ReproduceConfig]) -> None:
         print(f"nothing is trained of: {', '.join(missing) or '-'}")
     elif not study.labelled:
         study = dataclasses.replace(study, labelled=labelled_by_rule(study))
-    sections, names = {}, [name for name in asked if name not in missing]
-    for name in names:
+    sections = {}
+    for name in (name for name in asked if name not in missing):
         say(name)
         command = f"python -m experiments.reproduce --scale={c.scale} --only={name}"
-        sections[name] = PARTS[name].run(study)._replace(command=command)
+        try:
+            sections[name] = PARTS[name].run(study)._replace(command=command)
+        except UserError as error:
+            if not study.only_look:
+                raise
+            print(f"left out: {error}")
+    names = list(sections)
     order = [n for n in _FIRST if n in names] + [n for n in names if n not in _FIRST]
     # Some of the parts do not take the whole report's place.
     stem = "_".join(["report", *asked]) if c.only else "report"

@@ -50,6 +50,8 @@ MEASURES = {
     "nearest_within_run_median": "nearest within a run",
     "auc_by_bigram_median": "tokens tell",
 }
+# What explains less (of standardised rows, ReLU does) would leave no room for others.
+_LEAST = -1
 _FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
 
 
@@ -237,7 +239,7 @@ def draw(found: Mapping[str, Any]) -> "Figure":
         ):
             for kind, seeds in found.items():
                 at = _mean(seeds, x), _mean(seeds, "latents_that_return")
-                if None in at:
+                if None in at or at[0] < _LEAST:
                     continue
                 family = kind.split("_", 1)[0]
                 colour = style.VERMILLION if family == "vsae" else style.GREY
@@ -251,6 +253,7 @@ def draw(found: Mapping[str, Any]) -> "Figure":
         style.caption(
             figure,
             "Latents of one run whose decoder row has a cosine above 0.7 with its "
-            "partner's in a run of another seed; means over pairs of seeds.",
+            "partner's in a run of another seed; means over pairs of seeds. Kinds that "
+            f"explain less than {_LEAST:g} are not shown.",
         )
     return figure

@@ -4,6 +4,7 @@ Colours are Okabe and Ito's, which people with any colour vision can tell apart;
 are mapped with viridis. The same data give the same bytes.
 """
 
+import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -23,6 +24,8 @@ BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, BLACK, GREY = "#E69F00", "#56B4E9", "#F0E442", "#000000", "#777777"
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
 VARIANTS = {"topk": BLUE, "vsae_topk": VERMILLION, "relu": GREEN, "vsae": PURPLE}
+# Of a caption.
+_LETTERS_AN_INCH = 17
 # Ten colours that differ on white; none so dark that a number on it is unreadable.
 CLUSTERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION) + (
     "#8f8a00",
@@ -67,8 +70,9 @@ def figure(width: float, height: float) -> Figure:
 
 
 def caption(figure: Figure, text: str) -> None:
-    """A line below the figure: how to read it."""
-    figure.supxlabel(text, fontsize=8, color=GREY)
+    """Lines below the figure, as wide as it: how to read it."""
+    width = int(_LETTERS_AN_INCH * figure.get_figwidth())
+    figure.supxlabel(textwrap.fill(text, width), fontsize=8, color=GREY)
 
 
 def title(figure: Figure, text: str) -> None:

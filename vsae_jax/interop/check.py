@@ -157,8 +157,9 @@ def refuse_negative(ae: Autoencoder, rows: Any, *, format: str, says: str) -> No
     negative = int((run_rows(ae, rows).f < 0).any(axis=1).sum())
     if negative:
         others = {"abstopk": "--to=saelens or ", "gated_linear": ""}
+        lacks = "autoencoder without a relu" if ae.rule == "none" else ae.rule
         raise UserError(
-            f"{format} has no {ae.rule}, and {says} would drop the negative latents "
+            f"{format} has no {lacks}, and {says} would drop the negative latents "
             f"that {negative} of {len(rows)} rows keep; write it with "
             f"{others.get(ae.rule, '--to=openai or ')}--to=vsae_jax, or drop them with "
             "--lossy=true, which reports the cost"

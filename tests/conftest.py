@@ -1,7 +1,6 @@
 """Strict settings for every test: no silent broadcasting between ranks; and what JAX
 has compiled once in a session is not compiled again."""
 
-import gc
 import os
 import shutil
 import tempfile
@@ -67,12 +66,6 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-def pytest_collection_finish():
-    """What is imported stays: the collector need not look at it again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_unconfigure():

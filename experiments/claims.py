@@ -24,6 +24,12 @@ from vsae_jax.system.files import replace_file
 PREDICTABLE = "auc_by_bigram_median"
 RESULTS, FILE = Path(__file__).parent / "results", "claims.json"
 _ABSORBED = "mean_full_absorption_score"
+_PROBED = {
+    "sae_top_1_test_accuracy": "best latent",
+    "sae_top_2_test_accuracy": "best two",
+    "sae_top_5_test_accuracy": "best five",
+    "sae_test_accuracy": "all latents",
+}
 _SCR, _TPP = "scr_metric_threshold_{}", "tpp_threshold_{}_total_metric"
 _NS = (2, 5, 10, 20, 50, 100, 500)
 _NOT_TESTED = (
@@ -84,6 +90,7 @@ def run(study: Study) -> Section:
             "Causes, and single latents:",
             causes,
             *([] if any(claim.ours for claim in letters) else [_NOT_TESTED]),
+            *(_of_probes(study, names) if names else []),
             *([f"(sd ...): {paper_grids.NOISE}."] if noisy else []),
         ],
         title="The paper's claims",
@@ -209,6 +216,13 @@ def _of_texts(study: Study, names: Sequence[str]) -> list[Claim]:
             -1,
         ),
     ]
+
+
+def _of_probes(study: Study, names: Sequence[str]) -> list[str | list[list[str]]]:
+    """Sparse probing, of which the paper claims nothing."""
+    said = "Accuracy of probes on each class's latents (sparse probing), no claim."
+    tables = paper_grids.difference_tables(study, names, _PROBED, "sparse_probing")
+    return [said, *tables]
 
 
 def _of_letters(study: Study, names: Sequence[str]) -> list[Claim]:

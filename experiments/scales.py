@@ -362,7 +362,9 @@ REAL = replace(
         ),
         crossed=("noise", "relu", "penalty"),
     ),
-    stability=Stability(tokens=40_000, lengths=(300, 3_000), l1=(0.03, 0.06), noises=(0.3,)),
+    stability=Stability(
+        tokens=40_000, lengths=(300, 3_000), l1=(0.03, 0.06), noises=(0.3,)
+    ),
     truth=STANDIN.truth,
     family=STANDIN.family,
     eval_tokens=16_384,

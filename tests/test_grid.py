@@ -128,10 +128,24 @@ def test_an_arm_that_is_missing_is_trained_and_the_others_are_not(
     assert lasting(summary(folder)) == lasting(rows)
 
 
+def test_a_grid_grows_by_another_value_of_a_flag(
+    tiny_grid, tiny_rows, tmp_path, capsys
+):
+    folder = copied(tiny_grid, tmp_path / "grid")
+    before = {arm: parameters(folder / arm) for arm in ARMS}
+    capsys.readouterr()
+    assert again(folder, tiny_rows, beta="0,2,4") == 0
+    assert capsys.readouterr().out.count("is finished; nothing to do") == len(ARMS)
+    assert {arm: parameters(folder / arm) for arm in ARMS} == before
+    arms = [row["arm"] for row in summary(folder)]
+    assert len(arms) == len(set(arms)) == 6
+    assert set(ARMS) < set(arms)
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ({"beta": "0,2,4"}, "holds another grid; give another --out"),
+        ({"beta": "0,4"}, "holds another grid; give another --out"),
         ({"seed": "0,1"}, "holds another grid"),
         ({"steps": 21}, "steps: 20 -> 21"),
         ({"variant": "topk", "beta": 0}, "is not empty and not a run folder"),

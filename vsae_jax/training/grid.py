@@ -71,12 +71,22 @@ def _write_grid(
         ],
     }
     path = folder / runs.GRID
-    if path.is_file() and runs.read_json(path) != grid:
-        raise UserError(f"{folder} holds another grid; give another --out")
+    if path.is_file() and not _holds(grid, runs.read_json(path)):
+        raise UserError(
+            f"{folder} holds another grid; give another --out, or the arms that it has "
+            "and more values of the same flags"
+        )
     if runs.holds_other_files(folder) and not path.is_file():
         raise UserError(f"--out={folder} is not empty and not a grid's folder")
     folder.mkdir(parents=True, exist_ok=True)
     runs.write_json(path, grid)
+
+
+def _holds(grid: dict[str, Any], earlier: dict[str, Any]) -> bool:
+    """Whether a grid is an earlier one, perhaps with more arms: another seed, say."""
+    return grid["swept"] == earlier["swept"] and all(
+        arm in grid["arms"] for arm in earlier["arms"]
+    )
 
 
 def _last_metrics(arm: PlannedRun, *, swept: Sequence[str]) -> dict[str, Any]:

@@ -102,7 +102,8 @@ class Feed:
         all of them."""
         count = min(count, self._n_rows)
         if self._own == (0, self._batch):
-            return self._take(0, count).astype(jnp.float32)
+            rows = self._on_device(self._rows.take(0, count))
+            return rows.astype(jnp.float32)
         numbers = self._numbers.take(0, count)[:, 0]
         rows = np.empty((count, self._d_model), self.dtype)
         for place in np.argsort(numbers).tolist():
@@ -122,17 +123,17 @@ class Feed:
         not used, repeat the last row."""
         if self._mesh is not None:
             return self._spread(position, count, n_max)
-        taken = self._take(position, count * self._batch)
+        taken = self._rows.take(position, count * self._batch)
         unused = (n_max - count) * self._batch
         if unused:
-            taken = jnp.pad(taken, ((0, unused), (0, 0)), mode="edge")
-        return taken.reshape(n_max, self._batch, -1)
+            taken = np.pad(taken, ((0, unused), (0, 0)), mode="edge")
+        return self._on_device(taken.reshape(n_max, self._batch, -1))
 
-    def _take(self, position: int, count: int) -> Array:
-        taken = self._rows.take(position, count)
+    def _on_device(self, taken: np.ndarray) -> Array:
+        """Rows, or the rows of these numbers where all are on the device."""
         if self._resident is None:
             return jnp.asarray(taken)
-        return self._resident[jnp.asarray(taken[:, 0], jnp.int32)]
+        return self._resident[jnp.asarray(taken[..., 0], jnp.int32)]
 
     def _spread(self, position: int, count: int, n_max: int) -> Array:
         """The same on a mesh: this process's rows, each sent to its device. Nothing

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -275,23 +276,40 @@ def first_b_dec(planned: PlannedRun, sample: jax.Array) -> jax.Array | None:
     if planned.train.b_dec_init != "geometric_median":
         return None
     scale, mean = _input_norm(planned)
+    return _median(sample, scale, mean)
+
+
+@jax.jit
+def _median(sample: jax.Array, scale: jax.Array, mean: jax.Array) -> jax.Array:
     return sae.geometric_median(scale * (sample - mean[None, :]))
 
 
 def first_state(planned: PlannedRun, b_dec: jax.Array | None) -> TrainState:
     """The state before the first step, by the run's seed."""
     scale, mean = _input_norm(planned)
-    weights_key, noise_key = jax.random.split(jax.random.key(planned.train.seed))
     specs = sae.arrays(planned.sae).values()
+    starts = {s.times: getattr(planned.train, s.times) for s in specs if s.times}
+    # k decides nothing here, so that one program serves all of a grid's.
+    config = replace(planned.sae, k=planned.sae.d_sae)
+    key = jax.random.key(planned.train.seed)
+    return _first_state(key, scale, mean, b_dec, starts, config=config)
+
+
+@partial(jax.jit, static_argnames="config")
+def _first_state(
+    key: jax.Array,
+    scale: jax.Array,
+    mean: jax.Array,
+    b_dec: jax.Array | None,
+    starts: dict[str, jax.Array],
+    *,
+    config: SAEConfig,
+) -> TrainState:
+    weights_key, noise_key = jax.random.split(key)
     variables = sae.init(
-        weights_key,
-        planned.sae,
-        scale=scale,
-        mean=mean,
-        b_dec=b_dec,
-        **{s.times: getattr(planned.train, s.times) for s in specs if s.times},
+        weights_key, config, scale=scale, mean=mean, b_dec=b_dec, **starts
     )
-    return init_state(variables, noise_key, planned.sae)
+    return init_state(variables, noise_key, config)
 
 
 def _input_norm(planned: PlannedRun) -> tuple[float, np.ndarray]:

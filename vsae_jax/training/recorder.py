@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from vsae_jax import runs
 from vsae_jax.autoencoder.penalties import PENALTIES
@@ -107,9 +108,15 @@ class Watch:
 
 def _readings(group: Group) -> tuple[Any, Any, Numbers]:
     """What a line needs: sums, share of dead latents and numbers of a group's arms."""
-    limit = jnp.expand_dims(group.numbers["dead_after_tokens"], -1)
-    dead = jnp.mean(dead_latents(group.state.rows_since_fired, limit), axis=-1)
-    return group.state.totals, dead, group.numbers
+    state, numbers = group.state, group.numbers
+    dead = _dead_share(state.rows_since_fired, numbers["dead_after_tokens"])
+    return state.totals, dead, numbers
+
+
+@jax.jit
+def _dead_share(rows_since_fired: Array, limit: Array) -> Array:
+    limit = jnp.expand_dims(limit, -1)
+    return jnp.mean(dead_latents(rows_since_fired, limit), axis=-1)
 
 
 def _metrics(
@@ -124,13 +131,17 @@ def _metrics(
     variance = max(float(totals.sums["variance"]), 1e-30)
     error = float(totals.sums["squared_error"])
     line["explained_variance"] = 1 - error / variance
-    lr = optimizer.rate_of_step(step - 1, numbers)
-    beta = optimizer.beta_of_step(step - 1, numbers)
+    lr, beta = _schedules(step - 1, numbers)
     return line | {
         "lr": float(lr),
         "beta": float(beta),
         "dead_fraction": float(dead),
     }
+
+
+@jax.jit
+def _schedules(step: Array, numbers: Numbers) -> tuple[Array, Array]:
+    return optimizer.rate_of_step(step, numbers), optimizer.beta_of_step(step, numbers)
 
 
 def _without_totals(state: TrainState) -> TrainState:

@@ -83,7 +83,12 @@ def init_state(
 
 def variables(state: TrainState, config: SAEConfig) -> dict[str, dict[str, Array]]:
     """The autoencoder's variables, as `sae` and `losses` take them."""
-    return {"params": to_public(normed(state.params, config)), "norm": state.norm}
+    return {"params": _public(state.params, config=config), "norm": state.norm}
+
+
+@partial(jax.jit, static_argnames="config")
+def _public(held: dict[str, Array], *, config: SAEConfig) -> dict[str, Array]:
+    return to_public(normed(held, config))
 
 
 def summed(config: SAEConfig) -> list[str]:

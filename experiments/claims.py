@@ -85,13 +85,13 @@ def run(study: Study) -> Section:
         parts=[
             "`paper-L` and `released-L` are vSAE - TopK under the two presets at layer "
             "L, the mean over k; the others are arms of the ablation. "
-            "`released` differs in six things at once.",
+            "`released` differs in six things at once."
+            + (f" sd: {paper_grids.NOISE}." if noisy else ""),
             *([measured] if len(measured) > 1 else []),
             "Causes, and single latents:",
             causes,
             *([] if any(claim.ours for claim in letters) else [_NOT_TESTED]),
             *(_of_probes(study, names) if names else []),
-            *([f"(sd ...): {paper_grids.NOISE}."] if noisy else []),
         ],
         title="The paper's claims",
         claim="",
@@ -220,9 +220,8 @@ def _of_texts(study: Study, names: Sequence[str]) -> list[Claim]:
 
 def _of_probes(study: Study, names: Sequence[str]) -> list[str | list[list[str]]]:
     """Sparse probing, of which the paper claims nothing."""
-    said = "Accuracy of probes on each class's latents (sparse probing), no claim."
-    tables = paper_grids.difference_tables(study, names, _PROBED, "sparse_probing")
-    return [said, *tables]
+    said, table = paper_grids.difference_table(study, names, _PROBED, "sparse_probing")
+    return [f"Accuracy of probes on each class's latents, no claim. {said}", table]
 
 
 def _of_letters(study: Study, names: Sequence[str]) -> list[Claim]:

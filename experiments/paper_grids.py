@@ -25,7 +25,7 @@ PRESETS: tuple[Preset, ...] = ("paper", "released")
 VARIANTS: tuple[Variant, ...] = ("topk", "vsae_topk")
 TEXT_EVALS = "sparse_probing,scr,tpp"
 NOISE = (
-    "Standard deviations of these differences over training seeds (of means over probe "
+    "standard deviations of these differences over training seeds (of means over probe "
     "seeds) / over the probe seeds of one training seed"
 )
 
@@ -140,25 +140,24 @@ def over_kinds(
     return {s: sum(values[s] for values in each) / len(each) for s in sorted(seeds)}
 
 
-def difference_tables(
+def difference_table(
     study: Study, names: Sequence[str], measures: Mapping[str, str], evals: str
-) -> list[str | list[list[str]]]:
+) -> tuple[str, list[list[str]]]:
     """vSAE - TopK of each grid, the mean over k; and what of it is noise of the
-    training and of the probes, where there are several of both."""
+    training and of the probes, where there are several of both. What it says, and the
+    table."""
     header = ["preset and layer", *measures.values()]
     found = {
         name: [vsae_minus_topk(study, name, m, evals) for m in measures]
         for name in names
     }
-    parts: list[str | list[list[str]]] = [
-        "vSAE - TopK, mean over k, paired over seeds, 95 % intervals:",
-        [header, *([name, *map(str, each)] for name, each in found.items())],
-    ]
-    noise = [[name, *(i.noise or "-" for i in each)] for name, each in found.items()]
-    if any(i.noise for each in found.values() for i in each):
-        parts.append(NOISE + ":")
-        parts.append([header, *noise])
-    return parts
+    rows, noisy = [header], any(i.noise for each in found.values() for i in each)
+    for name, each in found.items():
+        rows.append([name, *map(str, each)])
+        if noisy:
+            rows.append(["sd", *(i.noise or "-" for i in each)])
+    said = "vSAE - TopK, mean over k, paired over seeds, 95 % intervals"
+    return (f"{said}; sd: {NOISE}:" if noisy else f"{said}:"), rows
 
 
 def lines_section(
@@ -175,5 +174,5 @@ def lines_section(
 
     names = trained(study, evals)
     drawn = draw(study, names, partial(lines.draw, figure), label=part, arms=study.arms)
-    tables = difference_tables(study, names, measures, figure)
-    return Section(parts=[*drawn, *tables], **facts)
+    table = difference_table(study, names, measures, figure)
+    return Section(parts=[*drawn, *table], **facts)

@@ -47,8 +47,7 @@ def run(study: Study) -> Section:
     )
     parts: list[Any] = [
         "**1. What kills latents?** " + _what_kills(found),
-        "**2. Where does a sampled vSAE train, and what does it do?**",
-        _where(study),
+        "**2. Where does a sampled vSAE train?** " + _where(study),
         "**3. Does anything variational beat TopK?** " + _what_beats(same, equal),
         "Against `topk` with the same d_sae, k (L0) and budget:",
         effects_table(same),
@@ -126,7 +125,7 @@ def _what_kills(found: Mapping[str, Mapping[int, Any]]) -> str:
 
 def _where(study: Study) -> str:
     found = signal_to_noise.cells(study)
-    return signal_to_noise.words(study, found) if found else "Not measured."
+    return signal_to_noise.near_topk(found) if found else "Not measured."
 
 
 def _what_beats(

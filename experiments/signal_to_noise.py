@@ -148,13 +148,8 @@ def recommended(study: Study) -> float:
         return norm
     if not (study.grid(GRID) / runs.GRID).is_file():
         return norms(study)[-1]
-    close = [
-        cell.norm
-        for cell in cells(study)
-        if cell.decoder == "unit"
-        and cell.difference("explained_variance").mean > -_CLOSE
-    ]
-    return min(close, default=norms(study)[-1])
+    near = [c.norm for c in _near_topk(cells(study)) if c.decoder == "unit"]
+    return min(near, default=norms(study)[-1])
 
 
 def measured(study: Study) -> None:
@@ -181,7 +176,7 @@ def run(study: Study) -> Section:
             "norm and decoder, paired over seeds, with 95 % intervals.",
             figure,
             _table(found),
-            words(study, found),
+            _words(study, found),
         ],
     )
 
@@ -199,16 +194,25 @@ def _table(found: list[Cell]) -> Table:
     return rows
 
 
-def words(study: Study, found: list[Cell]) -> str:
+def near_topk(found: list[Cell]) -> str:
+    """Where it explains about as much as TopK."""
+    return (
+        f"Within {_CLOSE:g} of TopK's explained variance: {_named(_near_topk(found))}."
+    )
+
+
+def _near_topk(found: list[Cell]) -> list[Cell]:
+    return [c for c in found if c.difference("explained_variance").mean > -_CLOSE]
+
+
+def _words(study: Study, found: list[Cell]) -> str:
     """Where it trains, where it collapses, where it spreads selection."""
-    gap = {id(c): c.difference("explained_variance") for c in found}
     collapsed = [c for c in found if c.mean("explained_variance") <= 0]
-    close = [c for c in found if gap[id(c)].mean > -_CLOSE]
-    spread = [c for c in close if c.difference(_MEASURES[2]).sign > 0]
-    killed = [c for c in close if c.difference("alive").sign < 0]
+    spread = [c for c in _near_topk(found) if c.difference(_MEASURES[2]).sign > 0]
+    killed = [c for c in _near_topk(found) if c.difference("alive").sign < 0]
     lines = [
         f"* Collapsed (explained variance of at most 0): {_named(collapsed)}.",
-        f"* Within {_CLOSE:g} of TopK's explained variance: {_named(close)}.",
+        f"* {near_topk(found)}",
         "* Of those, selection spread over more latents than TopK's (interval above "
         f"0): {_named(spread)}.",
         f"* Of those, fewer latents alive than TopK's: {_named(killed)}.",

@@ -52,6 +52,8 @@ MEASURES = {
 }
 # What explains less (of standardised rows, ReLU does) would leave no room for others.
 _LEAST = -1
+# In the name of a kind: trained on other rows, or for longer.
+_ELSEWHERE = ("_all-rows", "_layer-", "_steps-")
 _FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
 
 
@@ -143,7 +145,10 @@ def run(study: Study) -> Section:
     parts = (
         [
             _setting(study, found),
+            "Share that returns, mean ± standard deviation over seeds; the first row "
+            "is the primary outcome:",
             _verdict(found),
+            _switches(found),
             study.save("stability_price", draw(found)),
             _table(found),
         ]
@@ -194,34 +199,59 @@ def _setting(study: Study, found: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict(found: Mapping[str, Any]) -> str:
-    lines = [
-        f"Share that returns, vSAE - TopK: {_effect(found, 'vsae', 'topk')}"
-        " (the primary outcome)."
-    ]
-    others = [kind for kind in found if kind.startswith("topk_k-")]
-    others += [kind for kind in found if kind.startswith("topk_d-")]
-    named = "; ".join(f"`{kind}` {_effect(found, 'vsae', kind)}" for kind in others)
-    lines.append(
-        f"`vsae` - TopK of fewer latents, a row or in all: {named or 'nothing'}."
-    )
+def _settings(found: Mapping[str, Any]) -> list[str]:
+    """The ends of kinds' names that say where a vSAE and a TopK are alike."""
+    ends = [kind.removeprefix("vsae") for kind in found if kind.startswith("vsae")]
+    return [end for end in ends if f"topk{end}" in found]
+
+
+def _verdict(found: Mapping[str, Any]) -> Table:
+    """The primary outcome and its like in every setting, the vSAE beside TopK and
+    beside a TopK of fewer latents a row."""
+    bases = [kind for kind in ablation.MAIN if kind != "vsae"]
+    rows = [["setting", *(bases), "vsae", *(f"vsae - {base}" for base in bases)]]
+    for end in _settings(found):
+        kinds = [base + end for base in bases]
+        effects = [
+            str(_effect(found, f"vsae{end}", kind)) if kind in found else "-"
+            for kind in kinds
+        ]
+        cells = [_cell(found.get(k, {}), PRIMARY, 3) for k in (*kinds, f"vsae{end}")]
+        rows.append([end.strip("_") or "as elsewhere", *cells, *effects])
+    return rows
+
+
+def _switches(found: Mapping[str, Any]) -> str:
+    """The same outcome, each switch against its base."""
+    lines = []
     for base in ("topk", "vsae"):
-        others = [kind for kind in found if kind.startswith(f"{base}_")]
-        effects = {kind: _effect(found, kind, base) for kind in others}
+        effects = {
+            kind: _effect(found, kind, base)
+            for kind in found
+            if kind.startswith(f"{base}_") and not any(e in kind for e in _ELSEWHERE)
+        }
         ranked = sorted(effects.items(), key=lambda item: -item[1].mean)
         named = "; ".join(f"{kind} {e}" for kind, e in ranked)
         lines.append(f"Against `{base}`: {named or 'nothing'}.")
     return "\n\n".join(lines)
 
 
+def _cell(seeds: Mapping[int, Any], measure: str, digits: int) -> str:
+    """The mean over seeds and, where there are several, the standard deviation."""
+    values = list(ablation.pick(seeds, measure).values())
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
 def _table(found: Mapping[str, Any]) -> Table:
     rows = [["arm", "seeds", *MEASURES.values()]]
     for kind, seeds in found.items():
-        cells = []
-        for measure in MEASURES:
-            value = _mean(seeds, measure)
-            digits = 0 if measure in ("alive", "latents_that_return") else 3
-            cells.append("-" if value is None else f"{value:.{digits}f}")
+        cells = [
+            _cell(seeds, m, 0 if m in ("alive", "latents_that_return") else 3)
+            for m in MEASURES
+        ]
         rows.append([kind, str(len(seeds)), *cells])
     return rows
 

@@ -92,13 +92,15 @@ class Stability:
 
     tokens: held-out ones that latents fire on. lengths: further training lengths of
     TopK and the vSAE. l1: of a ReLU SAE, in shares of the norm. noises: standard
-    deviations beside 1. batch_topk: those variants too.
+    deviations beside 1. noise_at: other places of the noise. batch_topk: those variants
+    too.
     """
 
     tokens: int
     lengths: tuple[int, ...] = ()
     l1: tuple[float, ...] = ()
     noises: tuple[float, ...] = ()
+    noise_at: tuple[str, ...] = ()
     batch_topk: bool = False
 
 
@@ -311,6 +313,7 @@ LARGE = Scale(
         lengths=(2_000, 20_000),
         l1=(0.01, 0.03, 0.1),
         noises=(0.3, 3.0),
+        noise_at=("input", "kept"),
         batch_topk=True,
     ),
     truth=Truth(
@@ -363,7 +366,11 @@ REAL = replace(
         crossed=("noise", "relu", "penalty"),
     ),
     stability=Stability(
-        tokens=40_000, lengths=(300, 3_000), l1=(0.03, 0.06), noises=(0.3,)
+        tokens=40_000,
+        lengths=(300, 3_000),
+        l1=(0.03, 0.06),
+        noises=(0.3,),
+        noise_at=("input", "kept"),
     ),
     truth=STANDIN.truth,
     family=STANDIN.family,

@@ -64,6 +64,9 @@ def kinds(study: Study) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {
         f"vsae_noise-{std:g}": vsae | {"noise_std": std} for std in s.noises
     }
+    for at in s.noise_at:
+        for name, fields in (("topk", topk), ("vsae", vsae)):
+            found[f"{name}_noise-{at}"] = fields | {"noise_std": 1.0, "noise_at": at}
     for share in s.l1:
         found[f"relu_l1-{share:g}"] = {
             "variant": "relu",

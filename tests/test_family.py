@@ -186,6 +186,10 @@ def test_an_arm_is_evaluated_and_looked_at(grid):
         ({"variant": "vsae_jump_relu", "selection": "magnitude"}, "no negative latent"),
         ({"variant": "batch_topk", "batch_size": 2**26}, "below 2^31"),
         ({"variant": "vsae_topk", "l0": 1.0}, "--l0=1.0 cannot be combined"),
+        (
+            {"variant": "vsae_topk", "noise_at": "input", "variance": "learned"},
+            "--noise_at=input cannot be combined with --variance=learned",
+        ),
         ({"variant": "batch_topk", "threshold_decay": 1.0}, "must be below 1"),
         ({"variant": "jump_relu", "bandwidth": 0.0}, "--bandwidth=0.0 must be above 0"),
         ({"variant": "batch_topk", "k": 33}, "--k=33 must not exceed --d_sae=32"),

@@ -47,14 +47,16 @@ def numpy_loss(params, x, eps, numbers, config, dead=None, *, held=None):
     p = {name: np.asarray(a, np.float64) for name, a in params.items()}
     held = params if held is None else held
     x, eps = np.asarray(x, np.float64), np.asarray(eps, np.float64)
-    x_in = x - p["b_dec"] if config.subtract_b_dec else x
+    added = {"latents": 0.0, "input": 0.0, "kept": 0.0}
+    added[config.noise_at] = numbers["noise_std"] * eps if config.noise else 0.0
+    x_in = x + added["input"] - (p["b_dec"] if config.subtract_b_dec else 0)
     mu = x_in @ p["w_enc"] + p["b_enc"]
     gate = mu
     if config.gate == "path":
         mu = np.exp(p["r_mag"]) * (x_in @ p["w_enc"]) + p["b_mag"]
     mu = np.maximum(mu, 0) if config.relu else mu
     s = np.exp(0.5 * (x_in @ p["w_var"] + p["b_var"])) if "w_var" in p else 1.0
-    z = mu + (numbers["noise_std"] * s * eps if config.noise else 0)
+    z = mu + s * added["latents"]
     z = z * {"none": 1, "path": gate > 0, "sigma": 1 - s}[config.gate]
     rank = np.abs(z) if config.selection == "magnitude" else z
     mask = np.ones(z.shape, bool)
@@ -66,6 +68,7 @@ def numpy_loss(params, x, eps, numbers, config, dead=None, *, held=None):
     if config.sparsity == "jump_relu":
         mask = z > p["theta"]
     f = np.where(mask, z, 0)
+    clean, f = f, f * (1 + added["kept"])
     x_hat = f @ p["w_dec"] + p["b_dec"]
     loss = np.sum((x - x_hat) ** 2, axis=1)
     error = loss.mean()
@@ -89,7 +92,7 @@ def numpy_loss(params, x, eps, numbers, config, dead=None, *, held=None):
     if config.penalty == "kl":
         loss = loss + numbers["beta"] * kl.sum(axis=1)
     if config.penalty == "l1":
-        loss = loss + numbers["l1"] * np.abs(f).sum(axis=1)
+        loss = loss + numbers["l1"] * np.abs(clean).sum(axis=1)
     if config.l0:
         l0, target = mask.sum(axis=1), numbers["target_l0"]
         loss = loss + numbers["l0"] * ((l0.mean() / target - 1) ** 2 if target else l0)
@@ -115,6 +118,8 @@ CASES = {
     "relu": {"sparsity": "none", "relu": True, "noise": False, "penalty": "l1"},
     "vsae": {"sparsity": "none"},
     "vsae_topk": {},
+    "noise at the input": {"noise_at": "input"},
+    "noise at what is kept": {"noise_at": "kept", "auxk": True},
     "learned variance": {"variance": "learned"},
     "kl over selected": {"kl_over": "selected", "variance": "learned"},
     "magnitude": {"selection": "magnitude", "noise": False},
@@ -146,6 +151,11 @@ def make(name, params):
     return params, config
 
 
+def drawn(key, config):
+    """The standard normals of a batch."""
+    return noise.normal(key, (B, D if config.noise_at == "input" else M))
+
+
 NUMBERS = {"k": K, "beta": 0.3, "noise_std": 0.7, "l1": 0.2, "auxk": 0.5}
 NUMBERS |= {"l0": 0.4, "target_l0": 3.0, "bandwidth": 0.8}
 NUMBERS |= {"gate_l1": 0.3, "gate_error": 0.8, "nested": 0.6}
@@ -158,8 +168,7 @@ def test_loss_equals_numpy(name, params, x, key):
     loss, info = losses.total_loss(
         params, x, key, NUMBERS, jnp.asarray(DEAD), config=config
     )
-    eps = noise.normal(key, (B, M))
-    expected = numpy_loss(params, x, eps, NUMBERS, config, DEAD)
+    expected = numpy_loss(params, x, drawn(key, config), NUMBERS, config, DEAD)
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     np.testing.assert_allclose(info.loss, loss)
 
@@ -170,7 +179,7 @@ def test_gradient_equals_finite_differences(name, params, x, key):
     gradient = jax.grad(
         lambda p: losses.total_loss(p, x, key, NUMBERS, config=config)[0]
     )(params)
-    eps = np.asarray(noise.normal(key, (B, M)))
+    eps = np.asarray(drawn(key, config))
     rng = np.random.default_rng(3)
     for array_name, array in params.items():
         if array_name == "theta":  # straight through: the test below

@@ -247,6 +247,7 @@ def test_a_run_says_so_and_resumes_to_the_bit(tiny_rows, tmp_path, capfd):
     [
         ({"variant": "relu"}, "sparsity none"),
         ({"variant": "vsae_topk", "variance": "learned"}, "a learned variance"),
+        ({"variant": "vsae_topk", "noise_at": "input"}, "noise_at=input"),
         ({"variant": "vsae_topk", "relu": True}, "a relu with noise or a KL"),
         ({"variant": "topk", "selection": "magnitude"}, "selection=magnitude"),
         ({"variant": "vsae_topk", "kl_over": "selected"}, "kl_over=selected"),

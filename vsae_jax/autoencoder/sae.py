@@ -2,7 +2,8 @@
 
     x_n     = scale * (x - mean)
     mu      = (x_n - b_dec) @ w_enc + b_enc         encoder; b_dec where subtract_b_dec
-    z       = mu + noise_std * s * eps              posterior; training only
+    z       = mu + noise_std * s * eps              posterior; training only (noise_at:
+                                                    or of the input, or of f)
     z       = z, or gate * z                        gate
     f       = top_k(z), or z                        sparsifier
     x_hat_n = f @ w_dec + b_dec                     decoder
@@ -99,17 +100,25 @@ def forward(
     batch, `first_row` is its place there, for its part of the noise. `buffers` are the
     sparsifier's before this step.
     """
-    mu, g = encoder.encoded(params, x_n, config=config)
-    log_var = posterior.log_variance(params, x_n, config=config)
-    z = mu
-    if key is not None:
+
+    def noisy(at: str, mu: Array, log_var: Latents | None = None) -> Array:
+        if key is None or config.noise_at != at:
+            return mu
         noise_std = numbers["noise_std"]
-        z = posterior.sample(key, mu, log_var, noise_std=noise_std, first_row=first_row)
+        return posterior.sample(
+            key, mu, log_var, noise_std=noise_std, first_row=first_row
+        )
+
+    seen = noisy("input", x_n)
+    mu, g = encoder.encoded(params, seen, config=config)
+    log_var = posterior.log_variance(params, seen, config=config)
+    z = noisy("latents", mu, log_var)
     z = gate.gated(z, g, log_var, config=config, training=True)
     own = {**params, **(buffers or {})}
     sparse = sparsifier_of(config).apply(z, own, numbers, config=config)
     widths = (*config.widths, config.d_sae)
-    *inner, x_hat_n = decoder.prefixes(params, sparse.f, widths, config=config)
+    sent = sparse.f * noisy("kept", jnp.ones_like(mu))
+    *inner, x_hat_n = decoder.prefixes(params, sent, widths, config=config)
     return Forward(
         mu=mu,
         log_var=log_var,
@@ -157,10 +166,10 @@ def init(
     key: Key[Array, ""],
     config: SAEConfig,
     *,
-    scale: float = 1.0,
+    scale: float | Float[Array, ""] = 1.0,
     mean: Float[Array | np.ndarray, " d_model"] | None = None,
     b_dec: Float[Array, " d_model"] | None = None,
-    **starts: float,
+    **starts: float | Float[Array, ""],
 ) -> dict[str, dict[str, Array]]:
     """Variables at the start: decoder rows uniform on the sphere of radius 1, the
     encoder their transpose, biases 0 unless `b_dec` is given (in normalised units).

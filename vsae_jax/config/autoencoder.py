@@ -46,6 +46,7 @@ class SAEConfig:
     closed_below: float = _younger(0.05)
     kl_units: Literal["loss", "error"] = _younger("loss")
     prefixes: str = _younger("none")
+    noise_at: Literal["latents", "input", "kept"] = _younger("latents")
 
     def __post_init__(self):
         if self.has_k and not 1 <= self.k <= self.d_sae:
@@ -140,6 +141,12 @@ def _check_combination(config: TrainConfig, sparsity: str) -> None:
             f"--batch_size={config.batch_size} times --d_sae={config.d_sae} must be "
             f"below 2^31 with --variant={config.variant}, which counts over the whole "
             "batch; lower --batch_size"
+        )
+    if config.noise_at != "latents" and config.variance == "learned":
+        raise UserError(
+            f"--noise_at={config.noise_at} cannot be combined with --variance=learned, "
+            "which is a variance of the latents; use --noise_at=latents, or "
+            "--variance=fixed"
         )
     if config.gate != "none" and config.auxk:
         raise UserError(

@@ -32,7 +32,8 @@ Variant = Literal[
 
 # What makes a variant: relu and topk are Baker and Li 2.1, vsae and vsae_topk 2.2; the
 # sources of the others are named in autoencoder/, in sparsifiers, gate and decoder.
-_SIMPLE = {"variance": "fixed", "gate": "none", "prefixes": "none", "kl_units": "loss"}
+_SIMPLE = {"variance": "fixed", "noise_at": "latents", "gate": "none"}
+_SIMPLE |= {"prefixes": "none", "kl_units": "loss"}
 _PLAIN = _SIMPLE | {"relu": True, "noise_std": 0.0, "penalty": "none"}
 _VARIATIONAL = _SIMPLE | {"relu": False, "noise_std": 1.0, "penalty": "kl"}
 _GATED = {"sparsity": "none", "gate": "path"}

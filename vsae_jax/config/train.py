@@ -81,6 +81,11 @@ class TrainConfig:
     noise_std: float = _autoencoder(
         "standard deviation of the training noise (times a learned one)", traced=True
     )
+    noise_at: Literal["latents", "input", "kept"] = _autoencoder(
+        "where the noise is added: latents, before the selection; input, scaled rows "
+        "that the encoder sees; kept, as a factor 1 + noise on each kept latent",
+        before="latents",
+    )
     variance: Literal["fixed", "learned"] = _autoencoder(
         "variance of the posterior; learned adds a second encoder head"
     )

@@ -25,6 +25,7 @@ from vsae_jax.system.errors import UserError
 # autoencoders that differ in nothing else are evaluated by one compiled program.
 _OF_THE_LOSS = {
     "noise": False,
+    "noise_at": "latents",
     "penalty": "none",
     "kl_over": "all",
     "auxk": False,

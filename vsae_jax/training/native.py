@@ -109,6 +109,7 @@ def _uncovered(config: SAEConfig, *, together: bool) -> str:
         f"top_k={config.top_k}": config.top_k == "auto",
         f"selection={config.selection}": config.selection == "value",
         "a learned variance": config.variance == "fixed",
+        f"noise_at={config.noise_at}": not config.noise or config.noise_at == "latents",
         "a gate": config.gate == "none",
         "prefixes": config.prefixes == "none",
         "an L1 penalty": config.penalty != "l1",

@@ -56,7 +56,8 @@ def test_training_lowers_the_loss_of_every_variant(variant):
 
 @pytest.fixture
 def traces(monkeypatch) -> list:
-    """Grows whenever the step is traced."""
+    """Grows whenever the step is traced, for a config that no other test has: what was
+    traced before stays known."""
     found, train_step = [], step.train_step
 
     def counted(*args, **options):
@@ -68,13 +69,13 @@ def traces(monkeypatch) -> list:
 
 
 def test_chunks_of_any_length_are_one_trace_and_the_same_bits(traces):
-    config, static, whole = setup()
+    config, static, whole = setup(d_sae=25)
     data, numbers = rows(6), step.hparams(config)
     steps = step.compile_steps(static)
     whole = steps(whole, data, 6, numbers)
     once = len(traces)
     assert once > 0
-    _, _, cut = setup()
+    _, _, cut = setup(d_sae=25)
     for start, stop in ((0, 1), (1, 4), (4, 6)):
         unused = jnp.full((6 - stop + start, B, D), jnp.nan)
         part = jnp.concatenate([data[start:stop], unused])
@@ -86,7 +87,7 @@ def test_chunks_of_any_length_are_one_trace_and_the_same_bits(traces):
 
 
 def test_changing_a_number_does_not_recompile(traces):
-    config, static, state = setup()
+    config, static, state = setup(d_sae=26)
     steps = step.compile_steps(static)
     numbers = step.hparams(config)
     state = steps(state, rows(2), 2, numbers)
@@ -209,6 +210,7 @@ def test_a_batch_in_parts_is_the_batch(switches, monkeypatch):
     taken = []
     for part_bytes in (4 * static.d_sae * 128, 2**25):
         monkeypatch.setattr(gradient, "CPU_PART_BYTES", part_bytes)
+        jax.clear_caches()  # or the second would be the first's program
         start = jax.tree.map(jnp.array, state)
         done = step.compile_steps(static)(start, data, 2, step.hparams(config))
         taken.append((params_of(done), jax.device_get(done.totals)))

@@ -1,7 +1,7 @@
 """One training step, and several in one dispatch: state in, state out."""
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -154,6 +154,16 @@ def compile_steps(
     which donates the state and runs the first `n` batches; n is traced, so a run is
     traced once. With several arms, `state` and `numbers` have a leading axis over them.
     `places` are the shardings of the returned state; None on one device."""
+    steps = _steps(config, kernels, arms)
+    out = {} if places is None else {"out_shardings": places}
+    options = compiler_options()
+    return jax.jit(steps, donate_argnums=0, compiler_options=options, **out)
+
+
+# JAX knows a function that it has traced and compiled by its identity: with one
+# function a config, a second run in a process (a notebook's) starts at once.
+@lru_cache(maxsize=16)
+def _steps(config: SAEConfig, kernels: native.Kernels, arms: int) -> Callable[..., Any]:
     step = partial(train_step, config=config, kernels=kernels)
     if arms > 1:
         together = partial(train_step, config=config, axis="arms")
@@ -162,9 +172,7 @@ def compile_steps(
     def steps(state: TrainState, rows: Array, n: Array, numbers: Numbers) -> TrainState:
         return lax.fori_loop(0, n, lambda i, s: step(s, rows[i], numbers)[0], state)
 
-    out = {} if places is None else {"out_shardings": places}
-    options = compiler_options()
-    return jax.jit(steps, donate_argnums=0, compiler_options=options, **out)
+    return steps
 
 
 def _add(totals: Totals, info: Info, step: Int[Array, ""]) -> Totals:

@@ -6,6 +6,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny_runs import TRAINING, call
 
@@ -13,7 +14,7 @@ from vsae_jax import runs
 from vsae_jax.autoencoder import noise, sae
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
 from vsae_jax.system.errors import UserError
-from vsae_jax.training import gradient, groups, native, plan, step
+from vsae_jax.training import gradient, groups, native, optimizer, plan, step
 from vsae_jax.training.layout import normed
 
 needs_numba = pytest.mark.skipif(
@@ -116,6 +117,44 @@ def test_batch_in_parts_is_the_batch(monkeypatch):
     whole = gradients(native, config, static, state, rows(256))
     monkeypatch.setattr(gradient, "CPU_PART_BYTES", 4 * static.d_sae * 64)
     assert_near(gradients(native, config, static, state, rows(256)), whole, 1e-6)
+
+
+@needs_numba
+@pytest.mark.parametrize("d_model, d_sae", [(16, 16), (144, 80), (48, 1040)])
+@pytest.mark.parametrize("clip_norm", [1.0, 1e6])
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+def test_adam_is_optaxs(d_model, d_sae, clip_norm, decoder_norm, monkeypatch):
+    monkeypatch.setattr("test_native.D", d_model)
+    fields = {"clip_norm": clip_norm, "decoder_norm": decoder_norm, "d_sae": d_sae}
+    config, static, state = setup(variant="topk", auxk=0.0, **fields)
+    numbers, rng = step.hparams(config), np.random.default_rng(0)
+
+    @jax.jit
+    def by_optax(grads, opt_state, held, at):
+        adam = optimizer.of_step(at, numbers, static)
+        updates, opt_state = adam.update(grads, opt_state, held)
+        return optax.apply_updates(held, updates), opt_state
+
+    @jax.jit
+    def by_kernel(grads, opt_state, held, at):
+        return native.updated(grads, opt_state, held, at, numbers, config=static)
+
+    held = normed(state.params, static)
+    one = other = held, state.opt_state
+    for at in range(5):
+        grads = {
+            name: jnp.asarray(rng.normal(size=array.shape), jnp.float32)
+            for name, array in held.items()
+        }
+        one = by_optax(grads, one[1], one[0], jnp.int32(at))
+        other = by_kernel(grads, other[1], other[0], jnp.int32(at))
+        assert jax.tree.structure(one) == jax.tree.structure(other)
+    changes = (jax.tree.map(jnp.subtract, made[0], held) for made in (one, other))
+    for expected, array in zip(*map(jax.tree.leaves, changes), strict=True):
+        # Adam divides what rounding leaves of a gradient near 0 by its own size.
+        assert np.abs(array - expected).max() < 5e-5 * np.abs(expected).max()
+    for expected, array in zip(*map(jax.tree.leaves, (one[1], other[1])), strict=True):
+        assert np.abs(array - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 LATENTS = {

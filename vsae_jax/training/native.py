@@ -1,5 +1,6 @@
-"""A gradient for CPUs that touches only k of d_sae latents. `gradient.py` is the
-reference, which it has to agree with.
+"""A gradient for CPUs that touches only k of d_sae latents, and Adam in one pass over
+each matrix. `gradient.py` and `optimizer.py` are the references, with which they have
+to agree.
 
 Only the encoder's product is dense. The rest are the kernels of native_kernels.py,
 machine code made by numba, an optional package. The KL's gradient is dense but needs no
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -29,12 +31,13 @@ from vsae_jax.autoencoder.sparsifiers import Numbers
 from vsae_jax.config import SAEConfig
 from vsae_jax.system.errors import UserError, one_line
 from vsae_jax.training import gradient as by_xla
+from vsae_jax.training import optimizer
 from vsae_jax.training.layout import DECODER
 
 Kernels = Literal["xla", "native"]
 
 _TARGET = "vsae_jax_native"
-_ROWS, _SELECT, _LISTS, _DECODE, _SUMS = range(5)
+_ROWS, _SELECT, _LISTS, _DECODE, _SUMS, _SLOPES, _ADAM = range(7)
 # XLA's dense products are faster where k is more than this share of d_sae, by the
 # operands' dtype. With fewer latents than this in a batch, compiling costs more than it
 # saves.
@@ -187,6 +190,67 @@ def _sparse(
     )
 
 
+def updated(
+    grads: dict[str, Array],
+    opt_state: Any,
+    held: dict[str, Array],
+    step: Int[Array, ""],
+    numbers: Numbers,
+    *,
+    config: SAEConfig,
+) -> tuple[dict[str, Array], Any]:
+    """The parameters and the optimizer's state after a step: what `optimizer.of_step`
+    gives, with one pass over each matrix and one over its gradient. `slopes` are minus
+    the parts of the gradient along (unit) decoder rows."""
+    load()
+    mu, nu, count = (optax.tree.get(opt_state, name) for name in ("mu", "nu", "count"))
+    count, b1, b2 = count + 1, numbers["adam_b1"], numbers["adam_b2"]
+    slopes: dict[str, Array] = {}
+    squares = jnp.float32(0)
+    for name, g in grads.items():
+        if g.ndim < 2:
+            squares += jnp.sum(jnp.square(g))
+        elif name == DECODER and config.decoder_norm == "unit":
+            # Only what turns a decoder row is left: |g - a w|^2 = g^2 - 2 a g w + ...
+            gg, a, ww = _call(_SLOPES, [_of((3, g.shape[1]))], g, held[name])[0]
+            slopes[name] = -a
+            squares += jnp.sum(gg + (ww - 2) * jnp.square(a))
+        else:
+            slopes[name] = jnp.zeros(g.shape[1])
+            squares += jnp.sum(_call(_SLOPES, [_of((3, g.shape[1]))], g, g)[0][0])
+    factor = jnp.minimum(1.0, numbers["clip_norm"] / jnp.sqrt(squares))
+    rate = optimizer.rate_of_step(step, numbers) / (1 - b1**count)
+    of_step = factor, rate, 1 / (1 - b2**count), b1, b2, numbers["adam_eps"]
+    found: dict[str, tuple[Array, Array, Array]] = {}
+    for name, g in grads.items():
+        arrays = held[name], g, mu[name], nu[name]
+        found[name] = (
+            _by_adam(*arrays, slopes[name], jnp.stack(of_step))
+            if name in slopes
+            else _adam(*arrays, of_step)
+        )
+    params, mu, nu = ({n: each[i] for n, each in found.items()} for i in range(3))
+    return params, optax.tree.set(opt_state, mu=mu, nu=nu, count=count)
+
+
+def _by_adam(
+    w: Array, g: Array, mu: Array, nu: Array, slope: Array, of_step: Array
+) -> tuple[Array, Array, Array]:
+    out, in_place = [_of(w.shape)] * 3, {0: 0, 2: 1, 3: 2}
+    w, mu, nu = _call(_ADAM, out, w, g, mu, nu, slope, of_step, in_place=in_place)
+    return w, mu, nu
+
+
+def _adam(
+    w: Array, g: Array, mu: Array, nu: Array, of_step: tuple[Array, ...]
+) -> tuple[Array, Array, Array]:
+    """As the kernel, of a vector."""
+    factor, rate, of_nu, b1, b2, eps = of_step
+    x = factor * g
+    mu, nu = (1 - b1) * x + b1 * mu, (1 - b2) * jnp.square(x) + b2 * nu
+    return w - rate * mu / (jnp.sqrt(nu * of_nu) + eps), mu, nu
+
+
 def _kl(
     held: dict[str, Array], x_in: Rows, *, config: SAEConfig
 ) -> tuple[Array, Array, Array]:
@@ -290,8 +354,14 @@ def _of(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _call(kernel: int, out: list[Any], *operands: Array) -> list[Array]:
-    return list(jax.ffi.ffi_call(_TARGET, out)(*operands, kernel=np.int32(kernel)))
+def _call(
+    kernel: int,
+    out: list[Any],
+    *operands: Array,
+    in_place: dict[int, int] | None = None,
+) -> list[Array]:
+    call = jax.ffi.ffi_call(_TARGET, out, input_output_aliases=in_place)
+    return list(call(*operands, kernel=np.int32(kernel)))
 
 
 @functools.cache

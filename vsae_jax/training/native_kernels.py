@@ -1,10 +1,12 @@
-"""The sparse half of a TopK step as machine code that numba makes, called by XLA.
+"""The sparse half of a TopK step, and Adam, as machine code by numba, called by XLA.
 
     rows     w [d, m] -> [m, d], so that a latent's decoder row is contiguous
     select   z + bias + std eps -> each row's k largest, by index; then a relu, if any
     lists    the rows that selected each latent, in order
     decode   g = 2 / batch (x_hat - x), and the gradient of each selected latent
     sums     for each latent the weighted sum of rows of x or g
+    slopes   for each column of two arrays g and w the sums of g^2, g w and w^2
+    adam     an array, its gradient and its two moments -> all but the gradient, anew
 
 No two threads add to the same number, and each sum has a fixed order, so the bits do
 not depend on the number of threads. `call` is a C function of XLA's FFI, which finds
@@ -27,6 +29,8 @@ from numba.extending import intrinsic, register_model
 
 # Rows or latents that a thread takes at once, and numbers compared at once.
 _ROWS, _LATENTS, _LANES = 32, 64, 64
+# Columns that are added up at once: their sums stay in the first cache.
+_COLUMNS = 512
 # Numbers in a vector: half the registers of a processor hold a wide one.
 _WIDE = 128 if binding.get_host_cpu_features().get("avx512f") else 64
 _NARROW = 16
@@ -304,6 +308,22 @@ def _plus(typingctx, sums, number, vector):
 
 
 @intrinsic
+def _over_root(typingctx, above, below, least):
+    """above / (sqrt(below) + least)."""
+
+    def code(context, builder, signature, args):
+        above, below, least = args
+        kind = ir.FunctionType(below.type, [below.type])
+        name = f"llvm.sqrt.v{below.type.count}f32"
+        sqrt = cgutils.get_or_insert_function(builder.module, kind, name)
+        least = _all(builder, least, below.type.count)
+        root = builder.fadd(builder.call(sqrt, [below]), least)
+        return builder.fdiv(above, root)
+
+    return above(above, below, least), code
+
+
+@intrinsic
 def _total(typingctx, vector):
     """The sum of its numbers."""
 
@@ -454,8 +474,12 @@ def _take(shared):
             _select(frame, chunk)
         elif kernel == 3:
             _decode(frame, chunk)
-        else:
+        elif kernel == 4:
             _sums(frame, chunk)
+        elif kernel == 5:
+            _slopes(frame, chunk)
+        else:
+            _adam(frame, chunk)
         _add(shared + 16, 1)
 
 
@@ -751,6 +775,59 @@ def _sums_of(frame, chunk, zero):
     sums[0, 0] = 0  # keeps `sums` alive until here
 
 
+# slopes
+
+
+@_compiled
+def _slopes(frame, chunk):
+    d, m = _shape(frame, _ARGUMENT, 0)
+    g, w = _address(frame, _ARGUMENT, 0), _address(frame, _ARGUMENT, 1)
+    left = chunk * _COLUMNS
+    sums, right = _address(frame, _RESULT, 0), min(left + _COLUMNS, m)
+    carray(_data(frame, _RESULT, 0), (3, m), _F32)[:, left:right] = 0
+    for r in range(d):
+        for c in range(left, right, _NARROW):
+            at, of_g, of_w = 4 * (r * m + c), _zeros(_NARROW), _zeros(_NARROW)
+            of_g, of_w = _load(g + at, _F32(0), of_g), _load(w + at, _F32(0), of_w)
+            _added(sums + 4 * c, of_g, of_g)
+            _added(sums + 4 * (m + c), of_g, of_w)
+            _added(sums + 4 * (2 * m + c), of_w, of_w)
+
+
+@_compiled
+def _added(address, one, other):
+    _store(address, _plus(_load(address, _F32(0), one), one, other))
+
+
+# adam
+
+
+@_compiled
+def _adam(frame, chunk):
+    """The results may lie where the arguments 0, 2 and 3 lie."""
+    d, m = _shape(frame, _ARGUMENT, 0)
+    w, g = _address(frame, _ARGUMENT, 0), _address(frame, _ARGUMENT, 1)
+    mu, nu = _address(frame, _ARGUMENT, 2), _address(frame, _ARGUMENT, 3)
+    slope, n = _address(frame, _ARGUMENT, 4), _data(frame, _ARGUMENT, 5)
+    new_w, new_mu = _address(frame, _RESULT, 0), _address(frame, _RESULT, 1)
+    new_nu, none, f = _address(frame, _RESULT, 2), _zeros(_NARROW), _F32(0)
+    numbers = carray(n, 6, _F32)
+    factor, rate, of_nu = numbers[0], numbers[1], numbers[2]
+    b1, b2, eps = numbers[3], numbers[4], numbers[5]
+    for at in range(4 * chunk * _NARROW * m, 4 * (chunk + 1) * _NARROW * m, 64):
+        old, column = _load(w + at, f, none), at % (4 * m)
+        x = _plus(_load(g + at, f, none), _load(slope + column, f, none), old)
+        x = _plus(none, factor, x)
+        first = _plus(none, b1, _load(mu + at, f, none))
+        first = _plus(first, _F32(1) - b1, x)
+        second = _plus(none, b2, _load(nu + at, f, none))
+        second = _plus(second, x, _plus(none, _F32(1) - b2, x))
+        _store(new_mu + at, first)
+        _store(new_nu + at, second)
+        change = _over_root(first, _plus(none, of_nu, second), eps)
+        _store(new_w + at, _plus(old, -rate, change))
+
+
 # What XLA calls, and what its threads do.
 
 
@@ -767,7 +844,8 @@ binding.add_symbol(_HELP, help.address)
 @cfunc(types.int64(types.int64), cache=True)
 def call(frame):
     """Runs one of the kernels, by the attribute: 0 rows, 1 select, 2 lists, 3 decode,
-    4 sums. XLA first asks for the version of its API that this was written for."""
+    4 sums, 5 slopes, 6 adam. XLA first asks for the version of its API that this was
+    written for."""
     words = _words(frame, 21)
     if words[1] != 0:
         _words(_words(words[1], 4)[3], 6)[3] = _VERSION
@@ -780,6 +858,10 @@ def call(frame):
         _share(frame, kernel, -(-_shape(frame, _ARGUMENT, 0)[0] // _ROWS))
     elif kernel == 2:
         _lists(frame)
+    elif kernel == 5:
+        _share(frame, kernel, -(-_shape(frame, _ARGUMENT, 0)[1] // _COLUMNS))
+    elif kernel == 6:
+        _share(frame, kernel, -(-_shape(frame, _ARGUMENT, 0)[0] // _NARROW))
     else:
         blocks = -(-_shape(frame, _RESULT, 0)[1] // _LATENTS)
         _share(frame, kernel, blocks * _tiles(frame)[0])

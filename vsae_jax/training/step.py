@@ -128,13 +128,19 @@ def train_step(
         buffers=state.norm,
         config=config,
     )
-    adam = optimizer.of_step(state.step, numbers, config)
-    updates, opt_state = adam.update(grads, state.opt_state, held)
+    if kernels == "native":
+        params, opt_state = native.updated(
+            grads, state.opt_state, held, state.step, numbers, config=config
+        )
+    else:
+        adam = optimizer.of_step(state.step, numbers, config)
+        updates, opt_state = adam.update(grads, state.opt_state, held)
+        params = optax.apply_updates(held, updates)
     # Saturates, so that it does not overflow in a run of over 2^31 rows.
     silent = jnp.minimum(state.rows_since_fired, 2**30) + len(x)
     state = state._replace(
         step=state.step + 1,
-        params=optax.apply_updates(held, updates),
+        params=params,
         norm={**state.norm, **info.buffers},
         opt_state=opt_state,
         rows_since_fired=jnp.where(info.fired, 0, silent),

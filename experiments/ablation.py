@@ -15,7 +15,7 @@ The paper has no such table. What was found is in experiments/results/standin/re
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from experiments import signal_to_noise
@@ -24,7 +24,7 @@ from experiments.paired import Interval, difference
 from experiments.report import Section
 from experiments.study import Arms, Study
 from vsae_jax.config import TrainConfig
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 
 TUNING, GRID = "tuning", "ablation"
 # TopK, a TopK that reconstructs no better than the vSAE, and the vSAE.
@@ -169,14 +169,19 @@ def trained(
     study.evaluate(grid, "core")
 
 
-def run(study: Study) -> Section:
-    """Trains, evaluates and compares."""
+def measured(study: Study) -> dict[str, dict[int, Any]]:
+    """Trains and evaluates what is missing; returns each kind's metrics by seed."""
     study.rows("paper", study.layer)
     if not study.scale.controlled.norm:
         signal_to_noise.measured(study)
     trained(study, kinds(study), TUNING, GRID)
     study.evaluate(GRID, "scr,tpp")
-    found = study.metrics(GRID, "core,scr,tpp")
+    return study.of_kinds(("topk", "vsae"), GRID, "core,scr,tpp")
+
+
+def run(study: Study) -> Section:
+    """Every switch against its base, as a table and as a figure."""
+    found = measured(study)
     effects = {name: of_switches(found, name) for name in ("topk", "vsae")}
     parts: list[Any] = [_setting(study)]
     for name, of_name in effects.items():
@@ -200,14 +205,17 @@ def of_switches(
 ) -> dict[str, dict[str, Interval]]:
     """Each kind of arm of that name: the difference to the plain one, by measure."""
     others = {k: v for k, v in found.items() if k.startswith(f"{name}_")}
-    return {
-        kind: {
-            measure: difference(pick(seeds, measure), pick(found[name], measure))
-            for measure in MEASURES
-            if pick(seeds, measure).keys() & pick(found[name], measure).keys()
-        }
-        for kind, seeds in others.items()
-    }
+    return {kind: against(seeds, found[name]) for kind, seeds in others.items()}
+
+
+def against(
+    seeds: Mapping[int, Any],
+    base: Mapping[int, Any],
+    measures: Iterable[str] = MEASURES,
+) -> dict[str, Interval]:
+    """Each measure's difference, paired over seeds; without those that lack them."""
+    picked = {m: (pick(seeds, m), pick(base, m)) for m in measures}
+    return {m: difference(a, b) for m, (a, b) in picked.items() if a.keys() & b.keys()}
 
 
 def pick(seeds: Mapping[int, Mapping[str, Any]], measure: str) -> dict[int, float]:
@@ -246,7 +254,7 @@ def _values(study: Study, found: Mapping[str, Mapping[int, Any]]) -> list[list[s
             kind,
             f"{rates[kind]:g}" if kind in rates else "-",
             str(len(seeds)),
-            *(arms_module.spread(list(pick(seeds, m).values())) for m in MEASURES),
+            *(series.spread(list(pick(seeds, m).values())) for m in MEASURES),
         ]
         for kind, seeds in found.items()
     ]

@@ -37,6 +37,8 @@ _NOT_TESTED = (
     "paper's code skips it). `evaluate --evals=absorption` asks, where the language "
     "model knows first letters."
 )
+# The arms that tell causes apart.
+_CAUSES = ("topk_kl", "topk_noise", "vsae_no_noise", "vsae_no_penalty")
 
 
 class Claim(NamedTuple):
@@ -58,8 +60,7 @@ def grids(study: Study) -> dict[str, Arms]:
 def run(study: Study) -> Section:
     """One row a claim."""
     names = paper_grids.trained(study, "core", paper_grids.TEXT_EVALS)
-    found = study.metrics(ablation.GRID, "core,scr,tpp")
-    of_causes = [*_of_causes(study, found), *_of_latents(study)]
+    of_causes = [*_of_causes(study), *_of_latents(study)]
     letters = _of_letters(study, names)
     claims = [*_of_core(study, names), *_of_texts(study, names), *letters, *of_causes]
     claims = [claim for claim in claims if claim.ours]
@@ -111,6 +112,8 @@ def _elsewhere(study: Study) -> dict[str, dict[str, dict[str, str]]]:
 
 def verdict(ours: dict[str, Interval], sign: int) -> str:
     """The rule above."""
+    if sign == 0 and any(found.n < 2 for found in ours.values()):
+        return "not shown"
     for_it = [name for name, found in ours.items() if found.sign == sign]
     against = [name for name, found in ours.items() if found.sign not in (0, sign)]
     if len(for_it) == len(ours):
@@ -266,7 +269,9 @@ def _best(metrics: dict[str, float | None], template: str) -> float | None:
     return max((s for s in scores if s is not None), default=None)
 
 
-def _of_causes(study: Study, found: dict[str, dict[int, dict]]) -> list[Claim]:
+def _of_causes(study: Study) -> list[Claim]:
+    ablation.measured(study)
+    found = study.of_kinds(_CAUSES, ablation.GRID, "core,scr,tpp")
     of_topk, of_vsae = (ablation.of_switches(found, n) for n in ("topk", "vsae"))
     penalty = {
         "KL on TopK": of_topk["topk_kl"]["alive"],
@@ -337,8 +342,8 @@ def _of_latents(study: Study) -> list[Claim]:
     topk, vsae = (found.get(name, {}) for name in ("topk", "vsae"))
 
     def ours(measure: str) -> dict[str, Interval]:
-        a, b = (ablation.pick(seeds, measure) for seeds in (vsae, topk))
-        return {"vsae - topk": difference(a, b)} if a.keys() & b.keys() else {}
+        by_measure = ablation.against(vsae, topk, [measure])
+        return {"vsae - topk": d for d in by_measure.values()}
 
     return [
         Claim(

@@ -22,6 +22,7 @@ from experiments.effects import MEASURES, effects_figure, effects_table
 from experiments.paired import Interval, difference
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
+from vsae_jax import runs
 from vsae_jax.config import TrainConfig
 
 GRID = "cross"
@@ -85,7 +86,7 @@ def run(study: Study) -> Section:
     c = study.scale.controlled
     parts: list[Any] = [
         f"{len(found)} kinds of arms, {c.cross_seeds} seeds, {c.cross_steps} steps, "
-        f"the learning rate of `topk`; {_diverged(study, found)}",
+        f"the learning rate of `topk`; {_diverged(study)}",
         effects_table(effects, _SHOWN),
         study.save("cross", effects_figure(effects, "of the switch", _SHOWN)),
         "Alive latents: the effect of one switch under each value of another.",
@@ -99,8 +100,9 @@ def run(study: Study) -> Section:
     )
 
 
-def _diverged(study: Study, found: Mapping[Any, Any]) -> str:
-    missing = len(grids(study)[GRID]) - sum(len(seeds) for seeds in found.values())
+def _diverged(study: Study) -> str:
+    folders = [study.grid(GRID) / arm for arm in grids(study)[GRID]]
+    missing = sum((folder / runs.DIVERGED).is_file() for folder in folders)
     return f"{missing} arms diverged and are left out."
 
 

@@ -17,7 +17,7 @@ from experiments import paper_grids
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
 from vsae_jax import runs, tsne
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.runs.series import Arm
 from vsae_jax.system.errors import UserError
 
@@ -69,8 +69,8 @@ def _mapped(study: Study, arm: Arm) -> bool:
 
 def _numbers(arms: list[Arm]) -> Table:
     rows = [["", "seeds", *tsne.COLUMNS.values()]]
-    for shared, members in arms_module.series_of(arms).items():
+    for shared, members in series.series_of(arms).items():
         each = [runs.read_json(a.folder.joinpath(*MAP))["metrics"] for a in members]
-        cells = [arms_module.spread([m[c] for m in each]) for c in tsne.COLUMNS]
-        rows.append([arms_module.label(shared), str(len(members)), *cells])
+        cells = [series.spread([m[c] for m in each]) for c in tsne.COLUMNS]
+        rows.append([series.label(shared), str(len(members)), *cells])
     return rows

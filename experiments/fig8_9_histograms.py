@@ -19,7 +19,7 @@ from experiments.report import Section, Table
 from experiments.study import Arms, Study
 from vsae_jax.latents.feature_files import read_statistics
 from vsae_jax.latents.map_statistics import alive_counts
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 
 
 def grids(study: Study) -> dict[str, Arms]:
@@ -52,19 +52,19 @@ def run(study: Study) -> Section:
 
 
 def _counts(study: Study, name: str) -> Table:
-    series = arms_module.series_of(paper_grids.with_first_k(study, name))
+    kinds = series.series_of(paper_grids.with_first_k(study, name))
     counts = {
-        arms_module.label(shared): [_of_features(arm) for arm in members]
-        for shared, members in series.items()
+        series.label(shared): [_of_features(arm) for arm in members]
+        for shared, members in kinds.items()
     }
     measures = dict.fromkeys(m for each in counts.values() for one in each for m in one)
     rows = [[name, *measures]]
     for label, each in counts.items():
-        cells = [arms_module.spread([one[m] for one in each]) for m in measures]
+        cells = [series.spread([one[m] for one in each]) for m in measures]
         rows.append([label, *cells])
     return rows
 
 
-def _of_features(arm: arms_module.Arm) -> dict[str, float]:
+def _of_features(arm: series.Arm) -> dict[str, float]:
     features = read_statistics(arm)
     return alive_counts(features.firing_rate, features.max_activation)

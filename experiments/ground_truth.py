@@ -33,7 +33,7 @@ from experiments.study import Arms, Study, kind_and_seed
 from vsae_jax import runs
 from vsae_jax.autoencoder import sae
 from vsae_jax.autoencoder.sparsity import compiler_options
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -185,9 +185,7 @@ def _values(study: Study, way: str, found: Found) -> Table:
     """A row a kind; below, what the decoder's measures are for random directions."""
     table = [["arm", "seeds", *MEASURES.values()]]
     for kind, seeds in found.items():
-        cells = [
-            arms_module.spread(list(of(seeds, name).values())) for name in MEASURES
-        ]
+        cells = [series.spread(list(of(seeds, name).values())) for name in MEASURES]
         table.append([kind, str(len(seeds)), *cells])
     true = _features(study, way).directions
     drawn = np.random.default_rng(_RANDOM).standard_normal(true.shape)

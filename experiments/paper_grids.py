@@ -130,11 +130,14 @@ def vsae_minus_topk(
 def over_kinds(
     found: Mapping[str, Mapping[int, Any]], variant: str, measure: str
 ) -> dict[int, float]:
-    """The mean of a measure over a variant's kinds of arms, by seed."""
+    """The mean of a measure over a variant's kinds of arms, by seed; of a kind (a k)
+    that the other variant has, too."""
+    start = f"variant-{variant}_"
+    (other,) = (f"variant-{v}_" for v in VARIANTS if v != variant)
     each = [
         pick(seeds, measure)
         for kind, seeds in found.items()
-        if kind.startswith(f"variant-{variant}_")
+        if kind.startswith(start) and other + kind.removeprefix(start) in found
     ]
     seeds = set.intersection(*(set(values) for values in each)) if each else set()
     return {s: sum(values[s] for values in each) / len(each) for s in sorted(seeds)}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from experiments.study import Arms, Study
 from vsae_jax import runs
 from vsae_jax.config import TrainConfig, resolve_train, sae_config
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.system.progress import size
 from vsae_jax.training import groups
 
@@ -16,8 +16,9 @@ from vsae_jax.training import groups
 # (docs/results.md; the GPU's number is an estimate: a tenth of its bfloat16 peak).
 _RATES = {"two CPU cores": 6e10, "one H100 (estimate)": 1e14}
 _PYTHIA_70M = 512
-# Float32 parameters and two moments in one checkpoint, and the parameters once more.
-_COPIES = 4
+# Float32 parameters and two moments in each of two checkpoints, and the parameters once
+# more.
+_COPIES = 7
 
 
 class Needs(NamedTuple):
@@ -39,7 +40,7 @@ def table(study: Study, parts: Sequence[ModuleType]) -> str:
     if needs:
         rows.append(["all", *_cells(_total(list(needs.values())))])
     return (
-        f"{arms_module.markdown(rows)}\n\nactivations: {_rows(study)}; time: of the "
+        f"{series.markdown(rows)}\n\nactivations: {_rows(study)}; time: of the "
         "matrix products in training alone, evaluations about as much again"
     )
 
@@ -54,14 +55,12 @@ def _of_arm(study: Study, config: TrainConfig) -> Needs:
     d_model = d_model_of(study, config)
     resolved = resolve_train(config, d_model=d_model)
     static = sae_config(resolved, d_model=d_model, dtype="float32")
-    heads = 3 if static.variance == "learned" else 2
-    parameters = heads * d_model * static.d_sae + d_model + static.d_sae
     # Six products a row: two forward and four backward, each two operations.
     operations = 12 * resolved.batch_size * d_model * static.d_sae * resolved.steps
     return Needs(
         arms=1,
         steps=resolved.steps,
-        disk=4 * _COPIES * parameters,
+        disk=_COPIES * groups.bytes_of_parameters(static),
         memory=groups.bytes_of_one(static, batch_size=resolved.batch_size),
         operations=float(operations),
     )

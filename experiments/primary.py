@@ -13,7 +13,7 @@ twenty excludes 0 by chance.
 from typing import NamedTuple
 
 from experiments import ablation, questions, signal_to_noise, stability
-from experiments.paired import Interval, difference, holm
+from experiments.paired import Interval, holm
 from experiments.report import Section
 from experiments.study import Arms, Study
 
@@ -50,8 +50,8 @@ def of(study: Study) -> list[Outcome]:
     returns = study.metrics(ablation.GRID, "stability")
 
     def between(found: dict, kind: str, base: str, measure: str) -> Interval | None:
-        a, b = (ablation.pick(found.get(name, {}), measure) for name in (kind, base))
-        return difference(a, b) if a.keys() & b.keys() else None
+        seeds, of_base = found.get(kind, {}), found.get(base, {})
+        return ablation.against(seeds, of_base, [measure]).get(measure)
 
     cells = [
         cell

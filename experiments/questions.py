@@ -35,9 +35,9 @@ def grids(study: Study) -> dict[str, Arms]:
 
 def run(study: Study) -> Section:
     """Three answers, each with the numbers it follows from."""
-    found = study.metrics(ablation.GRID, "core,scr,tpp")
+    found = ablation.measured(study)
     same = {
-        kind: against(found[kind], found["topk"])
+        kind: ablation.against(found[kind], found["topk"])
         for kind in found
         if is_variational(kind)
     }
@@ -65,15 +65,6 @@ def is_variational(kind: str) -> bool:
     return kind in ablation.KINDS and bool(
         kind.startswith("vsae") or noise or penalty == "kl"
     )
-
-
-def against(seeds: Mapping[int, Any], base: Mapping[int, Any]) -> dict[str, Interval]:
-    """Each measure's difference, paired over seeds."""
-    return {
-        m: difference(ablation.pick(seeds, m), ablation.pick(base, m))
-        for m in MEASURES
-        if ablation.pick(seeds, m).keys() & ablation.pick(base, m).keys()
-    }
 
 
 def at_equal_alive(

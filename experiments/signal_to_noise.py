@@ -24,6 +24,7 @@ from experiments.study import Arms, Study
 from vsae_jax import runs
 from vsae_jax.activations.shards import Activations
 from vsae_jax.config import TrainConfig
+from vsae_jax.system.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,6 +164,8 @@ def run(study: Study) -> Section:
     """The map as a figure and as a table."""
     measured(study)
     c, found = study.scale.controlled, cells(study)
+    if not found:
+        raise UserError(f"{GRID}: nothing is evaluated yet")
     figure = study.save("signal_to_noise", draw(found))
     return Section(
         "Signal to noise",

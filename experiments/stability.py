@@ -25,10 +25,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from experiments import ablation
-from experiments.paired import Interval, interval
+from experiments.paired import Interval, difference
 from experiments.report import Section, Table
 from experiments.study import Arms, Study
 from vsae_jax.config import TrainConfig
+from vsae_jax.runs import series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ EVALS = ("stability", "predictability")
 MEASURES = {
     "explained_variance": "expl. var.",
     "explained_variance_standardised": "standardised",
-    "alive": "alive",
+    "alive": "fire 20 times",
     "latents_that_return": "latents that return",
     PRIMARY: "share that returns",
     "decoder_cosine_median": "median cosine",
@@ -155,7 +156,7 @@ def run(study: Study) -> Section:
             study.save("stability_price", draw(found)),
             _table(found),
         ]
-        if {"topk", "vsae"} <= found.keys()
+        if all(ablation.pick(found.get(k, {}), PRIMARY) for k in ("topk", "vsae"))
         else ["TopK and the vSAE are not evaluated yet."]
     )
     return Section(
@@ -183,8 +184,7 @@ def _mean(seeds: Mapping[int, Mapping[str, Any]], measure: str) -> float | None:
 
 def _effect(found: Mapping[str, Any], kind: str, base: str) -> Interval:
     """Of the primary outcome, over seeds."""
-    a, b = (ablation.pick(found[name], PRIMARY) for name in (kind, base))
-    return interval([a[seed] - b[seed] for seed in a.keys() & b.keys()])
+    return difference(*(ablation.pick(found[n], PRIMARY) for n in (kind, base)))
 
 
 def _setting(study: Study, found: Mapping[str, Any]) -> str:
@@ -241,11 +241,7 @@ def _switches(found: Mapping[str, Any]) -> str:
 
 def _cell(seeds: Mapping[int, Any], measure: str, digits: int) -> str:
     """The mean over seeds and, where there are several, the standard deviation."""
-    values = list(ablation.pick(seeds, measure).values())
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    return series.spread(list(ablation.pick(seeds, measure).values()), digits=digits)
 
 
 def _table(found: Mapping[str, Any]) -> Table:

@@ -178,6 +178,13 @@ class Study:
                 merged[_EXPLAINED] = merged[f"{_EXPLAINED}_ordinary_rows"]
         return found
 
+    def of_kinds(self, kinds: Sequence[str], name: str, evals: str) -> dict:
+        """`metrics`; refuses a grid without these kinds, as one is that was begun."""
+        found = self.metrics(name, evals)
+        if missing := [kind for kind in kinds if kind not in found]:
+            raise UserError(f"{name}: {', '.join(missing)} is not evaluated yet")
+        return found
+
     def probes(self, name: str, evals: str) -> range:
         """Numbers of the probe seeds that all evaluated arms of a grid have; empty for
         evaluations without probes."""

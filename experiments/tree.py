@@ -48,11 +48,11 @@ def main() -> None:
     print(markdown(table(found)))
 
 
-def of(seed: int, *, other_rate: float = OTHER_RATE, **flags: Any) -> Values:
+def of(seed: int, **flags: Any) -> Values:
     """What an autoencoder of these flags makes of the tree."""
     rng = np.random.default_rng(seed)
     directions = np.linalg.qr(rng.normal(size=(N_FEATURES, N_FEATURES)))[0]
-    fires = firings(400_000, rng, other_rate)
+    fires = firings(400_000, rng, OTHER_RATE)
     norms = 1 + 0.05 * rng.normal(size=(N_FEATURES, 1))
     x = (fires @ (norms * directions)).astype(np.float32)
     fit = vsae_jax.fit(

@@ -18,7 +18,7 @@ from experiments import ablation
 from experiments.report import Section
 from experiments.study import Arms, Study
 from vsae_jax.config import TrainConfig
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 
 GRID = "without_topk"
 _BETAS = (0.01, 0.1, 1.0, 10.0)
@@ -60,7 +60,7 @@ def run(study: Study) -> Section:
     rows = [["arm", "seeds", *_MEASURES.values()]]
     for kind, seeds in study.metrics(GRID).items():
         values = (list(ablation.pick(seeds, m).values()) for m in _MEASURES)
-        cells = [arms_module.spread(v) for v in values]
+        cells = [series.spread(v) for v in values]
         rows.append([kind, str(len(seeds)), *cells])
     return Section(
         parts=[

@@ -177,6 +177,7 @@ FLAT = Interval(0.1, -1, 1.2, 3)
         ({"a": FLAT}, 1, "not shown"),
         ({"a": FLAT, "b": FLAT}, 0, "holds"),
         ({"a": UP}, 0, "does not hold"),
+        ({"a": Interval(0.1, math.nan, math.nan, 1)}, 0, "not shown"),
     ],
 )
 def test_verdicts(ours, sign, said):
@@ -369,6 +370,20 @@ def test_a_look_trains_nothing(tmp_path, capsys):
     assert "nothing is trained of: stability, claims" in capsys.readouterr().out
     assert "##" not in (out / "report_stability_claims.md").read_text()
     assert not (out / "grids").exists()
+
+
+def test_a_look_at_what_was_only_begun_leaves_it_out(tmp_path, capsys):
+    parts = "signal_to_noise,ablation,questions,claims,primary,stability"
+    out = tmp_path / "out"
+    for grid in ("signal_to_noise", "ablation"):
+        (out / "grids" / grid / "topk_seed-0").mkdir(parents=True)
+        runs.write_json(
+            out / "grids" / grid / runs.GRID,
+            {"swept": ["seed"], "arms": [{"folder": "topk_seed-0", "seed": 0}]},
+        )
+    argv = ["reproduce", f"--only={parts}", "--only_look", f"--out={out}"]
+    assert cli.run(reproduce.command, ReproduceConfig, argv) == 0
+    assert capsys.readouterr().out.count("left out: ") >= 4
 
 
 def test_an_unknown_part_is_named(capsys):

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 
 from vsae_jax import runs
 from vsae_jax.report.figures import style
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.runs.series import Arm, MissingFile
 
 CONTEXTS, LOGITS = 8, 5
@@ -44,7 +44,7 @@ def pages(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
         )
     for arm, path in sorted(paths, key=lambda pair: int(pair[1].stem)):
         found = runs.read_json(path)
-        name = arms_module.label(list(arm.settings.items()))
+        name = series.label(list(arm.settings.items()))
         figure = _page(found, read_features(arm), title=f"{name}: latent {path.stem}")
         yield f"feature_{arm.folder.name}_{path.stem}", figure
 

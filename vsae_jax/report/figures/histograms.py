@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from vsae_jax.latents.feature_files import FiringStatistics, read_statistics
 from vsae_jax.latents.map_statistics import PAPER_RANGE, alive_counts
 from vsae_jax.report.figures import style
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.runs.series import Arm
 
 _BINS = 40
@@ -31,21 +31,21 @@ CAPTION = (
 def max_activations(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     """One plot per series; rows are k, columns are variants."""
     found = {arm.folder: read_statistics(arm) for arm in arms}
-    columns = list(arms_module.series_of(arms, over=("seed", "k")))
+    columns = list(series.series_of(arms, over=("seed", "k")))
     rows = list(dict.fromkeys(arm.settings["k"] for arm in arms))
     edges = _edges(list(found.values()))
     figure = style.figure(4.2 * len(columns), 3.0 * len(rows) + 0.5)
     axes = figure.subplots(
         len(rows), len(columns), squeeze=False, sharex=True, sharey=True
     )
-    colours = style.colours([arms_module.label(column) for column in columns])
-    series = arms_module.series_of(arms)
-    for shared, members in series.items():
+    colours = style.colours([series.label(column) for column in columns])
+    kinds = series.series_of(arms)
+    for shared, members in kinds.items():
         column = tuple(s for s in shared if s[0] != "k")
         ax = axes[rows.index(members[0].settings["k"]), columns.index(column)]
         features = [found[arm.folder] for arm in members]
-        colour = colours[arms_module.label(column)]
-        _histogram(ax, features, edges=edges, title=arms_module.label(shared), c=colour)
+        colour = colours[series.label(column)]
+        _histogram(ax, features, edges=edges, title=series.label(shared), c=colour)
     for ax in axes.flat:
         ax.set_visible(ax.has_data())
     # Room for the table above the bars.
@@ -85,7 +85,7 @@ def _histogram(
     ax.set_ylabel("latents")
     numbers = [alive_counts(f.firing_rate, f.max_activation) for f in features]
     lines = [
-        f"{words:<14} {arms_module.spread([n[name] for n in numbers], digits=0):>12}"
+        f"{words:<14} {series.spread([n[name] for n in numbers], digits=0):>12}"
         for name, words in _ROWS.items()
     ]
     ax.text(

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from vsae_jax.report.figures import style
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.runs.series import Arm
 
 Metrics = Mapping[str, float | None]
@@ -175,7 +175,7 @@ def _different(
 
 def _caption(lines: Lines, arms: Sequence[Arm]) -> str:
     """The caption, which says how many seeds a point is the mean of."""
-    seeds = sorted({len(s) for s in arms_module.series_of(arms).values()})
+    seeds = sorted({len(s) for s in series.series_of(arms).values()})
     one_k = lines.over_k and len({arm.settings["k"] for arm in arms}) == 1
     point, spread = ("Dot", "Bar") if one_k else ("Line", "Band")
     if seeds == [1]:
@@ -192,15 +192,15 @@ def _panel(
     metrics: Mapping[Any, Metrics],
 ) -> None:
     over = ("seed", "k") if lines.over_k else ("seed",)
-    series = arms_module.series_of(arms, over=over)
-    looks = style.looks(list(series))
+    kinds = series.series_of(arms, over=over)
+    looks = style.looks(list(kinds))
     places: set[int] = set()
-    for shared, members in series.items():
+    for shared, members in kinds.items():
         points = gather(
             [panel.read(metrics[a.folder], a.settings["k"]) for a in members]
         )
         places |= points.keys()
-        _line(ax, points, label=arms_module.label(shared), **looks[shared])
+        _line(ax, points, label=series.label(shared), **looks[shared])
     if panel.reference:
         every = (m.get(panel.reference) for m in metrics.values())
         levels = [level for level in every if level is not None]

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from vsae_jax.interop.loading import open_any
 from vsae_jax.latents import map_statistics
 from vsae_jax.report.figures import style
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.runs.series import Arm
 
 _CLUSTERS = "Clusters of k-means in 2-D"
@@ -35,8 +35,8 @@ def read_map(arm: Arm) -> Map:
 
 def panels(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     """A figure for each series, of its first seed."""
-    for shared, members in arms_module.series_of(arms).items():
-        label, seed = arms_module.label(shared), members[0].settings.get("seed")
+    for shared, members in series.series_of(arms).items():
+        label, seed = series.label(shared), members[0].settings.get("seed")
         of_seed = "" if seed is None else f", seed {seed}"
         figure = draw_panels(read_map(members[0]), title=label + of_seed)
         yield f"maps_{label.replace(', ', '_').replace(' ', '-')}", figure
@@ -112,23 +112,23 @@ def _bars(ax: Axes, cluster: np.ndarray, rate: np.ndarray) -> None:
 def cosines(arms: Sequence[Arm]) -> Iterator[tuple[str, Figure]]:
     """Cosines between decoder rows of the mapped latents: a matrix for each series'
     first seed, sorted by cluster; then those of all pairs and of nearest neighbours."""
-    series = {
+    kinds = {
         shared: [read_map(arm) for arm in members]
-        for shared, members in arms_module.series_of(arms).items()
+        for shared, members in series.series_of(arms).items()
     }
-    figure = style.figure(max(2.9 * len(series), 8.0), 6.2)
+    figure = style.figure(max(2.9 * len(kinds), 8.0), 6.2)
     parts: Any = figure.subfigures(2, 1, height_ratios=(1, 1.1))
     above, below = parts
-    axes = above.subplots(1, len(series), squeeze=False)[0]
+    axes = above.subplots(1, len(kinds), squeeze=False)[0]
     image: Any = None
-    for ax, (shared, maps) in zip(axes, series.items(), strict=True):
-        image = _matrix(ax, maps[0], title=arms_module.label(shared))
+    for ax, (shared, maps) in zip(axes, kinds.items(), strict=True):
+        image = _matrix(ax, maps[0], title=series.label(shared))
     above.colorbar(image, ax=list(axes), label="cosine", shrink=0.8, extend="both")
     pairs, nearest = below.subplots(1, 2)
-    looks = style.looks(list(series))
-    for shared, maps in series.items():
+    looks = style.looks(list(kinds))
+    for shared, maps in kinds.items():
         look = {n: v for n, v in looks[shared].items() if n != "marker"}
-        name = arms_module.label(shared)
+        name = series.label(shared)
         _distribution(pairs, [m.arrays["cosine_counts"] for m in maps], name, look)
         counts = [
             np.histogram(m.arrays["nearest_cosine"], map_statistics.COSINE_EDGES)[0]

@@ -163,6 +163,46 @@ def test_another_grid_in_the_folder_is_refused(
     assert {p: p.read_bytes() for p in tiny_grid.rglob("*") if p.is_file()} == before
 
 
+def test_every_arm_may_diverge_alone_and_be_trained_again(tiny_rows, tmp_path, capsys):
+    """Arms of other lengths share no pass; each is named, none stops the others."""
+    flags = {**TRAINING, "activations": tiny_rows, "out": tmp_path / "grid"}
+    flags |= {"variant": "topk", "decoder_norm": "free", "steps": "5,6"}
+    for _ in range(2):
+        assert call("train", **flags, lr=3e38, log_every=1) == 2
+        assert "2 of 2 arms diverged (steps-5, steps-6)" in capsys.readouterr().err
+    assert call("train", **flags, lr=1e-3) == 0
+    assert [row["arm"] for row in summary(tmp_path / "grid")] == ["steps-5", "steps-6"]
+
+
+def test_shares_in_an_arms_name_make_no_folder(tiny_rows, tmp_path):
+    flags = {**TRAINING, "activations": tiny_rows, "out": tmp_path / "grid", "steps": 2}
+    assert call("train", **flags, prefixes="1/4:1/2,1/8:1/2", variant="topk") == 0
+    names = ["prefixes-1of4:1of2", "prefixes-1of8:1of2"]
+    assert [f.name for f in runs.run_folders(tmp_path / "grid")] == names
+    assert runs.open_run(tmp_path / "grid" / names[1]).train.prefixes == "1/8:1/2"
+
+
+def test_a_summary_has_the_columns_of_every_arm(tiny_grid, tiny_rows, tmp_path):
+    """As after an older version, whose metrics had fewer."""
+    folder = copied(tiny_grid, tmp_path / "grid")
+    metrics = folder / ARMS[2] / runs.METRICS
+    *earlier, last = metrics.read_text().splitlines()
+    last = json.dumps(json.loads(last) | {"younger": 3.5})
+    metrics.write_text("\n".join([*earlier, last]) + "\n")
+    assert again(folder, tiny_rows) == 0
+    assert [row["younger"] for row in summary(folder)] == ["", "", "3.5", ""]
+
+
+@pytest.mark.parametrize("damaged", [{}, {"swept": ["beta"]}, {"arms": []}])
+def test_a_damaged_grid_json_is_refused(
+    tiny_grid, tiny_rows, tmp_path, damaged, capsys
+):
+    folder = copied(tiny_grid, tmp_path / "grid")
+    (folder / "grid.json").write_text(json.dumps(damaged))
+    assert again(folder, tiny_rows) == 2
+    assert "holds another grid" in capsys.readouterr().err
+
+
 def test_a_grid_in_a_runs_folder_is_refused(tiny_run, tiny_rows, capsys):
     assert again(tiny_run, tiny_rows) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -269,6 +309,15 @@ def test_arms_of_other_rows_do_not_take_the_first_arms_batches(tiny_rows, tmp_pa
         alone = given | {"out": tmp_path / name} | change
         assert call("train", **alone) == 0
         assert parameters(tmp_path / name) == found[name], name
+    # Each arm is evaluated on what it has not seen.
+    assert call("evaluate", run=tmp_path / "grid", evals="core") == 0
+    for name in ("as_it_is", "held_out"):
+        assert call("evaluate", run=tmp_path / name, evals="core") == 0
+        one, other = (
+            json.loads((folder / name / "evals" / "core.json").read_text())["metrics"]
+            for folder in (tmp_path / "grid", tmp_path)
+        )
+        assert one == pytest.approx(other, rel=1e-5), name
 
 
 @pytest.mark.parametrize("how", ["loop", "vmap"])

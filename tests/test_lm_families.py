@@ -246,7 +246,7 @@ def test_residuals_from_embeddings(case, tmp_path):
     model = load_language_model(save_random(*CASES[case], tmp_path), dtype="float32")
     assert isinstance(model, Traceable)
     for layer in (0, 2):
-        ours = model.residual_from(model.embedding[TOKENS], layer)
+        (ours,) = model.at_from(model.embedding[TOKENS], [Hook(layer)])
         np.testing.assert_allclose(ours, model.residual(TOKENS, layer), atol=1e-5)
 
 

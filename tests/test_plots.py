@@ -13,7 +13,7 @@ import vsae_jax
 from vsae_jax import runs
 from vsae_jax.latents import map_statistics
 from vsae_jax.report.figures import features, histograms, lines, maps, style, training
-from vsae_jax.runs import series as arms_module
+from vsae_jax.runs import series
 from vsae_jax.system.errors import UserError
 
 
@@ -91,7 +91,7 @@ def test_scr_is_over_the_number_of_ablated_latents_and_has_gaps(arms, styled):
     first, _, last = figure.axes
     assert len(first.lines) == 4
     assert {line.get_linestyle() for line in first.lines} == {"-", "--"}
-    for line, (shared, _) in zip(first.lines, arms_module.series_of(arms).items()):
+    for line, (shared, _) in zip(first.lines, series.series_of(arms).items()):
         k = dict(shared)["k"]
         assert line.get_xdata().tolist() == [2, 5, 500]
         expected = [2 + 10 * k + 0.5, 7.0, 500 + 10 * k + 0.5]
@@ -345,7 +345,7 @@ def test_a_figure_that_was_asked_for_is_not_left_out(arms, capfd):
 
 def test_a_lone_run_is_drawn(tiny_run, tmp_path):
     run = copied(tiny_run, tmp_path / "run")
-    (arm,) = arms_module.open_arms(run)
+    (arm,) = series.open_arms(run)
     write_eval(arm, "core", {"ce_loss_score": 0.9, "explained_variance": 0.8})
     assert call("plots", run=run) == 0
     assert (run / "figures" / "core.svg").is_file()
@@ -369,7 +369,7 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, flags, said, capfd):
 
 
 def test_the_training_of_a_grid_is_a_row_of_curves(tiny_grid):
-    arms = arms_module.open_arms(tiny_grid)
+    arms = series.open_arms(tiny_grid)
     figure = the_only(training.draw(arms))
     titles = [ax.get_title() for ax in figure.axes]
     assert titles == ["Loss", "Explained variance", "Dead latents"]
@@ -431,17 +431,17 @@ def test_drawable(text, shown):
 
 def test_labels_and_spreads():
     shared = [("variant", "topk"), ("k", 64), ("beta", 0.1)]
-    assert arms_module.label(shared) == "topk, k 64, beta 0.1"
-    assert arms_module.label([("variant", "mine"), ("k", None)]) == "mine"
-    assert arms_module.spread([1.0, 3.0]) == "2.0000 ± 1.4142"
-    assert arms_module.spread([10.0]) == "10.0"
-    assert arms_module.spread([10.0, 13.0], digits=0) == "12 ± 2"
-    assert arms_module.spread([1.0, None]) == arms_module.spread([]) == "-"
+    assert series.label(shared) == "topk, k 64, beta 0.1"
+    assert series.label([("variant", "mine"), ("k", None)]) == "mine"
+    assert series.spread([1.0, 3.0]) == "2.0000 ± 1.4142"
+    assert series.spread([10.0]) == "10.0"
+    assert series.spread([10.0, 13.0], digits=0) == "12 ± 2"
+    assert series.spread([1.0, None]) == series.spread([]) == "-"
 
 
 def test_series_of_other_grids_stay_apart(tiny_grid):
-    found = arms_module.open_arms(tiny_grid)
-    labels = [arms_module.label(s) for s in arms_module.series_of(found)]
+    found = series.open_arms(tiny_grid)
+    labels = [series.label(s) for s in series.series_of(found)]
     assert labels == [
         f"{variant}, k 4, beta {beta}"
         for variant in ("topk", "vsae_topk")

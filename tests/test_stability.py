@@ -55,7 +55,8 @@ def found(tiny_rows, tmp_path_factory):
     for name, (given, fields) in each.items():
         write_run(folder / name, tiny_rows, given, **{**FIELDS, **fields})
     runs.write_json(folder / runs.GRID, {"arms": list(each), "swept": ["seed", "lr"]})
-    assert call("evaluate", run=folder, evals="stability") == 0
+    # SAEBench has no such evaluation, so nothing is written in its schema.
+    assert call("evaluate", run=folder, evals="stability", saebench_json=True) == 0
     path = "evals/stability.json"
     results = {name: json.loads((folder / name / path).read_text()) for name in each}
     return {name: one | {"folder": folder / name} for name, one in results.items()}

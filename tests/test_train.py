@@ -1,6 +1,7 @@
 """The command as a user runs it: files, resuming, kills, signals, refusals."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -327,6 +328,25 @@ def test_notes_on_flags_without_effect(config, capsys):
     said = capsys.readouterr().out
     assert "--beta=0.5 changes nothing: penalty is none" in said
     assert "--dead_after_tokens=1000000 is not reached in a run of 64 rows" in said
+
+
+def test_a_place_of_noise_without_noise_is_noted(config, capsys):
+    train.run(replace(config, variant="topk", noise_at="input", steps=2))
+    assert "--noise_at=input changes nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
+def test_a_missing_logger_is_found_before_anything_is_done(config, monkeypatch, flag):
+    find = importlib.util.find_spec
+    absent = {"tensorboardX", "wandb"}
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name in absent else find(name, *more),
+    )
+    with pytest.raises(UserError, match="is not installed; install it with"):
+        train.run(replace(config, **{flag: True}))
+    assert not Path(config.out).exists()
 
 
 def test_penalty_flag_makes_topk_with_l2(config):

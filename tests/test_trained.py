@@ -154,6 +154,12 @@ def test_top_latents_of_prompts(trained, tiny_model):
     assert repr(long.tokens[0]) in first and f"{long.latents[0, 0]} (" in first
 
 
+def test_texts_without_a_token_are_refused(trained, tiny_model):
+    lm = load_language_model(str(tiny_model))
+    with pytest.raises(UserError, match="there is no token in the texts"):
+        trained.top_latents([], lm)
+
+
 def test_a_prompt_that_is_too_long_is_refused(trained, tiny_model):
     lm = load_language_model(str(tiny_model))
     with pytest.raises(UserError, match=f"takes {lm.max_positions}: cut it"):

@@ -1,9 +1,11 @@
 """Damaged and foreign files: found before they are trained on, and named."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from vsae_jax import runs
 from vsae_jax.activations.manifest import MANIFEST, read_manifest
 from vsae_jax.autoencoder import sae
 from vsae_jax.config import SAEConfig
+from vsae_jax.system import signals
 from vsae_jax.system.errors import UserError
 from vsae_jax.training import step
 from vsae_jax.training.checkpoint import Checkpoints
@@ -216,6 +219,25 @@ def test_a_checkpoint_that_was_damaged_can_be_gone_on_from(
     assert call("train", **stopped) == 0
     said = capfd.readouterr().out
     assert "damaged" not in said and "going on from step 10" in said
+
+
+def test_a_run_that_stops_below_a_damaged_checkpoint_is_saved(
+    stopped, monkeypatch, capfd
+):
+    """Orbax writes no step below one that is there."""
+    out = Path(stopped["out"])
+    flip(largest_file(out / runs.CHECKPOINTS / "10" / "state"))
+    seen = signals.Caught()
+    seen.note(signal.SIGTERM, None)
+    monkeypatch.setattr(signals, "caught", lambda: contextlib.nullcontext(seen))
+    capfd.readouterr()
+    flags = stopped | {"steps_per_dispatch": 2}
+    assert call("train", **flags) == 128 + 15
+    said = capfd.readouterr().err
+    assert "step 6 is saved" in said
+    monkeypatch.undo()
+    assert call("train", **flags) == 0
+    assert "going on from step 6\n" in capfd.readouterr().out
 
 
 def test_a_half_written_checkpoint_is_cleared_away(stopped, capfd):

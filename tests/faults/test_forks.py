@@ -89,6 +89,18 @@ def test_a_fork_has_the_scale_that_its_own_config_asks_for(tiny_run, flags, tmp_
     assert one["scale"] == pytest.approx(other["scale"] * 7 / 100)
 
 
+def test_a_fork_goes_on_with_the_running_threshold(flags, tmp_path):
+    """Of batch_topk; with no decay it stays what it was."""
+    flags |= {"variant": "batch_topk"}
+    assert call("train", out=tmp_path / "first", **flags) == 0
+    more = flags | {"steps": 21, "fork_from": tmp_path / "first"}
+    more |= {"threshold_decay": 0.999999}
+    assert call("train", out=tmp_path / "fork", **more) == 0
+    first, fork = (load_file(tmp_path / f / runs.PARAMETERS) for f in ("first", "fork"))
+    assert first["threshold"] > 0
+    assert fork["threshold"] == pytest.approx(first["threshold"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "changed, said",
     [

@@ -105,12 +105,16 @@ def run(subjects: Sequence[Subject], quirks: Quirks) -> list[dict[str, Any]]:
             losses = partial(
                 _losses, first.lm, cut, tokens, keep, underflow=quirks.kl_underflow
             )
-            base.append(losses([jnp.zeros_like(clean)]))
             at_once = max(_STREAM_BYTES // clean.nbytes, 1)
             for start in range(0, len(each), at_once):
                 some = each[start : start + at_once]
                 parts = [_splice(s.reader, clean, keep, limit) for s, _ in some]
-                found = losses([value for value, _, _ in parts])[1:]
+                values = [value for value, _, _ in parts]
+                if start:
+                    found = losses(values)[1:]
+                else:  # the pass with nothing in its place serves all arms
+                    one, zero, *found = losses([jnp.zeros_like(clean), *values])
+                    base.append([one, zero])
                 for (_, tally), part, of_it in zip(some, parts, found, strict=True):
                     tally.add(part[1], of_it, part[2])
             bar.update(count)

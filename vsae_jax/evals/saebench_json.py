@@ -43,9 +43,9 @@ def path_of(folder: Path, name: str) -> Path:
 def in_their_schema(
     subject: Subject, name: str, result: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """What SAEBench would write; None for an evaluation that was refused, for which it
-    writes nothing."""
-    if not result["metrics"]:
+    """What SAEBench would write; None for an evaluation that it does not have, or that
+    was refused, for which it writes nothing."""
+    if name not in _PARTS or not result["metrics"]:
         return None
     config, metrics, details = _PARTS[name](result)
     return {

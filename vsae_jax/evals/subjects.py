@@ -1,6 +1,9 @@
 """The runs that are evaluated together."""
 
+import hashlib
 from functools import cache
+
+import numpy as np
 
 from vsae_jax import lm, runs
 from vsae_jax.config import OpenOptions
@@ -16,7 +19,6 @@ _SHARED = (
     "dropped_positions",
     "center_residual",
     "tokens_from",
-    "n_contexts",
 )
 
 
@@ -28,7 +30,12 @@ def open_subjects(config: OpenOptions) -> list[list[Subject]]:
     groups: dict[tuple, list[Subject]] = {}
     for run in opened:
         subject = subject_of(run, config, load)
-        shared = tuple(subject.config[name] for name in _SHARED)
+        tokens = np.ascontiguousarray(subject.tokens)
+        shared = (
+            *(subject.config[name] for name in _SHARED),
+            tokens.shape,
+            hashlib.sha256(tokens.data).digest(),
+        )
         first = groups.setdefault(shared, [])
         if first:
             subject = subject._replace(tokens=first[0].tokens)

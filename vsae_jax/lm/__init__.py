@@ -19,7 +19,6 @@ from vsae_jax.lm.passes import (
     Traceable,
     check_layer,
     identity,
-    next_token_loss,
 )
 from vsae_jax.lm.tokenizer import encode, load_tokenizer
 from vsae_jax.system.errors import UserError
@@ -39,7 +38,6 @@ __all__ = [
     "leave_room",
     "load_language_model",
     "load_tokenizer",
-    "next_token_loss",
 ]
 
 

@@ -52,10 +52,6 @@ class Decoder(LanguageModel):
         """What each token puts into the residual stream."""
         return self.params["embed"].astype(jnp.float32) * self.spec.embed_scale
 
-    def residual_from(self, x: Residual, layer: int) -> Stream:
-        """The residual stream after block `layer` where tokens put `x` into it."""
-        return self.at_from(x, [Hook(layer)])[0]
-
     def check(self, hook: Hook) -> None:
         """Every family here has every site."""
         check_layer(hook.layer, n_layers=self.n_layers)

@@ -121,7 +121,7 @@ class LanguageModel(ModelFacts, abc.ABC):
         site: Site = "resid_post",
         splices: Sequence[Splice] = (identity,),
     ) -> list[Float[Array | np.ndarray, "batch time-1"]]:
-        """`next_token_loss` of each of `logits`, without holding them all at once."""
+        """The next-token loss of each of `logits`, without holding them all at once."""
         layer = splice_layer(layer, splices, n_layers=self.n_layers, site=site)
         streams = self._spliced(tokens, Hook(layer, site), splices)
         return [self.losses_from([x], layer, tokens).ce[0] for x in streams]

@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -37,17 +35,11 @@ class Traceable(Protocol):
         self, tokens: Tokens, hooks: Sequence[Hook]
     ) -> list[Float[Array, "batch time d_model"]]: ...
 
-    def residual_from(
-        self, x: Residual, layer: int
-    ) -> Float[Array, "batch time d_model"]:
-        """The residual stream after block `layer` where tokens put `x` into it: rows
-        of `embedding`, or mixtures of them."""
-        ...
-
     def at_from(
         self, x: Residual, hooks: Sequence[Hook]
     ) -> list[Float[Array, "batch time d_model"]]:
-        """`at` where tokens put `x` into the stream."""
+        """`at` where tokens put `x` into the stream: rows of `embedding`, or mixtures
+        of them."""
         ...
 
 
@@ -68,14 +60,6 @@ class Losses(NamedTuple):
 
     ce: Float[Array | np.ndarray, "n batch time-1"]
     kl: Float[Array | np.ndarray, "n batch time"]
-
-
-@jax.jit
-def next_token_loss(logits: Logits, tokens: Tokens) -> Float[Array, "batch time-1"]:
-    """loss_t = -log softmax(logits_t)[token_{t+1}], unreduced, in nats."""
-    logits = logits[:, :-1]
-    picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
 def check_layer(layer: int, *, n_layers: int) -> int:

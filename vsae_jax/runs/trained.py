@@ -203,6 +203,8 @@ class TrainedSAE:
             begin + tokenizer.encode(text, add_special_tokens=False) for text in texts
         ]
         longest, most = max(map(len, ids), default=0), lm.max_positions
+        if not longest:
+            raise UserError("there is no token in the texts; give at least one")
         if most is not None and longest > most:
             raise UserError(
                 f"a text has {longest} tokens and {lm.name} takes {most}: cut it"

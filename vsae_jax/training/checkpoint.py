@@ -97,9 +97,11 @@ class Checkpoints:
             progress=self._args.JsonSave(progress),
         )
         try:
-            if step in self._damaged:
-                self._manager.delete(step)
-                self._damaged.discard(step)
+            # Orbax writes nothing below a step that is there: such a one is damaged, or
+            # was ahead of the other arms of its grid, which went on from before it.
+            for later in [there for there in self.steps() if there >= step]:
+                self._manager.delete(later)
+                self._damaged.discard(later)
             self._manager.save(step, args=parts)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(

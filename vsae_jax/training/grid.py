@@ -12,7 +12,7 @@ from vsae_jax.config.fields import to_json
 from vsae_jax.system import processes
 from vsae_jax.system.errors import UserError
 from vsae_jax.training.loop import run_arms
-from vsae_jax.training.plan import PlannedRun, plan, run_name
+from vsae_jax.training.plan import PlannedRun, file_name, plan, run_name
 
 
 def run(arms: Sequence[TrainConfig], *, names: Sequence[str] = ()) -> Path:
@@ -57,7 +57,7 @@ def swept_fields(arms: Sequence[TrainConfig]) -> list[str]:
 
 def arm_name(arm: TrainConfig, swept: Sequence[str]) -> str:
     """`k-64_beta-0.1_seed-0`."""
-    return "_".join(f"{name}-{getattr(arm, name)}" for name in swept)
+    return file_name(f"{name}-{getattr(arm, name)}" for name in swept)
 
 
 def _write_grid(
@@ -83,9 +83,11 @@ def _write_grid(
 
 
 def _holds(grid: dict[str, Any], earlier: dict[str, Any]) -> bool:
-    """Whether a grid is an earlier one, perhaps with more arms: another seed, say."""
-    return grid["swept"] == earlier["swept"] and all(
-        arm in grid["arms"] for arm in earlier["arms"]
+    """Whether a grid has every arm of an earlier one: it may have grown, by another
+    seed, say."""
+    return bool(earlier.get("arms")) and all(
+        any(had.items() <= arm.items() for arm in grid["arms"])
+        for had in earlier["arms"]
     )
 
 
@@ -104,7 +106,8 @@ def _last_metrics(arm: PlannedRun, *, swept: Sequence[str]) -> dict[str, Any]:
 def _write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(file, fieldnames=names)
         writer.writeheader()
         writer.writerows(rows)
     part.replace(path)

@@ -137,10 +137,15 @@ def bytes_of_one(
     shape = {"data": 1, "latents": 1} if mesh is None else mesh.shape
     d_sae = config.d_sae // shape["latents"]
     of_device = dataclasses.replace(config, d_sae=d_sae, k=1, k_aux=1, prefixes="none")
-    arrays = sae.arrays(of_device).values()
-    parameters = 4 * sum(math.prod(spec.shape(of_device)) for spec in arrays)
     rows = batch_size // shape["data"]
-    return 5 * parameters + rows * (16 * d_sae + 20 * config.d_model)
+    of_a_row = 16 * d_sae + 20 * config.d_model
+    return 5 * bytes_of_parameters(of_device) + rows * of_a_row
+
+
+def bytes_of_parameters(config: SAEConfig) -> int:
+    """The bytes of all trained arrays, in float32."""
+    arrays = sae.arrays(config).values()
+    return 4 * sum(math.prod(spec.shape(config)) for spec in arrays)
 
 
 def _same_switches(

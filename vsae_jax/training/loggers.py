@@ -1,6 +1,7 @@
 """Where training metrics go: metrics.jsonl always, TensorBoard and wandb by flag."""
 
 import errno
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +26,20 @@ class Logger(Protocol):
         ...
 
 
+# Flag -> the package that it needs.
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+def check(config: TrainConfig) -> None:
+    """Refuses a logger whose package is not installed."""
+    for name, package in _PACKAGES.items():
+        if getattr(config, name) and importlib.util.find_spec(package) is None:
+            raise missing_extra(package, extra=name)
+
+
 def open_loggers(config: TrainConfig, folder: Path) -> list[Logger]:
-    """The loggers that the config asks for; a missing package is reported in one line.
-    Only the first of several processes has any."""
+    """The loggers that the config asks for. Only the first of several processes has
+    any."""
     if not processes.first():
         return []
     loggers: list[Logger] = [JsonLines(folder / runs.METRICS)]
@@ -59,10 +71,8 @@ class TensorBoard:
     """TensorBoard events in the run folder, through tensorboardX."""
 
     def __init__(self, folder: Path):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise missing_extra("tensorboardX", extra="tensorboard") from None
+        from tensorboardX import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
@@ -77,10 +87,8 @@ class Wandb:
     """Weights & Biases; WANDB_MODE and the other variables of wandb apply."""
 
     def __init__(self, config: TrainConfig, folder: Path):
-        try:
-            import wandb
-        except ImportError:
-            raise missing_extra("wandb", extra="wandb") from None
+        import wandb
+
         self._run: Any = wandb.init(
             project="vsae_jax", name=folder.name, dir=folder, config=to_json(config)
         )

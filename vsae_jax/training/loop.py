@@ -53,9 +53,10 @@ def _run_arms(arms: Sequence[PlannedRun], locked: contextlib.ExitStack) -> None:
             print(f"arm {number} of {len(arms)}: {planned.folder.name}")
         explain(planned)
         locked.enter_context(locks.held(planned.folder, doing="train"))
+        unfinished = processes.in_turn(open_folder, planned)
         if (planned.folder / runs.DIVERGED).is_file():
             diverged.append(planned.folder.name)
-        elif not processes.in_turn(open_folder, planned):
+        elif not unfinished:
             print(f"{planned.folder} is finished; nothing to do")
         else:
             streams.setdefault(planned.batches, []).append(planned)

@@ -1,7 +1,7 @@
 """A run, resolved: what to train, on what, and where it goes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from vsae_jax.config import (
 from vsae_jax.config.fields import difference, to_json, with_new_fields
 from vsae_jax.system import mesh as meshes
 from vsae_jax.system.errors import UserError
-from vsae_jax.training import native
+from vsae_jax.training import loggers, native
 from vsae_jax.training.step import TrainState, init_state
 
 # A few seconds of two cores.
@@ -77,6 +77,7 @@ def plan(config: TrainConfig, given: GivenRows | None = None) -> PlannedRun:
     else:
         place, activations = "", given
     resolved = resolve_train(config, d_model=activations.d_model)
+    loggers.check(resolved)
     folder = Path(config.out or f"runs/{run_name(config)}")
     resolved = replace(resolved, activations=str(place), out=str(folder))
     dtype = resolved.dtype
@@ -121,7 +122,12 @@ def run_name(config: TrainConfig) -> str:
         and name not in RUNTIME_FIELDS
         and name != "variant"
     ]
-    return "_".join([config.variant, *parts])
+    return file_name([config.variant, *parts])
+
+
+def file_name(parts: Iterable[str]) -> str:
+    """The parts as one folder's name: shares as 1/4 have a slash."""
+    return "_".join(parts).replace("/", "of")
 
 
 def _check_preset(preset: str, activations: Activations) -> None:
@@ -185,6 +191,8 @@ def explain(planned: PlannedRun) -> None:
         )
     if planned.asked.beta and c.penalty != "kl":
         print(f"note: --beta={c.beta} changes nothing: penalty is {c.penalty} here")
+    if planned.asked.noise_at and not planned.sae.noise:
+        print(f"note: --noise_at={c.noise_at} changes nothing: --noise_std is 0 here")
     for penalty in (PENALTIES[name] for name in ("gate_l1", "gate_error", "nested")):
         if getattr(planned.asked, penalty.weight) and not penalty.on(c):
             needs = "--prefixes" if penalty.weight == "nested" else "--gate=path"
@@ -252,6 +260,8 @@ def open_folder(planned: PlannedRun) -> bool:
 
 
 def _write_config(planned: PlannedRun, stated: dict[str, Any]) -> None:
+    # What another config came to says nothing of this one.
+    (planned.folder / runs.DIVERGED).unlink(missing_ok=True)
     device = jax.devices()[0].device_kind
     record = stated | {"versions": runs.versions(), "device": device}
     runs.write_json(planned.folder / runs.CONFIG, record)

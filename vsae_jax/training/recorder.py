@@ -86,12 +86,12 @@ class Watch:
         return steps * self.jobs[0].train.batch_size / seconds
 
     def _is_finite(self, place: int, totals: Any) -> bool:
-        """Whether an arm's loss is finite. A single arm whose loss is not raises; one
-        of several is left out from then on."""
+        """Whether an arm's loss is finite. A single run whose loss is not raises; an
+        arm of a grid is left out from then on."""
         job, bad = self.jobs[place], int(totals.bad_step)
         if bad < 0:
             return job.folder.name not in self.diverged
-        if len(self.jobs) == 1:
+        if not (job.folder.parent / runs.GRID).is_file():
             saved = self._saves[job.folder].steps()
             good = f"step {saved[-1]} is saved" if saved else "nothing was saved before"
             raise UserError(

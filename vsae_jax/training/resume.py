@@ -9,6 +9,7 @@ import jax
 
 from vsae_jax import runs
 from vsae_jax.autoencoder import sae
+from vsae_jax.autoencoder.sparsifiers import sparsifier_of
 from vsae_jax.config import SAEConfig
 from vsae_jax.config.fields import difference, from_json
 from vsae_jax.system import processes
@@ -79,8 +80,12 @@ def fork(job: PlannedRun, own: Checkpoints) -> None:
     trained, new = found[0], first_state(job, None)
     # The moments are the same; the stateless parts between them depend on the config.
     moments = jax.tree.leaves(trained.opt_state)
+    # A running threshold goes on, in the units of the new scale.
+    ratio = new.norm["scale"] / trained.norm["scale"]
+    thresholds = {n: ratio * trained.norm[n] for n in sparsifier_of(job.sae).BUFFERS}
     state = new._replace(
         step=trained.step,
+        norm=new.norm | thresholds,
         params=trained.params,
         opt_state=jax.tree.unflatten(jax.tree.structure(new.opt_state), moments),
         rows_since_fired=trained.rows_since_fired,

@@ -21,7 +21,7 @@ from typing import Any
 from experiments import signal_to_noise
 from experiments.effects import MEASURES, effects_figure, effects_table
 from experiments.paired import Interval, difference
-from experiments.report import Section
+from experiments.report import Filed, Section
 from experiments.study import Arms, Study
 from vsae_jax.config import TrainConfig
 from vsae_jax.runs import series
@@ -183,6 +183,7 @@ def run(study: Study) -> Section:
     """Every switch against its base, as a table and as a figure."""
     found = measured(study)
     effects = {name: of_switches(found, name) for name in ("topk", "vsae")}
+    effects["topk"]["vsae"] = against(found["vsae"], found["topk"])
     parts: list[Any] = [_setting(study)]
     for name, of_name in effects.items():
         parts.append(f"Differences to `{name}`, paired over seeds, 95 % intervals:")
@@ -190,7 +191,8 @@ def run(study: Study) -> Section:
         parts.append(
             study.save(f"ablation_{name}", effects_figure(of_name, f"against {name}"))
         )
-    parts += ["All arms, mean ± standard deviation over seeds:", _values(study, found)]
+    parts.append("All arms, mean ± standard deviation over seeds:")
+    parts.append(Filed(_values(study, found)))
     return Section(
         "One switch at a time",
         "the KL term kills features; the variational method makes features more "

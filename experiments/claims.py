@@ -92,7 +92,7 @@ def run(study: Study) -> Section:
             "Causes, and single latents:",
             causes,
             *([] if any(claim.ours for claim in letters) else [_NOT_TESTED]),
-            *(_of_probes(study, names) if names else []),
+            *_of_probes(study, names),
         ],
         title="The paper's claims",
         claim="",
@@ -189,8 +189,13 @@ def _share(study: Study, name: str, measure: str) -> Interval:
 
 
 def _of_texts(study: Study, names: Sequence[str]) -> list[Claim]:
+    def of(evals: str) -> list[str]:
+        return [n for n in names if paper_grids.is_evaluated(study, n, evals)]
+
     def ours(measure: str, evals: str) -> dict[str, Interval]:
-        return {n: paper_grids.vsae_minus_topk(study, n, measure, evals) for n in names}
+        return {
+            n: paper_grids.vsae_minus_topk(study, n, measure, evals) for n in of(evals)
+        }
 
     return [
         Claim(
@@ -203,13 +208,13 @@ def _of_texts(study: Study, names: Sequence[str]) -> list[Claim]:
         Claim(
             "SCR of the vSAE peaks higher (4.1)",
             ".2068 and .0842 against .0155 and .0522",
-            {n: _of_peak(study, n, "scr", _SCR) for n in names},
+            {n: _of_peak(study, n, "scr", _SCR) for n in of("scr")},
             1,
         ),
         Claim(
             "TPP of the vSAE peaks higher (4.1)",
             ".2533 and .2563 against .2285 and .2358",
-            {n: _of_peak(study, n, "tpp", _TPP) for n in names},
+            {n: _of_peak(study, n, "tpp", _TPP) for n in of("tpp")},
             1,
         ),
         Claim(
@@ -223,6 +228,9 @@ def _of_texts(study: Study, names: Sequence[str]) -> list[Claim]:
 
 def _of_probes(study: Study, names: Sequence[str]) -> list[str | list[list[str]]]:
     """Sparse probing, of which the paper claims nothing."""
+    names = [n for n in names if paper_grids.is_evaluated(study, n, "sparse_probing")]
+    if not names:
+        return []
     said, table = paper_grids.difference_table(study, names, _PROBED, "sparse_probing")
     return [f"Accuracy of probes on each class's latents, no claim. {said}", table]
 
@@ -235,6 +243,8 @@ def _of_letters(study: Study, names: Sequence[str]) -> list[Claim]:
     ours = {}
     for name in names:
         study.evaluate(name, "absorption", absorption_words=words)
+        if not paper_grids.is_evaluated(study, name, "absorption"):
+            continue
         found = study.metrics(name, "absorption")
         if paper_grids.over_kinds(found, "vsae_topk", _ABSORBED):
             ours[name] = paper_grids.vsae_minus_topk(

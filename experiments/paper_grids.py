@@ -70,7 +70,7 @@ def _size(f: Figures, preset: Preset, d_sae: int) -> dict[str, int]:
 
 def trained(study: Study, *evals: str) -> list[str]:
     """Trains the grids and makes these evaluations; returns the names of those that
-    are there."""
+    have the first of them, or any arm."""
     made = grids(study)
     for name, arms in made.items():
         preset, layer = name.rsplit("-", 1)
@@ -78,7 +78,18 @@ def trained(study: Study, *evals: str) -> list[str]:
         study.train(name, arms)
         for each in evals:
             study.evaluate(name, each)
-    return [name for name in made if study.arms(name)]
+    return [
+        name
+        for name in made
+        if (is_evaluated(study, name, evals[0]) if evals else study.arms(name))
+    ]
+
+
+def is_evaluated(study: Study, name: str, evals: str) -> bool:
+    """Whether both variants of a grid have an evaluation."""
+    found = study.metrics(name, evals) if study.arms(name) else {}
+    starts = [f"variant-{variant}_" for variant in VARIANTS]
+    return all(any(kind.startswith(start) for kind in found) for start in starts)
 
 
 def with_first_k(study: Study, name: str) -> list[Arm]:

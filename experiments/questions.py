@@ -49,8 +49,6 @@ def run(study: Study) -> Section:
         "**1. What kills latents?** " + _what_kills(found),
         "**2. Where does a sampled vSAE train?** " + _where(study),
         "**3. Does anything variational beat TopK?** " + _what_beats(same, equal),
-        "Against `topk` with the same d_sae, k (L0) and budget:",
-        effects_table(same),
         "Against TopK with as many alive latents:",
         effects_table(equal, _EQUAL_ALIVE),
         study.save("equal_alive", figure),

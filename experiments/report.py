@@ -28,6 +28,10 @@ _STYLE = (
 )
 
 
+class Filed(Table):
+    """A table that is a file beside the report, however short."""
+
+
 class Section(NamedTuple):
     """One experiment: what is claimed, what the paper has, what came out (paragraphs,
     tables with a header, files of figures), and the command, which the report adds."""
@@ -66,7 +70,7 @@ def long_tables(section: Section) -> dict[str, Table]:
     return {
         f"tables/{name}_{number}.csv": rows
         for number, rows in enumerate(tables, start=1)
-        if len(rows) > 1 + MOST_ROWS
+        if len(rows) > 1 + MOST_ROWS or isinstance(rows, Filed)
     }
 
 

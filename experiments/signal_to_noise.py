@@ -214,14 +214,14 @@ def _words(study: Study, found: list[Cell]) -> str:
     spread = [c for c in _near_topk(found) if c.difference(_MEASURES[2]).sign > 0]
     killed = [c for c in _near_topk(found) if c.difference("alive").sign < 0]
     lines = [
-        f"* Collapsed (explained variance of at most 0): {_named(collapsed)}.",
-        f"* {near_topk(found)}",
-        "* Of those, selection spread over more latents than TopK's (interval above "
+        f"Collapsed (explained variance of at most 0): {_named(collapsed)}.",
+        near_topk(found),
+        "Of those, selection spread over more latents than TopK's (interval above "
         f"0): {_named(spread)}.",
-        f"* Of those, fewer latents alive than TopK's: {_named(killed)}.",
-        f"* The other experiments run at norm {recommended(study):g}.",
+        f"Of those, fewer latents alive than TopK's: {_named(killed)}.",
+        f"The other experiments run at norm {recommended(study):g}.",
     ]
-    return "\n".join(lines)
+    return " ".join(lines)
 
 
 def _named(found: list[Cell]) -> str:

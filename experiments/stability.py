@@ -220,7 +220,7 @@ def _verdict(found: Mapping[str, Any]) -> Table:
             for kind in kinds
         ]
         cells = [_cell(found.get(k, {}), PRIMARY, 3) for k in (*kinds, f"vsae{end}")]
-        rows.append([end.strip("_") or "as elsewhere", *cells, *effects])
+        rows.append([end.strip("_") or "of the ablation", *cells, *effects])
     return rows
 
 
@@ -236,6 +236,14 @@ def _switches(found: Mapping[str, Any]) -> str:
         ranked = sorted(effects.items(), key=lambda item: -item[1].mean)
         named = "; ".join(f"{kind} {e}" for kind, e in ranked)
         lines.append(f"Against `{base}`: {named or 'nothing'}.")
+    relus = "; ".join(
+        f"{kind} {_cell(seeds, PRIMARY, 3)} at {_cell(seeds, 'explained_variance', 3)}"
+        for kind, seeds in found.items()
+        if kind.startswith(("vsae_relu", "relu_")) or kind == "vsae"
+    )
+    lines.append(
+        f"The vSAE and kinds with a ReLU, each at its explained variance: {relus}."
+    )
     return "\n\n".join(lines)
 
 

@@ -33,6 +33,13 @@ def autoencoder(tiny_run):
     return vsae_jax.load(tiny_run)
 
 
+@pytest.mark.parametrize("text", ["a dog", ["a dog", "a cat"]])
+def test_text_in_place_of_tokens_is_refused(model, text):
+    for ask in (model.loss, model.logits):
+        with pytest.raises(UserError, match="give lm.tokenize"):
+            ask(text)
+
+
 @pytest.fixture(scope="module")
 def tokens(model):
     return model.tokenize([PROMPT, "The big red bird was"])[:, :6]
@@ -60,6 +67,14 @@ def test_token_by_token_is_the_whole_pass(case, layer, tmp_path):
         np.testing.assert_allclose(logits, whole[:, t], atol=1e-4)
     with pytest.raises(ValueError, match="room for 17 positions"):
         forward(TOKENS[:, :1])
+
+
+def test_a_splice_by_an_autoencoder_knows_its_layer(model, autoencoder, tokens):
+    each, layer = [identity, splices.reconstruct(autoencoder)], autoencoder.reader.layer
+    (_, said), (_, known) = (
+        model.loss(tokens, layer=at, splices=each) for at in (layer, None)
+    )
+    np.testing.assert_array_equal(said, known)
 
 
 def assert_likeliest(model, tokens, new, *, layer, splice):

@@ -130,6 +130,8 @@ class LanguageModel(ModelFacts, abc.ABC):
         self, tokens: Tokens, hook: Hook, splices: Sequence[Splice]
     ) -> Iterator[Residual]:
         """The stream after the hook's block with each splice."""
+        if isinstance(tokens, str) or (len(tokens) and isinstance(tokens[0], str)):
+            raise UserError("tokens are text: give lm.tokenize(text)")
         cut = self.cut(tokens, hook)
         for splice in splices:
             yield self.joined(cut, [apply_splice(splice, cut.value)])[0]

@@ -79,11 +79,12 @@ def splice_layer(
     n_layers: int,
     site: Site = "resid_post",
 ) -> int:
-    """The block of the splices; the last one where nothing is spliced. Refuses a splice
-    that has a `hook` at another site."""
-    for splice in splices:
-        hook = getattr(splice, "hook", None)
-        if hook is not None and hook.site != site:
+    """The block of the splices: `layer`, or that of the `hook` which splices by an
+    autoencoder have, or the last one where nothing is spliced. Refuses a splice that
+    has a hook at another site."""
+    hooks = {hook for s in splices if (hook := getattr(s, "hook", None)) is not None}
+    for hook in hooks:
+        if hook.site != site:
             raise UserError(
                 f"the splice is by an autoencoder of {hook.name} and would be applied "
                 f"at {site}; lm.logits and lm.loss take site={hook.site!r}, generate "
@@ -91,6 +92,8 @@ def splice_layer(
             )
     if layer is not None:
         return check_layer(layer, n_layers=n_layers)
+    if len(hooks) == 1:
+        return check_layer(hooks.pop().layer, n_layers=n_layers)
     if any(splice is not identity for splice in splices):
         raise ValueError("splices need a layer: the block whose residual they replace")
     return n_layers - 1

@@ -276,7 +276,8 @@ def draw(found: Mapping[str, Any]) -> "Figure":
         ):
             for kind, seeds in found.items():
                 at = _mean(seeds, x), _mean(seeds, "latents_that_return")
-                if None in at or at[0] < _LEAST:
+                elsewhere = any(end in kind for end in _ELSEWHERE)
+                if elsewhere or None in at or at[0] < _LEAST:
                     continue
                 family = kind.split("_", 1)[0]
                 colour = style.VERMILLION if family == "vsae" else style.GREY
@@ -291,6 +292,7 @@ def draw(found: Mapping[str, Any]) -> "Figure":
             figure,
             "Latents of one run whose decoder row has a cosine above 0.7 with its "
             "partner's in a run of another seed; means over pairs of seeds. Kinds that "
-            f"explain less than {_LEAST:g} are not shown.",
+            f"explain less than {_LEAST:g}, or had other rows or another length, are "
+            "not shown.",
         )
     return figure

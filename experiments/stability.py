@@ -145,7 +145,11 @@ def _evaluate(study: Study, grid: str) -> None:
 
 def run(study: Study) -> Section:
     """The table of kinds, what the primary outcome says, and its price as a figure."""
-    found = measured(study, trained(study))
+    found = {
+        kind: seeds
+        for kind, seeds in measured(study, trained(study)).items()
+        if ablation.pick(seeds, PRIMARY)
+    }
     parts = (
         [
             _setting(study, found),
@@ -156,7 +160,7 @@ def run(study: Study) -> Section:
             study.save("stability_price", draw(found)),
             _table(found),
         ]
-        if all(ablation.pick(found.get(k, {}), PRIMARY) for k in ("topk", "vsae"))
+        if {"topk", "vsae"} <= found.keys()
         else ["TopK and the vSAE are not evaluated yet."]
     )
     return Section(

@@ -21,7 +21,8 @@ class Text:
     """What is read: "" is the bundled model, and its stories.
 
     max_norm_multiple: as in train, for every arm. tuning_documents: how many of the
-    last documents are set aside for the search for learning rates.
+    last documents are set aside for the search for learning rates; none of the bundled
+    stories, which are all trained on.
     """
 
     model: str = ""
@@ -236,7 +237,7 @@ SMOKE = Scale(
     samples=1_000,
 )
 STANDIN = Scale(
-    text=Text(num_tokens=2_200_000),
+    text=Text(num_tokens=2_200_000, tuning_documents=600),
     figures=Figures(
         d_sae=(2048,),
         k=(32, 64),
@@ -253,7 +254,7 @@ STANDIN = Scale(
         seeds=5,
         steps=1200,
         batch_size=256,
-        lrs=(7e-4, 2e-3, 6e-3),
+        lrs=(6e-4, 2e-3, 6e-3, 2e-2, 6e-2),
         norms=(0.0, 0.3, 1.0, 3.0, 10.0),
         map_betas=(0.0, 0.01, 0.1, 1.0),
         map_lrs=(1e-3, 4e-3),
@@ -262,7 +263,13 @@ STANDIN = Scale(
         cross_steps=300,
         cross_seeds=3,
     ),
-    stability=Stability(tokens=100_000),
+    stability=Stability(
+        tokens=40_000,
+        lengths=(400, 3_600),
+        l1=(0.03, 0.06),
+        noises=(0.3,),
+        noise_at=("input", "kept"),
+    ),
     truth=_SMALL_TRUTH,
     family=replace(_FAMILY_OF_A_GPU, truth=_SMALL_TRUTH),
     eval_tokens=25_000,

@@ -123,9 +123,9 @@ class Study:
 
     def tuning_text(self) -> str:
         """A file of the last documents, which nothing is trained or evaluated on but
-        the search for learning rates; "" where the scale sets none aside."""
+        the search for learning rates; "" where none are set aside."""
         n, path = self.scale.text.tuning_documents, self.out / "texts" / "tuning.jsonl"
-        if not n:
+        if not n or not self.scale.text.dataset:
             return ""
         if not path.is_file():
             found = text.documents(self.dataset, split="train", text_column="text")

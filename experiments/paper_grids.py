@@ -43,7 +43,7 @@ def _arms(study: Study, preset: Preset, layer: int) -> Arms:
     f = study.scale.figures
     arms = {}
     for variant in VARIANTS:
-        for k in f.k:
+        for k in (preset == "released" and f.released_k) or f.k:
             for d_sae in f.d_sae:
                 size = f"d_sae-{d_sae}_" if len(f.d_sae) > 1 else ""
                 for seed in range(f.seeds):

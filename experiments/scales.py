@@ -38,7 +38,7 @@ class Text:
 class Figures:
     """The paper's own comparison: presets by layer, variants, sizes, k.
     released_to_the_letter: preset `released` at its own d_sae, steps and batch.
-    layers: those of the text, unset."""
+    released_k: of that preset; `k`, unset. layers: those of the text, unset."""
 
     d_sae: tuple[int, ...]
     k: tuple[int, ...]
@@ -47,6 +47,7 @@ class Figures:
     batch_size: int
     feature_tokens: int
     released_to_the_letter: bool = False
+    released_k: tuple[int, ...] = ()
     layers: tuple[int, ...] = ()
 
 
@@ -345,7 +346,13 @@ LARGE = Scale(
 REAL = replace(
     LARGE,
     text=replace(LARGE.text, num_tokens=1_000_000),
-    figures=replace(LARGE.figures, k=(64,), steps=2_000, feature_tokens=50_000),
+    figures=replace(
+        LARGE.figures,
+        k=(64, 256),
+        released_k=(64,),
+        steps=2_000,
+        feature_tokens=50_000,
+    ),
     controlled=replace(
         LARGE.controlled,
         other_k=(16,),

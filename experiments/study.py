@@ -24,6 +24,7 @@ from experiments.scales import Scale
 from vsae_jax import evaluate, extract, features, runs
 from vsae_jax.activations import text
 from vsae_jax.config import EvalConfig, ExtractConfig, TrainConfig
+from vsae_jax.evals.on_texts import PER_SEED
 from vsae_jax.runs.series import Arm, open_arms
 from vsae_jax.system.errors import UserError
 from vsae_jax.system.files import replace_file
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Arms = dict[str, TrainConfig]
 BUNDLED = Path(str(resources.files("vsae_jax") / "data/neox-stories"))
 STORIES = BUNDLED / "sampled_stories.jsonl"
-_EXPLAINED, _PER_SEED = "explained_variance", "per_seed"
+_EXPLAINED = "explained_variance"
 _WITHOUT_LABELS = ("core", "stability", "predictability", "absorption")
 _SEED = re.compile(r"(.*)_seed-(\d+)")
 
@@ -135,28 +136,23 @@ class Study:
         return str(path)
 
     def evaluate(self, name: str, evals: str, **fields: Any) -> None:
-        """Evaluates the arms of a grid, where any of them is not yet, or on fewer probe
-        seeds; `fields` are further flags of `evaluate`."""
+        """Evaluates the arms of a grid that are not yet, or on fewer probe seeds;
+        `fields` are further flags of `evaluate`."""
         if self.only_look:
             return
+        say(f"evaluating {name}: {evals}")
         texts = evals not in _WITHOUT_LABELS
         on_texts = {**self.labelled, "probe_seeds": self.probe_seeds} if texts else {}
-        files = [f"{each}.json" for each in evals.split(",")]
-        paths = [a.folder / runs.EVALS / f for a in self.arms(name) for f in files]
-        done = all(path.is_file() for path in paths)
-        if done and texts and self.probe_seeds > 1:
-            done = len(self.probes(name, evals)) >= self.probe_seeds
-        if not done:
-            say(f"evaluating {name}: {evals}")
-            evaluate.run(
-                EvalConfig(
-                    run=str(self.grid(name)),
-                    evals=evals,
-                    train_size=self.scale.train_size,
-                    test_size=self.scale.test_size,
-                    **{"num_tokens": self.scale.eval_tokens} | on_texts | fields,
-                )
+        evaluate.run(
+            EvalConfig(
+                run=str(self.grid(name)),
+                evals=evals,
+                only_missing=True,
+                train_size=self.scale.train_size,
+                test_size=self.scale.test_size,
+                **{"num_tokens": self.scale.eval_tokens} | on_texts | fields,
             )
+        )
 
     def metrics(
         self, name: str, evals: str = "core", probe: int | None = None
@@ -189,7 +185,7 @@ class Study:
         """Numbers of the probe seeds that all evaluated arms of a grid have; empty for
         evaluations without probes."""
         each = [
-            len(result.get(_PER_SEED, [0]))
+            len(result.get(PER_SEED, [0]))
             for _, results in self._results(name, evals)
             for which, result in results.items()
             if which not in _WITHOUT_LABELS
@@ -253,8 +249,8 @@ def measures(
     decoder cosine of those, and the means of SCR and TPP over 2 to 50 ablated latents,
     so that no number of them is picked."""
     found = dict(result["metrics"])
-    if probe is not None and _PER_SEED in result:
-        found = dict(list(result[_PER_SEED].values())[probe]["metrics"])
+    if probe is not None and PER_SEED in result:
+        found = dict(list(result[PER_SEED].values())[probe]["metrics"])
     latents = result.get("per_latent", {})
     if "feature_density" in latents:
         density = latents["feature_density"]

@@ -152,6 +152,27 @@ def test_scores_of_several_probe_seeds_are_averaged_and_kept(
         assert {n: found["metrics"][n] for n in known} == pytest.approx(means)
 
 
+def test_only_what_is_missing_is_evaluated(evaluated, flags, tmp_path, capsys):
+    grid = copied(evaluated, tmp_path / "grid")
+    kept, lacks = runs.run_folders(grid)[:2]
+    (lacks / "evals/tpp.json").unlink()
+    mark = kept / "evals/tpp.json"
+    mark.write_text(json.dumps(results(kept, "tpp") | {"mark": 1}))
+    options = flags | {"evals": "tpp", "only_missing": True}
+    assert call("evaluate", run=grid, **options) == 0
+    assert results(kept, "tpp")["mark"] == 1
+    expected = results(runs.run_folders(evaluated)[1], "tpp")["metrics"]
+    assert results(lacks, "tpp")["metrics"] == expected
+    capsys.readouterr()
+    assert call("evaluate", run=grid, **options) == 0
+    assert f"every arm of {grid} has tpp" in capsys.readouterr().out
+    assert call("evaluate", run=grid, probe_seeds=2, **options) == 0
+    assert (
+        "mark" not in results(kept, "tpp")
+        and len(results(kept, "tpp")["per_seed"]) == 2
+    )
+
+
 def test_a_file_with_two_columns_of_labels_is_two_sets(stories):
     flags = {"labelled": f"{stories},{stories}", "text_column": "story"}
     config = EvalConfig(run="r", label_column="animal,stars", **flags)

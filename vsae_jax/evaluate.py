@@ -65,8 +65,13 @@ def command(configs: Sequence[EvalConfig]) -> None:
 
 
 def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
-    """Writes `evals/<name>.json` for every arm; returns the metrics by arm."""
+    """Writes `evals/<name>.json` for every arm; returns the metrics by arm, of those
+    that were evaluated."""
     names = _eval_names(eval_config)
+    folders = _folders(eval_config, names)
+    if not folders:
+        print(f"--only_missing: every arm of {eval_config.run} has {', '.join(names)}")
+        return {}
     quirks = read_quirks(
         eval_config.quirks, all_of_them=eval_config.saebench_compatible
     )
@@ -75,7 +80,7 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     # All of it is checked before the first pass of a language model.
     checked = [
         (subjects, _checked(subjects, sets, names, eval_config, quirks))
-        for subjects in open_subjects(eval_config)
+        for subjects in open_subjects(eval_config, folders)
     ]
     results: dict[str, dict[str, Any]] = {}
     try:
@@ -132,6 +137,26 @@ def _eval_names(config: EvalConfig) -> list[str]:
                 f"--evals={name} needs labelled texts; name them with --labelled"
             )
     return names
+
+
+def _folders(config: EvalConfig, names: Sequence[str]) -> list[Path]:
+    """Those of the arms to evaluate: all, or those that lack a result."""
+    folders = runs.run_folders(config.run)
+    if not config.only_missing:
+        return folders
+    missing = [f for f in folders if not all(_has(f, name, config) for name in names)]
+    # It compares arms with each other.
+    return folders if missing and "stability" in names else missing
+
+
+def _has(folder: Path, name: str, config: EvalConfig) -> bool:
+    """Whether an arm has a result, of as many seeds of the probes as are asked for."""
+    path = folder / runs.EVALS / f"{name}.json"
+    if not path.is_file():
+        return False
+    if name not in on_texts.EVALS or config.probe_seeds == 1:
+        return True
+    return len(runs.read_json(path).get(on_texts.PER_SEED, [])) >= config.probe_seeds
 
 
 def _checked(

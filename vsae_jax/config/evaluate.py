@@ -72,6 +72,11 @@ class EvalConfig(OpenOptions):
     saebench_compatible: bool = flag("SAEBench 0.6's numbers, bugs included", False)
     quirks: str = flag("comma list of some of those bugs, to include only them", "")
     saebench_json: bool = flag("also write files in SAEBench's own schema", False)
+    only_missing: bool = flag(
+        "leave out arms that have a result of each of --evals, however it was made; "
+        "stability is of all arms or none",
+        False,
+    )
     num_tokens: int = flag("most tokens to evaluate on", 409_600)
     batch_size: int = flag("contexts in a forward pass", 16)
 

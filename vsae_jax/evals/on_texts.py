@@ -25,6 +25,8 @@ EVALS: dict[str, ModuleType] = {
     "scr": scr,
     "tpp": tpp,
 }
+# Under this name a result holds what each seed of the probes gave.
+PER_SEED = "per_seed"
 # Metrics by class, by set, by seed.
 PerSeed = dict[int, dict[str, dict[str, Metrics]]]
 # Bytes of pooled latents in memory at once.
@@ -321,7 +323,7 @@ def _result(
             }
             for where, classes in per_set.items()
         },
-        "per_seed": of_seeds,
+        PER_SEED: of_seeds,
         "config": subject.config
         | {
             "tokens_from": "labelled texts",

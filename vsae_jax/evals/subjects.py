@@ -1,7 +1,9 @@
 """The runs that are evaluated together."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -22,10 +24,13 @@ _SHARED = (
 )
 
 
-def open_subjects(config: OpenOptions) -> list[list[Subject]]:
-    """The runs that `--run` names, grouped by language model, hook and tokens."""
+def open_subjects(
+    config: OpenOptions, folders: Sequence[Path] | None = None
+) -> list[list[Subject]]:
+    """The runs that `--run` names, or some of their folders, grouped by language model,
+    hook and tokens."""
     lm.leave_room(backend=config.backend, device=config.device)
-    opened = [open_any(folder) for folder in runs.run_folders(config.run)]
+    opened = [open_any(f) for f in folders or runs.run_folders(config.run)]
     load = cache(lm.load_language_model)
     groups: dict[tuple, list[Subject]] = {}
     for run in opened:

@@ -423,6 +423,6 @@ def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert cli.run(reproduce.command, ReproduceConfig, ["reproduce", *flags]) == 0
     again = capsys.readouterr().out
-    assert "=== training" not in again and "=== evaluating" not in again
+    assert "=== training" not in again and "/evals/" not in again
     assert (out / "report.md").read_text() == text
     assert STORIES.is_file()

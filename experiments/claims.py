@@ -10,19 +10,16 @@ at least one excludes it on the other side, `holds only for ...` where some do, 
 shown` where no interval excludes 0.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from experiments import ablation, paper_grids, questions, stability
+from experiments import ablation, kept, paper_grids, questions, stability
 from experiments.paired import Interval, difference, over_probes
 from experiments.report import Section
 from experiments.study import Arms, Study
-from vsae_jax.system.files import replace_file
 
 PREDICTABLE = "auc_by_bigram_median"
-RESULTS, FILE = Path(__file__).parent / "results", "claims.json"
+FILE = "claims"
 _ABSORBED = "mean_full_absorption_score"
 _PROBED = {
     "sae_top_1_test_accuracy": "best latent",
@@ -69,8 +66,8 @@ def run(study: Study) -> Section:
         {"claim": c.text, "ours": _ours(c), "verdict": verdict(c.ours, c.sign)}
         for c in claims
     ]
-    replace_file(study.out / FILE, (json.dumps(told, indent=1) + "\n").encode())
-    elsewhere = _elsewhere(study)
+    kept.keep(study, FILE, told)
+    elsewhere = kept.elsewhere(study, FILE)
     header = ["the paper", "its files", *elsewhere, "here", "verdict"]
     measured, causes = [header], [header]
     for claim, here in zip(claims, told, strict=True):
@@ -98,16 +95,6 @@ def run(study: Study) -> Section:
         claim="",
         paper="",
     )
-
-
-def _elsewhere(study: Study) -> dict[str, dict[str, dict[str, str]]]:
-    """What other scales said of each claim, where their results are kept."""
-    found = {}
-    for path in sorted(RESULTS.glob(f"*/{FILE}")):
-        if path.resolve() != (study.out / FILE).resolve():
-            told = json.loads(path.read_text())
-            found[path.parent.name] = {claim["claim"]: claim for claim in told}
-    return found
 
 
 def verdict(ours: dict[str, Interval], sign: int) -> str:

@@ -10,12 +10,17 @@ by Holm's method; every other interval of the report is exploratory, and about o
 twenty excludes 0 by chance.
 """
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from experiments import ablation, questions, signal_to_noise, stability
+from experiments import ablation, kept, questions, signal_to_noise, stability
 from experiments.paired import Interval, holm
 from experiments.report import Section
 from experiments.study import Arms, Study
+
+FILE = "primary"
+_COLUMNS = ("vSAE's part - without it", "here", "p (Holm)", "says")
 
 
 class Outcome(NamedTuple):
@@ -37,11 +42,34 @@ def run(study: Study) -> Section:
     stability.trained(study)
     outcomes = of(study)
     corrected = iter(holm([o.found.p for o in outcomes if o.found]))
-    rows = [["question", "vSAE's part - without it", "difference", "p (Holm)"]]
-    for o in outcomes:
-        p = f"{next(corrected):.2g}" if o.found else "-"
-        rows.append([o.question, o.contrast, str(o.found or "not measured"), p])
+    told = [_line(o, next(corrected)) if o.found else _line(o) for o in outcomes]
+    kept.keep(study, FILE, told)
+    elsewhere = kept.elsewhere(study, FILE)
+    rows = [["question", *_COLUMNS, *elsewhere]]
+    for here in told:
+        others = [_beside(there, here) for there in elsewhere.values()]
+        rows.append([here["question"], *(here[c] for c in _COLUMNS), *others])
     return Section("Primary outcomes", "", "", [rows])
+
+
+def _line(outcome: Outcome, p: float = math.nan) -> dict[str, str]:
+    """What is kept of an outcome; p is corrected."""
+    sign = outcome.found.sign if outcome.found and p < 0.05 else 0
+    return {
+        "question": outcome.question,
+        "vSAE's part - without it": outcome.contrast,
+        "here": str(outcome.found or "not measured"),
+        "p (Holm)": "-" if math.isnan(p) else f"{p:.2g}",
+        "says": {-1: "less", 0: "not shown", 1: "more"}[sign],
+    }
+
+
+def _beside(there: Mapping[str, kept.Line], here: kept.Line) -> str:
+    """The same outcome at another scale, and whether it says the same."""
+    if (other := there.get(here["question"])) is None:
+        return "-"
+    same = "as here" if other["says"] == here["says"] else f"there: {other['says']}"
+    return f"{other['here']}, p {other['p (Holm)']} ({same})"
 
 
 def of(study: Study) -> list[Outcome]:

@@ -15,8 +15,10 @@ from experiments import (
     ablation,
     claims,
     cross,
+    kept,
     labels,
     plan,
+    primary,
     questions,
     report,
     reproduce,
@@ -310,6 +312,28 @@ def test_labelled_stories_are_written_once(tmp_path):
     labels.write(path, [], most=26)
     with pytest.raises(UserError, match="too few texts"):
         labels.write(tmp_path / "none.jsonl", stories[:60], most=26)
+
+
+def test_primary_outcomes_stand_beside_those_of_other_scales(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    here, there = (Study(SCALES["smoke"], tmp_path / name, {}) for name in ("a", "b"))
+    found = difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0})
+    told = [
+        primary._line(primary.Outcome(question, "x - y", found), p)
+        for question, p in (("A?", 0.01), ("B?", 0.2))
+    ]
+    told.append(primary._line(primary.Outcome("C?", "x - y", None)))
+    assert [line["says"] for line in told] == ["more", "not shown", "not shown"]
+    assert told[2]["here"] == "not measured" and told[2]["p (Holm)"] == "-"
+    for study in (here, there):
+        study.out.mkdir()
+        kept.keep(study, primary.FILE, told)
+    (scale,) = kept.elsewhere(here, primary.FILE).items()
+    assert scale[0] == "b" and list(scale[1]) == ["A?", "B?", "C?"]
+    beside = primary._beside(scale[1], told[0])
+    assert beside == f"{found}, p 0.01 (as here)"
+    assert "(there: not shown)" in primary._beside({"A?": told[1]}, told[0])
+    assert primary._beside({}, told[0]) == "-"
 
 
 def test_the_page_escapes_and_needs_nothing_else(tmp_path):

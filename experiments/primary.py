@@ -81,10 +81,12 @@ def of(study: Study) -> list[Outcome]:
         seeds, of_base = found.get(kind, {}), found.get(base, {})
         return ablation.against(seeds, of_base, [measure]).get(measure)
 
+    # Other scales have other betas beside that of the arms.
+    beta = ablation.KINDS["vsae"]["beta"]
     cells = [
         cell
         for cell in signal_to_noise.cells(study)
-        if cell.decoder == "unit" and cell.beta > 0
+        if cell.decoder == "unit" and cell.beta == beta
     ]
     unit = signal_to_noise.unit(study)
     closest = min(cells, key=lambda cell: abs(cell.norm - unit), default=None)

@@ -267,7 +267,7 @@ STANDIN = Scale(
     stability=Stability(
         tokens=40_000,
         lengths=(400, 3_600),
-        l1=(0.03, 0.06),
+        l1=(0.03, 0.06, 0.1),
         noises=(0.3,),
         noise_at=("input", "kept"),
     ),
@@ -372,6 +372,7 @@ REAL = replace(
             "topk",
             "topk_noise",
             "topk_kl",
+            "topk_l1",
             "vsae",
             "vsae_no_noise",
             "vsae_no_penalty",

@@ -377,8 +377,6 @@ REAL = replace(
             "vsae_no_noise",
             "vsae_no_penalty",
             "vsae_relu",
-            "vsae_learned",
-            "vsae_free",
             "vsae_kl_selected",
             "vsae_beta-0.01",
             "vsae_beta-0.5",

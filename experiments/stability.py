@@ -55,6 +55,8 @@ MEASURES = {
 _LEAST = -1
 # In the name of a kind: trained on other rows, or for longer.
 _ELSEWHERE = ("_all-rows", "_layer-", "_steps-")
+# Beside plain ReLU autoencoders, which have an L1 penalty too.
+_RIVALS = ("vsae", "vsae_relu", "topk_k-16", "topk_l1")
 _FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
 
 
@@ -240,13 +242,14 @@ def _switches(found: Mapping[str, Any]) -> str:
         ranked = sorted(effects.items(), key=lambda item: -item[1].mean)
         named = "; ".join(f"{kind} {e}" for kind, e in ranked)
         lines.append(f"Against `{base}`: {named or 'nothing'}.")
-    relus = "; ".join(
+    beside = "; ".join(
         f"{kind} {_cell(seeds, PRIMARY, 3)} at {_cell(seeds, 'explained_variance', 3)}"
         for kind, seeds in found.items()
-        if kind.startswith(("vsae_relu", "relu_")) or kind == "vsae"
+        if kind.startswith("relu_") or kind in _RIVALS
     )
     lines.append(
-        f"The vSAE and kinds with a ReLU, each at its explained variance: {relus}."
+        "The vSAE and what could do as well with nothing sampled, each at its explained "
+        f"variance: {beside}."
     )
     return "\n\n".join(lines)
 

@@ -247,10 +247,7 @@ def _switches(found: Mapping[str, Any]) -> str:
         for kind, seeds in found.items()
         if kind.startswith("relu_") or kind in _RIVALS
     )
-    lines.append(
-        "The vSAE and what could do as well with nothing sampled, each at its explained "
-        f"variance: {beside}."
-    )
+    lines.append(f"The vSAE and its rivals, each at its explained variance: {beside}.")
     return "\n\n".join(lines)
 
 

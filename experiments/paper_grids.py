@@ -167,7 +167,9 @@ def difference_table(
     }
     rows, noisy = [header], any(i.noise for each in found.values() for i in each)
     for name, each in found.items():
-        rows.append([name, *map(str, each)])
+        n = min(i.n for i in each)
+        fewer = f" ({n} seeds)" if n < study.scale.figures.seeds else ""
+        rows.append([name + fewer, *map(str, each)])
         if noisy:
             rows.append(["sd", *(i.noise or "-" for i in each)])
     said = "vSAE - TopK, mean over k, paired over seeds, 95 % intervals"

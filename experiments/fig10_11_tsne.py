@@ -8,9 +8,8 @@ Command:
     python -m experiments.reproduce --scale=standin --only=fig10_11_tsne --out=DIR
 
 The paper shows one map of each and no number but cluster sizes (56 to 151 against 60 to
-152). Every number here stands beside its value by chance. Ours (stand-in, k 32, three
-seeds; experiments/results/standin/report.md): the nearest decoder cosine is .365 (by
-chance .266) against TopK's .307 (.282): closer together, not further apart.
+152). Every number here stands beside its value by chance. Ours:
+experiments/results/standin/report.md.
 """
 
 from experiments import paper_grids

@@ -8,10 +8,8 @@ Command:
     python -m experiments.reproduce --scale=standin --only=fig3_core --out=DIR
 
 The paper (its files, docs/paper_and_code.md 6): at k 64 to 512 loss recovered .88 to
-1.03 against .85 to 1.03, alive .96 to .98 against .05 to .37. Ours (stand-in, three
-seeds, vSAE - TopK under `paper`, `released`; experiments/results/standin/report.md):
-loss recovered -.0042, .0000; explained variance -.026, +.008; cosine -.011, +.004;
-alive of 2,048 -1,269, -839.
+1.03 against .85 to 1.03, alive .96 to .98 against .05 to .37. Ours: the reports in
+experiments/results.
 """
 
 from experiments import paper_grids

@@ -8,9 +8,7 @@ Command:
     python -m experiments.reproduce --scale=standin --only=fig4_scr --out=DIR
 
 The paper (docs/paper_and_code.md 6): at k 256 and 20 ablated latents .0121 against
-.1359, at 100 -.5981 against .2008. Ours (stand-in, three seeds, vSAE - TopK under
-`paper`, `released`; experiments/results/standin/report.md): mean of 2 to 50 ablated
-latents +.152 [.037, .268], +.313 [.085, .540].
+.1359, at 100 -.5981 against .2008. Ours: the reports in experiments/results.
 """
 
 from experiments import paper_grids

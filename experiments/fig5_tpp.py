@@ -8,10 +8,7 @@ Command:
     python -m experiments.reproduce --scale=standin --only=fig5_tpp --out=DIR
 
 The paper (docs/paper_and_code.md 6): at k 256 the SAE's best is .2285 (10 ablated), the
-vSAE's .2533 (50 ablated). Ours (stand-in, three seeds, vSAE - TopK under `paper`,
-`released`; experiments/results/standin/report.md): mean of 2 to 50 ablated latents
-+.045 [.026, .065], -.002 [-.039, .035]; the best over their number -.017 [-.020,
--.015], +.018 [-.003, .039].
+vSAE's .2533 (50 ablated). Ours: the reports in experiments/results.
 """
 
 from experiments import paper_grids

@@ -9,9 +9,8 @@ Command:
 
 The paper counted bars of a histogram clipped to [0, 2.5]; in its files 1,474 against
 7,379 fire, 80.0 % fewer (docs/paper_and_code.md 4). Here nothing is clipped, and the
-clipped count stands in the figure beside the others. Ours (stand-in, k 32, three seeds;
-experiments/results/standin/report.md): 776 of 2,048 fire against all of TopK's under
-`paper`, 931 under `released`.
+clipped count stands in the figure beside the others. Ours:
+experiments/results/standin/report.md.
 """
 
 from experiments import paper_grids

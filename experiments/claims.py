@@ -82,7 +82,7 @@ def run(study: Study) -> Section:
     return Section(
         parts=[
             "`paper-L` and `released-L` are vSAE - TopK under the two presets at layer "
-            "L, the mean over k; the others are arms of the ablation. "
+            f"L, the mean over k ({_ks(study)}); the others are arms of the ablation. "
             "`released` differs in six things at once."
             + (f" sd: {paper_grids.NOISE}." if noisy else ""),
             *([measured] if len(measured) > 1 else []),
@@ -116,6 +116,12 @@ def _ours(claim: Claim) -> str:
         for name, found in claim.ours.items()
     )
     return f"{claim.note}: {numbers}" if claim.note else numbers
+
+
+def _ks(study: Study) -> str:
+    f = study.scale.figures
+    both = {"paper": f.k, "released": f.released_k or f.k}
+    return "; ".join(f"{name}: {', '.join(map(str, k))}" for name, k in both.items())
 
 
 def _of_core(study: Study, names: Sequence[str]) -> list[Claim]:

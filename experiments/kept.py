@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from experiments.scales import SCALES
 from experiments.study import Study
 from vsae_jax.system.files import replace_file
 
@@ -22,8 +23,9 @@ def keep(study: Study, name: str, lines: Sequence[Line]) -> None:
 def elsewhere(study: Study, name: str) -> dict[str, dict[str, Line]]:
     """What is kept of other scales: by scale, by what a line is about."""
     found = {}
-    for path in sorted(RESULTS.glob(f"*/{name}.json")):
-        if path.resolve() != (study.out / path.name).resolve():
+    for scale, other in SCALES.items():
+        path = RESULTS / scale / f"{name}.json"
+        if other.figures != study.scale.figures and path.is_file():
             lines = json.loads(path.read_text())
-            found[path.parent.name] = {next(iter(v.values())): v for v in lines}
+            found[scale] = {next(iter(v.values())): v for v in lines}
     return found

@@ -91,10 +91,11 @@ def over_probes(
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down: the p of each, corrected for their number."""
-    order = sorted(range(len(ps)), key=lambda i: ps[i])
-    corrected, largest = [0.0] * len(ps), 0.0
+    """Holm's step-down: the p of each, corrected for their number; one that is unknown
+    (NaN) stays so, and does not count."""
+    order = sorted((i for i, p in enumerate(ps) if p == p), key=lambda i: ps[i])
+    corrected, largest = [math.nan] * len(ps), 0.0
     for rank, i in enumerate(order):
-        largest = max(largest, min((len(ps) - rank) * ps[i], 1.0))
+        largest = max(largest, min((len(order) - rank) * ps[i], 1.0))
         corrected[i] = largest
     return corrected

@@ -168,7 +168,7 @@ def difference_table(
     rows, noisy = [header], any(i.noise for each in found.values() for i in each)
     for name, each in found.items():
         n = min(i.n for i in each)
-        fewer = f" ({n} seeds)" if n < study.scale.figures.seeds else ""
+        fewer = f" (seeds: {n})" if n < study.scale.figures.seeds else ""
         rows.append([name + fewer, *map(str, each)])
         if noisy:
             rows.append(["sd", *(i.noise or "-" for i in each)])

@@ -5,7 +5,8 @@ Command:
     python -m experiments.reproduce --scale=standin --only=primary --out=DIR
 
 They were named after the stand-in study and a first look at stability on a real model,
-and before that model was studied whole. Their p values are corrected for their number
+and before that model was studied whole; later the map's was given the same beta at
+every scale. Their p values are corrected for their number
 by Holm's method; every other interval of the report is exploratory, and about one in
 twenty excludes 0 by chance.
 """
@@ -54,19 +55,22 @@ def run(study: Study) -> Section:
 
 def _line(outcome: Outcome, p: float = math.nan) -> dict[str, str]:
     """What is kept of an outcome; p is corrected."""
+    known = outcome.found is not None and not math.isnan(p)
     sign = outcome.found.sign if outcome.found and p < 0.05 else 0
+    says = {-1: "less", 0: "not shown", 1: "more"}[sign]
     return {
         "question": outcome.question,
         "vSAE's part - without it": outcome.contrast,
         "here": str(outcome.found or "not measured"),
         "p (Holm)": "-" if math.isnan(p) else f"{p:.2g}",
-        "says": {-1: "less", 0: "not shown", 1: "more"}[sign],
+        "says": says if known else "-",
     }
 
 
 def _beside(there: Mapping[str, kept.Line], here: kept.Line) -> str:
     """The same outcome at another scale, and whether it says the same."""
-    if (other := there.get(here["question"])) is None:
+    other = there.get(here["question"])
+    if other is None or other["says"] == "-":
         return "-"
     same = "as here" if other["says"] == here["says"] else f"there: {other['says']}"
     return f"{other['here']}, p {other['p (Holm)']} ({same})"
@@ -81,7 +85,7 @@ def of(study: Study) -> list[Outcome]:
         seeds, of_base = found.get(kind, {}), found.get(base, {})
         return ablation.against(seeds, of_base, [measure]).get(measure)
 
-    # Other scales have other betas beside that of the arms.
+    # The beta of the arms; maps of some scales have others, too.
     beta = ablation.KINDS["vsae"]["beta"]
     cells = [
         cell

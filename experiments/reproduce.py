@@ -178,7 +178,9 @@ def _with_text(scale: Scale, c: ReproduceConfig) -> Scale:
 
 def labelled_by_rule(study: Study) -> dict[str, str]:
     """The flags of evaluations on the study's own text."""
-    stories = text.documents(study.dataset, split="train", text_column="text")
+    stories = list(text.documents(study.dataset, split="train", text_column="text"))
+    if study.tuning_text():
+        stories = stories[: -study.scale.text.tuning_documents]
     path = labels.write(
         study.out / "texts" / "stories.jsonl",
         stories,

@@ -55,8 +55,8 @@ MEASURES = {
 _LEAST = -1
 # In the name of a kind: trained on other rows, or for longer.
 _ELSEWHERE = ("_all-rows", "_layer-", "_steps-")
-# Beside plain ReLU autoencoders, which have an L1 penalty too.
-_RIVALS = ("vsae", "vsae_relu", "topk_k-16", "topk_l1")
+# Shown beside the plain ReLU autoencoders.
+_COMPARED = ("vsae", "vsae_relu", "topk_k-16", "topk_l1")
 _FAMILIES = {"topk": "o", "vsae": "s", "relu": "^", "batch": "D"}
 
 
@@ -245,7 +245,7 @@ def _switches(found: Mapping[str, Any]) -> str:
     beside = "; ".join(
         f"{kind} {_cell(seeds, PRIMARY, 3)} at {_cell(seeds, 'explained_variance', 3)}"
         for kind, seeds in found.items()
-        if kind.startswith("relu_") or kind in _RIVALS
+        if kind.startswith("relu_") or kind in _COMPARED
     )
     lines.append(f"The vSAE and its rivals, each at its explained variance: {beside}.")
     return "\n\n".join(lines)

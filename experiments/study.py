@@ -136,23 +136,23 @@ class Study:
         return str(path)
 
     def evaluate(self, name: str, evals: str, **fields: Any) -> None:
-        """Evaluates the arms of a grid that are not yet, or on fewer probe seeds;
-        `fields` are further flags of `evaluate`."""
+        """Evaluates the arms of a grid that were not evaluated yet, or on fewer probe
+        seeds; `fields` are further flags of `evaluate`."""
         if self.only_look:
             return
-        say(f"evaluating {name}: {evals}")
         texts = evals not in _WITHOUT_LABELS
         on_texts = {**self.labelled, "probe_seeds": self.probe_seeds} if texts else {}
-        evaluate.run(
-            EvalConfig(
-                run=str(self.grid(name)),
-                evals=evals,
-                only_missing=True,
-                train_size=self.scale.train_size,
-                test_size=self.scale.test_size,
-                **{"num_tokens": self.scale.eval_tokens} | on_texts | fields,
-            )
+        config = EvalConfig(
+            run=str(self.grid(name)),
+            evals=evals,
+            only_missing=True,
+            train_size=self.scale.train_size,
+            test_size=self.scale.test_size,
+            **{"num_tokens": self.scale.eval_tokens} | on_texts | fields,
         )
+        if evaluate.to_evaluate(config):
+            say(f"evaluating {name}: {evals}")
+            evaluate.run(config)
 
     def metrics(
         self, name: str, evals: str = "core", probe: int | None = None

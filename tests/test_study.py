@@ -104,6 +104,8 @@ def test_p_is_scipys_and_holm_is_a_step_down():
     # 3 p, then 2 p, then p, none below the one before.
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    unknown = [0.02, math.nan, 0.001]
+    assert holm(unknown) == pytest.approx([0.02, math.nan, 0.002], nan_ok=True)
 
 
 def test_noise_of_probes_is_told_from_that_of_training():
@@ -316,24 +318,25 @@ def test_labelled_stories_are_written_once(tmp_path):
 
 def test_primary_outcomes_stand_beside_those_of_other_scales(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "RESULTS", tmp_path)
-    here, there = (Study(SCALES["smoke"], tmp_path / name, {}) for name in ("a", "b"))
+    here, there = (Study(SCALES[n], tmp_path / n, {}) for n in ("smoke", "standin"))
     found = difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.0, 1: 0.0, 2: 0.0})
     told = [
         primary._line(primary.Outcome(question, "x - y", found), p)
         for question, p in (("A?", 0.01), ("B?", 0.2))
     ]
     told.append(primary._line(primary.Outcome("C?", "x - y", None)))
-    assert [line["says"] for line in told] == ["more", "not shown", "not shown"]
+    assert [line["says"] for line in told] == ["more", "not shown", "-"]
     assert told[2]["here"] == "not measured" and told[2]["p (Holm)"] == "-"
     for study in (here, there):
         study.out.mkdir()
         kept.keep(study, primary.FILE, told)
     (scale,) = kept.elsewhere(here, primary.FILE).items()
-    assert scale[0] == "b" and list(scale[1]) == ["A?", "B?", "C?"]
+    assert scale[0] == "standin" and list(scale[1]) == ["A?", "B?", "C?"]
     beside = primary._beside(scale[1], told[0])
     assert beside == f"{found}, p 0.01 (as here)"
     assert "(there: not shown)" in primary._beside({"A?": told[1]}, told[0])
     assert primary._beside({}, told[0]) == "-"
+    assert primary._beside(scale[1], told[2]) == "-"
 
 
 def test_the_page_escapes_and_needs_nothing_else(tmp_path):
@@ -447,6 +450,6 @@ def test_smoke_runs_whole_and_again_from_what_is_there(tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert cli.run(reproduce.command, ReproduceConfig, ["reproduce", *flags]) == 0
     again = capsys.readouterr().out
-    assert "=== training" not in again and "/evals/" not in again
+    assert "=== training" not in again and "=== evaluating" not in again
     assert (out / "report.md").read_text() == text
     assert STORIES.is_file()

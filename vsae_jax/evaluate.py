@@ -7,7 +7,7 @@ labelled texts from `--labelled`.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,10 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
     """Writes `evals/<name>.json` for every arm; returns the metrics by arm, of those
     that were evaluated."""
     names = _eval_names(eval_config)
-    folders = _folders(eval_config, names)
+    folders = to_evaluate(eval_config)
     if not folders:
-        print(f"--only_missing: every arm of {eval_config.run} has {', '.join(names)}")
+        print(f"every arm of {eval_config.run} has {', '.join(names)}")
+        print(f"wrote {summary.write(Path(eval_config.run))}")
         return {}
     quirks = read_quirks(
         eval_config.quirks, all_of_them=eval_config.saebench_compatible
@@ -96,6 +97,22 @@ def run(eval_config: EvalConfig) -> dict[str, dict[str, Any]]:
             print(f"wrote {summary.write(Path(eval_config.run))}")
             print(table(results))
     return results
+
+
+def to_evaluate(config: EvalConfig) -> list[Path]:
+    """The arms' folders: all of `--run`, or with `--only_missing` those that lack a
+    result. A file that cannot be read is none."""
+    names, folders = _eval_names(config), runs.run_folders(config.run)
+    if not config.only_missing:
+        return folders
+    there = {folder: summary.results_of(folder) for folder in folders}
+    missing = [
+        folder
+        for folder, results in there.items()
+        if not all(_has(results, name, folder, config) for name in names)
+    ]
+    # It compares arms with each other.
+    return folders if missing and "stability" in names else missing
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -139,24 +156,23 @@ def _eval_names(config: EvalConfig) -> list[str]:
     return names
 
 
-def _folders(config: EvalConfig, names: Sequence[str]) -> list[Path]:
-    """Those of the arms to evaluate: all, or those that lack a result."""
-    folders = runs.run_folders(config.run)
-    if not config.only_missing:
-        return folders
-    missing = [f for f in folders if not all(_has(f, name, config) for name in names)]
-    # It compares arms with each other.
-    return folders if missing and "stability" in names else missing
-
-
-def _has(folder: Path, name: str, config: EvalConfig) -> bool:
-    """Whether an arm has a result, of as many seeds of the probes as are asked for."""
-    path = folder / runs.EVALS / f"{name}.json"
-    if not path.is_file():
+def _has(
+    results: Mapping[str, Mapping[str, Any]],
+    name: str,
+    folder: Path,
+    config: EvalConfig,
+) -> bool:
+    """Whether an arm has a result, of as many seeds of the probes as are asked for, and
+    in SAEBench's schema where that is asked for."""
+    if (result := results.get(name)) is None:
         return False
+    if config.saebench_json and saebench_json.has_schema_of(name, result):
+        path = saebench_json.path_of(folder / runs.EVALS, name)
+        if not path.is_file():
+            return False
     if name not in on_texts.EVALS or config.probe_seeds == 1:
         return True
-    return len(runs.read_json(path).get(on_texts.PER_SEED, [])) >= config.probe_seeds
+    return len(result.get(on_texts.PER_SEED) or []) >= config.probe_seeds
 
 
 def _checked(

@@ -73,8 +73,9 @@ class EvalConfig(OpenOptions):
     quirks: str = flag("comma list of some of those bugs, to include only them", "")
     saebench_json: bool = flag("also write files in SAEBench's own schema", False)
     only_missing: bool = flag(
-        "leave out arms that have a result of each of --evals, however it was made; "
-        "stability is of all arms or none",
+        "leave out arms that have a result of each of --evals, of as many "
+        "--probe_seeds, whatever other flags it was made with; with stability, which "
+        "compares arms, all or none",
         False,
     )
     num_tokens: int = flag("most tokens to evaluate on", 409_600)

@@ -7,6 +7,7 @@ stands for what is not a number.
 
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,18 @@ def path_of(folder: Path, name: str) -> Path:
     return folder / "saebench" / f"{TYPES[name]}_eval_results.json"
 
 
+def has_schema_of(name: str, result: Mapping[str, Any]) -> bool:
+    """Whether SAEBench would write something: it has the evaluation, and it was not
+    refused."""
+    return name in _PARTS and bool(result["metrics"])
+
+
 def in_their_schema(
     subject: Subject, name: str, result: dict[str, Any]
 ) -> dict[str, Any] | None:
     """What SAEBench would write; None for an evaluation that it does not have, or that
     was refused, for which it writes nothing."""
-    if name not in _PARTS or not result["metrics"]:
+    if not has_schema_of(name, result):
         return None
     config, metrics, details = _PARTS[name](result)
     return {

@@ -30,7 +30,9 @@ def open_subjects(
     """The runs that `--run` names, or some of their folders, grouped by language model,
     hook and tokens."""
     lm.leave_room(backend=config.backend, device=config.device)
-    opened = [open_any(f) for f in folders or runs.run_folders(config.run)]
+    if folders is None:
+        folders = runs.run_folders(config.run)
+    opened = [open_any(folder) for folder in folders]
     load = cache(lm.load_language_model)
     groups: dict[tuple, list[Subject]] = {}
     for run in opened:

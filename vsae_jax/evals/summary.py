@@ -1,5 +1,6 @@
 """`evals/summary.md`: arms side by side, mean and standard deviation over seeds."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ _CORE = (
     "l0",
     "frac_alive",
     "entropy_effective_latents",
+)
+
+# What arms that are compared should have in common.
+_ALIKE = (
+    "n_tokens",
+    "tokens_from",
+    "train_size",
+    "test_size",
+    "n_words",
+    "probe_seeds",
+    "quirks",
 )
 
 
@@ -53,12 +65,12 @@ def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     seed."""
     found = series.series_of(series.open_arms(folder))
     return {
-        series.label(shared): [_results(arm.folder) for arm in each]
+        series.label(shared): [results_of(arm.folder) for arm in each]
         for shared, each in found.items()
     }
 
 
-def _results(folder: Path) -> dict[str, Any]:
+def results_of(folder: Path) -> dict[str, Any]:
     """What each evaluation wrote, in order. Other files are ignored; a file that cannot
     be read is left out with a note."""
     found = {}
@@ -92,7 +104,8 @@ def _table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _notes(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Reasons of refusals, how decoder norms were treated, and quirks that are on."""
+    """Reasons of refusals, how decoder norms were treated, quirks that are on, and what
+    arms do not have in common."""
     each = [one for results in found.values() for one in results]
     lines = [f"Not evaluated: {one['reason']}" for one in each if one.get("reason")]
     for arm, results in found.items():
@@ -106,4 +119,8 @@ def _notes(found: dict[str, list[dict[str, Any]]]) -> str:
     quirks = sorted({q for one in each for q in one["config"].get("quirks", [])})
     if quirks:
         lines.append(f"SAEBench's quirks: {', '.join(quirks)}.")
+    for name in _ALIKE:
+        values = {json.dumps(one["config"].get(name)) for one in each}
+        if len(values) > 1:
+            lines.append(f"Not alike: {name} is {' or '.join(sorted(values))}.")
     return "\n".join(dict.fromkeys(lines))

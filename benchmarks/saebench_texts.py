@@ -15,6 +15,7 @@ Ours runs twice (compiled the second time), theirs once.
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -48,7 +49,9 @@ def main() -> None:
         folder = Path(a.out) / Path(run).name
         ours(run, folder, a)
         command = [a.saebench, "-m", "benchmarks.saebench_texts", "there", folder]
-        subprocess.run([*command, a.model], check=True)
+        # jaxtyping 0.3.11 refuses the shapes of SAEBench 0.6's own probes.
+        env = os.environ | {"JAXTYPING_DISABLE": "1"}
+        subprocess.run([*command, a.model], check=True, env=env)
         compare(folder)
 
 

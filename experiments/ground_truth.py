@@ -28,7 +28,7 @@ from jaxtyping import Float
 from experiments import ablation, recovery, synthetic
 from experiments.effects import effects_table
 from experiments.paired import Interval, difference, interval
-from experiments.report import Section, Table
+from experiments.report import Filed, Section, Table
 from experiments.study import Arms, Study, kind_and_seed
 from vsae_jax import runs
 from vsae_jax.autoencoder import sae
@@ -114,10 +114,9 @@ def run(study: Study) -> Section:
     parts.append(study.save("ground_truth", figure(panels)))
     for way, of_way in found.items():
         parts.append(f"Features that fire {in_words(way)}, mean ± sd over seeds:")
-        parts.append(_values(study, way, of_way))
-        parts.append("Differences to `topk`, paired over seeds, 95 % intervals:")
-        effects = {k: compare(of_way, k, "topk") for k in of_way if k != "topk"}
-        parts.append(effects_table(effects, COMPARED))
+        parts.append(Filed(_values(study, way, of_way)))
+    parts.append("Differences to `topk`, paired over seeds, 95 % intervals:")
+    parts.append(_effects(found))
     parts += ["Does sampling find more of the features?", _answers(found), _caution()]
     return Section(
         "Known features",
@@ -126,6 +125,18 @@ def run(study: Study) -> Section:
         "no test against known features",
         parts,
     )
+
+
+def _effects(found: Mapping[str, Found]) -> Table:
+    """A row a kind, the compared measures of each way side by side."""
+    effects: dict[str, dict[str, Interval]] = {}
+    for way, of_way in found.items():
+        for kind in (kind for kind in of_way if kind != "topk"):
+            by_measure = compare(of_way, kind, "topk")
+            named = {f"{m}, {in_words(way)}": i for m, i in by_measure.items()}
+            effects.setdefault(kind, {}).update(named)
+    columns = [f"{m}, {in_words(way)}" for way in found for m in COMPARED]
+    return effects_table(effects, {column: column for column in columns})
 
 
 def compare(found: Found, kind: str, other: str) -> dict[str, Interval]:

@@ -83,21 +83,31 @@ def _as_csv(rows: Table) -> str:
 
 
 def markdown(out: Path, title: str, summary: str, sections: Sequence[Section]) -> str:
-    """The report, its figures by their place below `out`."""
-    lines = [f"# {title}", summary]
+    """The report, its figures by their place below `out`. Figures one after the other
+    share a line, and the name of a file goes on the line of the text before it."""
+    blocks = [f"# {title}", summary]
     for section in sections:
         facts = [*_facts(section, "**{}:** {}."), f"`{section.command}`"]
-        lines += [f"## {section.title}", " ".join(facts)]
+        blocks.append(f"## {section.title}\n{' '.join(facts)}")
         files = {id(rows): name for name, rows in long_tables(section).items()}
+        before: object = None
         for part in section.parts:
+            joins = False
             if isinstance(part, Path):
-                lines.append(f"![{part.stem}]({part.relative_to(out).as_posix()})")
+                text = f"![{part.stem}]({part.relative_to(out).as_posix()})"
+                joins = isinstance(before, Path)
             elif id(part) in files:
                 name = files[id(part)]
-                lines.append(f"[{name}]({name}): {len(part) - 1} rows.")
+                text = f"[{name}]({name}): {len(part) - 1} rows."
+                joins = isinstance(before, str)
             else:
-                lines.append(part if isinstance(part, str) else series.markdown(part))
-    return "\n\n".join(lines) + "\n"
+                text = part if isinstance(part, str) else series.markdown(part)
+            if joins:
+                blocks[-1] += f" {text}"
+            else:
+                blocks.append(text)
+            before = part
+    return "\n\n".join(blocks) + "\n"
 
 
 def page(title: str, summary: str, sections: Sequence[Section]) -> str:

@@ -9,7 +9,7 @@ Command:
 
     python -m experiments.reproduce --scale=standin --only=cross --out=DIR
 
-The paper has no such table. What was found is in experiments/results/standin/report.md.
+The paper has no such table. What was found is in docs/results.md.
 """
 
 import itertools

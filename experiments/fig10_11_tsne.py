@@ -9,7 +9,7 @@ Command:
 
 The paper shows one map of each and no number but cluster sizes (56 to 151 against 60 to
 152). Every number here stands beside its value by chance. Ours:
-experiments/results/standin/report.md.
+experiments/results/look-inside.
 """
 
 from experiments import paper_grids

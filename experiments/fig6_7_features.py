@@ -11,7 +11,7 @@ The paper picked its latents by eye ("giving thanks", "feelings"). Here they are
 by a rule, so that nothing is chosen for its looks: of the latents that fire on between
 0.1 % and 5 % of the tokens the one in the middle by firing rate. Their texts come from
 the bundled model's own stories, which may be printed. Ours:
-experiments/results/standin/report.md.
+experiments/results/look-inside.
 """
 
 import shutil

@@ -10,7 +10,7 @@ Command:
 The paper counted bars of a histogram clipped to [0, 2.5]; in its files 1,474 against
 7,379 fire, 80.0 % fewer (docs/paper_and_code.md 4). Here nothing is clipped, and the
 clipped count stands in the figure beside the others. Ours:
-experiments/results/standin/report.md.
+experiments/results/look-inside.
 """
 
 from experiments import paper_grids

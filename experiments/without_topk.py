@@ -8,7 +8,7 @@ Command:
     python -m experiments.reproduce --scale=standin --only=without_topk --out=DIR
 
 Expected: L0 near d_sae for all beta, since mu is not cut at 0. Ours:
-experiments/results/standin/report.md.
+docs/results.md.
 """
 
 from typing import Any

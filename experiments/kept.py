@@ -21,7 +21,8 @@ def keep(study: Study, name: str, lines: Sequence[Line]) -> None:
 
 
 def elsewhere(study: Study, name: str) -> dict[str, dict[str, Line]]:
-    """What is kept of other scales: by scale, by what a line is about."""
+    """What is kept of other scales: by scale, by what a line is about. The study's own
+    scale is told by its figures, whatever its text and its folder."""
     found = {}
     for scale, other in SCALES.items():
         path = RESULTS / scale / f"{name}.json"

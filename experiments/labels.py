@@ -7,7 +7,8 @@ as JSON lines with the columns text, animal and hero.
 
 import json
 import re
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vsae_jax.system.errors import UserError
@@ -47,6 +48,15 @@ def write(path: Path, stories: Iterable[str], *, most: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, "".join(lines).encode())
     return path
+
+
+def all_but_last(texts: Iterable[str], n: int) -> Iterator[str]:
+    """The texts without the last `n`, as they are read."""
+    held: deque[str] = deque()
+    for text in texts:
+        held.append(text)
+        if len(held) > n:
+            yield held.popleft()
 
 
 def labels_of(text: str) -> tuple[str, str] | None:

@@ -93,7 +93,9 @@ def over_probes(
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's step-down: the p of each, corrected for their number; one that is unknown
     (NaN) stays so, and does not count."""
-    order = sorted((i for i, p in enumerate(ps) if p == p), key=lambda i: ps[i])
+    order = sorted(
+        (i for i, p in enumerate(ps) if not math.isnan(p)), key=lambda i: ps[i]
+    )
     corrected, largest = [math.nan] * len(ps), 0.0
     for rank, i in enumerate(order):
         largest = max(largest, min((len(order) - rank) * ps[i], 1.0))

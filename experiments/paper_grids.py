@@ -127,12 +127,15 @@ def draw(
 
 
 def vsae_minus_topk(
-    study: Study, name: str, measure: str, evals: str = "core"
+    study: Study, name: str, measure: str, evals: str = "core", *, k: int | None = None
 ) -> Interval:
-    """Paired over seeds; the mean over k (and d_sae) within a seed."""
+    """Paired over seeds; the mean over k (unless one is given) and d_sae within a
+    seed."""
 
     def of(probe: int | None) -> Interval:
         found = study.metrics(name, evals, probe)
+        if k is not None:
+            found = {n: seeds for n, seeds in found.items() if f"_k-{k}_" in f"{n}_"}
         return difference(*(over_kinds(found, v, measure) for v in VARIANTS[::-1]))
 
     return over_probes(of, study.probes(name, evals))
@@ -157,9 +160,9 @@ def over_kinds(
 def difference_table(
     study: Study, names: Sequence[str], measures: Mapping[str, str], evals: str
 ) -> tuple[str, list[list[str]]]:
-    """vSAE - TopK of each grid, the mean over k; and what of it is noise of the
-    training and of the probes, where there are several of both. What it says, and the
-    table."""
+    """vSAE - TopK of each grid, the mean over k and each k; and what of the mean is
+    noise of the training and of the probes, where there are several of both. What it
+    says, and the table."""
     header = ["preset and layer", *measures.values()]
     found = {
         name: [vsae_minus_topk(study, name, m, evals) for m in measures]
@@ -172,8 +175,18 @@ def difference_table(
         rows.append([name + fewer, *map(str, each)])
         if noisy:
             rows.append(["sd", *(i.noise or "-" for i in each)])
+        for k in _several_k(study, name, evals):
+            of_k = [vsae_minus_topk(study, name, m, evals, k=k) for m in measures]
+            rows.append([f"{name}, k {k}", *map(str, of_k)])
     said = "vSAE - TopK, mean over k, paired over seeds, 95 % intervals"
     return (f"{said}; sd: {NOISE}:" if noisy else f"{said}:"), rows
+
+
+def _several_k(study: Study, name: str, evals: str) -> list[int]:
+    """The k that a grid's arms with these evaluations have, where there are several."""
+    found = study.metrics(name, evals)
+    ks = [k for k in study.scale.figures.k if any(f"_k-{k}_" in f"{n}_" for n in found)]
+    return ks if len(ks) > 1 else []
 
 
 def lines_section(

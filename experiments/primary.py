@@ -54,8 +54,7 @@ def run(study: Study) -> Section:
 
 
 def _line(outcome: Outcome, p: float = math.nan) -> dict[str, str]:
-    """What is kept of an outcome; p is corrected."""
-    known = outcome.found is not None and not math.isnan(p)
+    """What is kept of an outcome; p is corrected, and NaN where it is unknown."""
     sign = outcome.found.sign if outcome.found and p < 0.05 else 0
     says = {-1: "less", 0: "not shown", 1: "more"}[sign]
     return {
@@ -63,7 +62,7 @@ def _line(outcome: Outcome, p: float = math.nan) -> dict[str, str]:
         "vSAE's part - without it": outcome.contrast,
         "here": str(outcome.found or "not measured"),
         "p (Holm)": "-" if math.isnan(p) else f"{p:.2g}",
-        "says": says if known else "-",
+        "says": "-" if math.isnan(p) else says,
     }
 
 

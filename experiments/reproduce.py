@@ -178,12 +178,10 @@ def _with_text(scale: Scale, c: ReproduceConfig) -> Scale:
 
 def labelled_by_rule(study: Study) -> dict[str, str]:
     """The flags of evaluations on the study's own text."""
-    stories = list(text.documents(study.dataset, split="train", text_column="text"))
-    if study.tuning_text():
-        stories = stories[: -study.scale.text.tuning_documents]
+    stories = text.documents(study.dataset, split="train", text_column="text")
     path = labels.write(
         study.out / "texts" / "stories.jsonl",
-        stories,
+        labels.all_but_last(stories, study.tuning_documents),
         most=study.scale.train_size + study.scale.test_size,
     )
     return {

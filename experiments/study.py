@@ -122,11 +122,16 @@ class Study:
             open_arms(self.grid(name)) if self.has(name) or not self.only_look else []
         )
 
+    @property
+    def tuning_documents(self) -> int:
+        """How many of the last documents are set aside for `tuning_text`."""
+        return self.scale.text.tuning_documents if self.scale.text.dataset else 0
+
     def tuning_text(self) -> str:
         """A file of the last documents, which nothing is trained or evaluated on but
         the search for learning rates; "" where none are set aside."""
-        n, path = self.scale.text.tuning_documents, self.out / "texts" / "tuning.jsonl"
-        if not n or not self.scale.text.dataset:
+        n, path = self.tuning_documents, self.out / "texts" / "tuning.jsonl"
+        if not n:
             return ""
         if not path.is_file():
             found = text.documents(self.dataset, split="train", text_column="text")

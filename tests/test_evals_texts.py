@@ -166,11 +166,19 @@ def test_only_what_is_missing_is_evaluated(evaluated, flags, tmp_path, capsys):
     capsys.readouterr()
     assert call("evaluate", run=grid, **options) == 0
     assert f"every arm of {grid} has tpp" in capsys.readouterr().out
+    # A damaged file is none, and neither is a result without SAEBench's file.
+    shutil.rmtree(lacks / "evals/saebench")
+    mark.write_text("{")
+    assert call("evaluate", run=grid, saebench_json=True, **options) == 0
+    assert (lacks / "evals/saebench/tpp_eval_results.json").is_file()
+    assert results(kept, "tpp")["metrics"]
+    assert "Not alike" not in (grid / "evals/summary.md").read_text()
     assert call("evaluate", run=grid, probe_seeds=2, **options) == 0
-    assert (
-        "mark" not in results(kept, "tpp")
-        and len(results(kept, "tpp")["per_seed"]) == 2
-    )
+    assert len(results(kept, "tpp")["per_seed"]) == 2
+    (lacks / "evals/core.json").unlink()
+    options |= {"evals": "core", "num_tokens": 160}
+    assert call("evaluate", run=grid, **options) == 0
+    assert "Not alike: n_tokens is " in (grid / "evals/summary.md").read_text()
 
 
 def test_a_file_with_two_columns_of_labels_is_two_sets(stories):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import family, recovery, synthetic, tree
+from experiments import family, ground_truth, recovery, synthetic, tree
 from experiments.family import (
     STABILITY,
     Case,
@@ -16,8 +16,7 @@ from experiments.family import (
     choose,
     further_settings,
 )
-from experiments.ground_truth import MEASURES, verdict
-from experiments.paired import interval
+from experiments.ground_truth import MEASURES
 from experiments.scales import SCALES, Truth
 from experiments.study import Study
 from vsae_jax.activations.shards import Activations
@@ -180,11 +179,19 @@ def test_an_autoencoder_that_never_fires_has_found_nothing(features):
     assert set(found.values()) == {0.0}
 
 
-def test_a_difference_is_said_only_where_the_interval_excludes_0():
-    assert verdict(interval([0.1, 0.12, 0.11])).startswith("more (+0.11")
-    assert verdict(interval([-0.1, -0.12, -0.11])).startswith("fewer (")
-    for values in ([0.1, -0.1], [0.1], [0.1, 0.1]):
-        assert verdict(interval(values)).startswith("no difference shown")
+def test_sampling_in_the_vsae_stands_beside_the_differences_to_topk():
+    seeds = {seed: dict.fromkeys(ground_truth.COMPARED, seed) for seed in (0.0, 1.0)}
+    more = {seed: dict.fromkeys(ground_truth.COMPARED, seed + 1) for seed in seeds}
+    of_way = {"topk": seeds, "vsae": more}
+    effects = ground_truth._effects({"independent": of_way})
+    assert list(effects) == ["vsae"]
+    of_way["vsae_no_noise"] = seeds
+    effects = ground_truth._effects(dict.fromkeys(ground_truth.WAYS, of_way))
+    assert list(effects) == ["vsae", "vsae_no_noise", "vsae against vsae_no_noise"]
+    for by_measure in effects.values():
+        assert len(by_measure) == len(ground_truth.WAYS) * len(ground_truth.COMPARED)
+    means = {kind: {i.mean for i in each.values()} for kind, each in effects.items()}
+    assert list(means.values()) == [{1.0}, {0.0}, {1.0}]
 
 
 def test_latents_that_return_are_true_or_false():

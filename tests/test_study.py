@@ -1,6 +1,7 @@
 """The study: its intervals, effects, verdicts and labels from numbers that are known,
 its plan, and the whole of it at scale `smoke`."""
 
+import itertools
 import json
 import math
 import statistics
@@ -314,6 +315,14 @@ def test_labelled_stories_are_written_once(tmp_path):
     labels.write(path, [], most=26)
     with pytest.raises(UserError, match="too few texts"):
         labels.write(tmp_path / "none.jsonl", stories[:60], most=26)
+
+
+def test_texts_set_aside_are_not_labelled_and_nothing_is_read_ahead():
+    assert list(labels.all_but_last("abcd", 2)) == ["a", "b"]
+    assert list(labels.all_but_last("ab", 0)) == ["a", "b"]
+    assert not list(labels.all_but_last("ab", 3))
+    endless = labels.all_but_last(itertools.repeat("a"), 2)
+    assert next(endless) == "a"
 
 
 def test_primary_outcomes_stand_beside_those_of_other_scales(tmp_path, monkeypatch):

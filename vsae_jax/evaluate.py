@@ -105,7 +105,7 @@ def to_evaluate(config: EvalConfig) -> list[Path]:
     names, folders = _eval_names(config), runs.run_folders(config.run)
     if not config.only_missing:
         return folders
-    there = {folder: summary.results_of(folder) for folder in folders}
+    there = {folder: summary.results_of(folder, names) for folder in folders}
     missing = [
         folder
         for folder, results in there.items()

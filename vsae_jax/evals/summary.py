@@ -1,6 +1,7 @@
 """`evals/summary.md`: arms side by side, mean and standard deviation over seeds."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,11 @@ def by_arm(folder: Path) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def results_of(folder: Path) -> dict[str, Any]:
-    """What each evaluation wrote, in order. Other files are ignored; a file that cannot
-    be read is left out with a note."""
+def results_of(folder: Path, names: Sequence[str] = NAMES) -> dict[str, Any]:
+    """What each of these evaluations wrote, in order. Other files are ignored; a file
+    that cannot be read is left out with a note."""
     found = {}
-    for name in NAMES:
+    for name in names:
         path = folder / runs.EVALS / f"{name}.json"
         if not path.is_file():
             continue
